@@ -1,0 +1,143 @@
+//! Weights on the host, as a file has them.
+
+use std::{ops::Range, sync::Arc};
+
+use crate::error::{Error, Result};
+
+/// A type of numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DType {
+    /// 32-bit floats.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of a 32-bit float.
+    BF16,
+}
+
+impl DType {
+    /// Bytes a number.
+    pub fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::BF16 => 2,
+        }
+    }
+
+    /// As in `--dtype`.
+    pub fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+        }
+    }
+}
+
+/// A part of memory that several tensors share: a mapped file, or converted numbers.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    /// A part of `owner`. The range must lie within it.
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Self {
+        assert!(
+            range.start <= range.end && range.end <= (*owner).as_ref().len(),
+            "a tensor outside its file; this is a bug"
+        );
+        Bytes { owner, range }
+    }
+
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+/// A named array of numbers on the host. Its bytes need not be aligned.
+#[derive(Clone)]
+pub struct Tensor {
+    /// As in the file.
+    pub name: String,
+    /// Outermost first.
+    pub shape: Vec<usize>,
+    /// The type of its numbers.
+    pub dtype: DType,
+    bytes: Bytes,
+}
+
+impl Tensor {
+    /// A tensor over bytes, which must be as many as shape and type say.
+    pub fn new(name: impl Into<String>, shape: Vec<usize>, dtype: DType, bytes: Bytes) -> Result<Self> {
+        let name = name.into();
+        let len = shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d));
+        let have = bytes.as_slice().len();
+        if len != Some(have) {
+            let why = format!("tensor {name}: {have} bytes do not make {shape:?} of {}", dtype.name());
+            return Err(Error::Engine(why));
+        }
+        Ok(Tensor { name, shape, dtype, bytes })
+    }
+
+    /// A tensor of the given numbers, kept in `dtype`.
+    pub fn from_f32(
+        name: impl Into<String>,
+        shape: Vec<usize>,
+        dtype: DType,
+        values: &[f32],
+    ) -> Result<Self> {
+        let mut bytes = Vec::with_capacity(values.len() * dtype.size());
+        for &v in values {
+            match dtype {
+                DType::F32 => bytes.extend(v.to_le_bytes()),
+                DType::F16 => bytes.extend(half::f16::from_f32(v).to_le_bytes()),
+                DType::BF16 => bytes.extend(half::bf16::from_f32(v).to_le_bytes()),
+            }
+        }
+        let len = bytes.len();
+        Tensor::new(name, shape, dtype, Bytes::new(Arc::new(bytes), 0..len))
+    }
+
+    /// The numbers' bytes, little-endian.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.as_slice()
+    }
+
+    /// How many numbers.
+    pub fn len(&self) -> usize {
+        self.bytes().len() / self.dtype.size()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The numbers, widened.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let pair = |b: &[u8]| [b[0], b[1]];
+        match self.dtype {
+            DType::F32 => {
+                self.bytes().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+            }
+            DType::F16 => {
+                self.bytes().chunks_exact(2).map(|b| half::f16::from_le_bytes(pair(b)).to_f32()).collect()
+            }
+            DType::BF16 => {
+                self.bytes().chunks_exact(2).map(|b| half::bf16::from_le_bytes(pair(b)).to_f32()).collect()
+            }
+        }
+    }
+
+    /// The same numbers in another type; shares the bytes where it is the same one.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Tensor> {
+        if dtype == self.dtype {
+            return Ok(self.clone());
+        }
+        Tensor::from_f32(self.name.clone(), self.shape.clone(), dtype, &self.to_f32())
+    }
+}

@@ -1,0 +1,84 @@
+//! A micro-batch: what the scheduler decides and the stages carry out. Plain data.
+
+use std::sync::Arc;
+
+use crate::request::{Logprobs, SamplingParams};
+
+/// Tokens in one block of the KV cache.
+pub const KV_BLOCK: usize = 16;
+
+/// A sequence: one sample of one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SeqId(pub u64);
+
+/// Rows of several sequences that go through the stages together: prompt chunks and single steps.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct MicroBatch {
+    /// The tokens, all sequences' rows one after another.
+    pub ids: Vec<u32>, // [rows]
+    /// Each token's place in its sequence.
+    pub positions: Vec<u32>, // [rows]
+    /// Which rows belong to which sequence, in the order of the rows, without gaps.
+    pub seqs: Vec<SeqRows>,
+    /// The rows whose next token is wanted, in the order of the rows.
+    pub outputs: Vec<OutputRow>,
+    /// Sequences that have their first rows here.
+    pub starts: Vec<SeqStart>,
+    /// Sequences that have ended: what a stage keeps of them can go.
+    pub ends: Vec<SeqId>,
+}
+
+impl MicroBatch {
+    /// How many rows (tokens) there are.
+    pub fn rows(&self) -> usize {
+        self.ids.len()
+    }
+}
+
+/// Consecutive rows of one sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SeqRows {
+    /// Whose.
+    pub seq: SeqId,
+    /// The first row.
+    pub row: usize,
+    /// How many rows.
+    pub len: usize,
+    /// Tokens of this sequence already in the KV cache: the position of the first row.
+    pub cached: usize,
+    /// The sequence's KV blocks: token `p` lives in `blocks[p / KV_BLOCK]`, on every stage.
+    pub blocks: Arc<[u32]>,
+}
+
+/// A row whose logits are wanted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OutputRow {
+    /// The row.
+    pub row: usize,
+    /// Its sequence.
+    pub seq: SeqId,
+}
+
+/// What the sampler has to know about a sequence from its first rows on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SeqStart {
+    /// Which.
+    pub seq: SeqId,
+    /// How to choose its tokens.
+    pub sampling: Arc<SamplingParams>,
+    /// The seed, drawn if the request named none.
+    pub seed: u64,
+    /// The whole prompt, for the repetition penalty.
+    pub prompt: Arc<[u32]>,
+}
+
+/// A token chosen for a sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    /// The sequence.
+    pub seq: SeqId,
+    /// The token.
+    pub id: u32,
+    /// If the request asked for them.
+    pub logprobs: Option<Logprobs>,
+}

@@ -1,0 +1,100 @@
+//! One error type: what went wrong, with the file, tensor, flag or request it happened in.
+
+use std::path::{Path, PathBuf};
+
+/// A `Result` whose error is [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What a user can do wrong, or what can be wrong with what they were given.
+///
+/// A broken invariant of the program itself is a panic instead, whose message says that it is a bug.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A flag, layout or builder value that cannot be used.
+    #[error("{what}: {why}")]
+    Usage {
+        /// The flag or value, as the user wrote it.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A file that could not be read.
+    #[error("{}: {why}", .path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's answer.
+        why: String,
+    },
+    /// A file whose contents are wrong.
+    #[error("{}: {why}", .path.display())]
+    Data {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A tensor that the model needs and no file has.
+    #[error("{}: tensor {name} is missing", .path.display())]
+    MissingTensor {
+        /// The model folder, or the file that should hold it.
+        path: PathBuf,
+        /// The tensor's name.
+        name: String,
+    },
+    /// A tensor of the wrong type or shape.
+    #[error("{}: tensor {name}: {why}", .path.display())]
+    Tensor {
+        /// The file that holds it.
+        path: PathBuf,
+        /// The tensor's name.
+        name: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A request that cannot be served as it is.
+    #[error("request: {0}")]
+    Request(String),
+    /// A device that is absent, too small or failed.
+    #[error("device {device}: {why}")]
+    Device {
+        /// The device, as in a layout (`cpu`, `cuda:1`).
+        device: String,
+        /// What went wrong.
+        why: String,
+    },
+    /// The engine is shutting down, or a stage of it has failed.
+    #[error("engine: {0}")]
+    Engine(String),
+}
+
+impl Error {
+    /// A [`Error::Usage`] for the named flag or value.
+    pub fn usage(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Error::Usage { what: what.into(), why: why.into() }
+    }
+
+    /// A [`Error::Data`] for the named file.
+    pub fn data(path: impl AsRef<Path>, why: impl Into<String>) -> Self {
+        Error::Data { path: path.as_ref().to_path_buf(), why: one_line(why.into()) }
+    }
+
+    /// A [`Error::Io`] for the named file.
+    pub fn io(path: impl AsRef<Path>, why: impl std::fmt::Display) -> Self {
+        Error::Io { path: path.as_ref().to_path_buf(), why: one_line(why.to_string()) }
+    }
+
+    /// The process's exit code for this error: 2 for usage, 1 for everything else.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Usage { .. } | Error::Request(_) => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// Messages of libraries can span lines; an error here is one line.
+fn one_line(text: String) -> String {
+    if text.contains(['\n', '\r']) { text.split_whitespace().collect::<Vec<_>>().join(" ") } else { text }
+}
