@@ -13,7 +13,7 @@ demo: model ## build, fetch a small model, answer a prompt through two stages
 model: $(MODEL)/model.safetensors
 
 $(MODEL)/model.safetensors:
-	python3 tools/smollm2.py --out $(MODEL)
+	python3 tools/smollm2.py $(MODEL)
 
 test: check ## all that can run on this machine
 	@$(MAKE) --no-print-directory model || echo "SKIPPED: tests with SmolLM2-135M, which could not be fetched"
