@@ -13,7 +13,7 @@ use pipeline_infer::{
     model::{
         arch::ARCHS,
         decoder::{Decoder, DecoderConfig},
-        folder::open_model,
+        open_model,
     },
 };
 

@@ -18,7 +18,7 @@ use crate::{
     layout::{Device, Layout},
     model::{
         decoder::{Decoder, DecoderConfig},
-        folder::open_model,
+        open_model,
         spec::ModelSpec,
     },
     pipeline::{self, Input, Outcome, Output, Packet, Stage, StageHandle, StageMetrics},
