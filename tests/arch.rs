@@ -98,14 +98,16 @@ fn difference(ours: &[f32], theirs: &[f32], vocab: usize) -> f32 {
     let rows = ours.chunks(vocab).zip(theirs.chunks(vocab));
     rows.map(|(a, b)| {
         let scale = b.iter().fold(0f32, |m, x| m.max(x.abs()));
-        a.iter().zip(b).fold(0f32, |m, (x, y)| if x.is_nan() { f32::INFINITY } else { m.max((x - y).abs()) }) / scale
+        a.iter().zip(b).fold(0f32, |m, (x, y)| if x.is_nan() { f32::INFINITY } else { m.max((x - y).abs()) })
+            / scale
     })
     .fold(0.0, f32::max)
 }
 
 #[test]
 fn every_architecture_has_a_golden() {
-    let named: Vec<&str> = checkpoints().iter().map(|dir| open_model(dir, false).unwrap().arch.name()).collect();
+    let named: Vec<&str> =
+        checkpoints().iter().map(|dir| open_model(dir, false).unwrap().arch.name()).collect();
     for arch in ARCHS {
         assert!(named.contains(&arch.name()), "no checkpoint of tests/data is a {}", arch.name());
     }
@@ -133,7 +135,9 @@ fn logits_in_bf16_and_f16_stay_within_the_native_rounding_of_transformers() {
     let mut seen = 0;
     for dir in checkpoints() {
         let golden = golden(&dir);
-        let (Some(native), Some(theirs_off)) = (&golden.logits_native, golden.native_difference_max) else { continue };
+        let (Some(native), Some(theirs_off)) = (&golden.logits_native, golden.native_difference_max) else {
+            continue;
+        };
         let model = open_model(&dir, false).unwrap();
         let vocab = model.spec.vocab;
         let wide = floats(dir.join(&golden.logits));
@@ -170,8 +174,10 @@ fn greedy_tokens_agree_with_transformers_in_every_number_of_stages() {
         let golden = golden(&dir);
         let layers = open_model(&dir, false).unwrap().spec.layers.len();
         for stages in 1..=layers {
-            let engine = Engine::builder().model(&dir).dtype(DType::F32).stages(stages).slots(2).build().unwrap();
-            let events: Vec<_> = golden.prompts.iter().map(|p| engine.submit(request(&p.ids, 16)).unwrap()).collect();
+            let engine =
+                Engine::builder().model(&dir).dtype(DType::F32).stages(stages).slots(2).build().unwrap();
+            let events: Vec<_> =
+                golden.prompts.iter().map(|p| engine.submit(request(&p.ids, 16)).unwrap()).collect();
             for (i, (events, prompt)) in events.into_iter().zip(&golden.prompts).enumerate() {
                 let (mut ids, mut text) = (Vec::new(), String::new());
                 for event in events {

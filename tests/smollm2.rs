@@ -25,7 +25,9 @@ fn model() -> Option<PathBuf> {
     let dir = std::env::var_os("PIPELINE_INFER_SMOLLM2").map(PathBuf::from);
     let dir = dir.filter(|dir| dir.join("model.safetensors").exists());
     if dir.is_none() {
-        eprintln!("SKIPPED: PIPELINE_INFER_SMOLLM2 does not name a folder with SmolLM2 (`make model` makes one)");
+        eprintln!(
+            "SKIPPED: PIPELINE_INFER_SMOLLM2 does not name a folder with SmolLM2 (`make model` makes one)"
+        );
     }
     dir
 }
@@ -58,7 +60,8 @@ fn greedy_tokens_in_f32_are_transformers_own_in_one_stage_and_in_several() {
     let golden = golden();
     let mut first = None;
     for stages in [1, 2, 4, 7] {
-        let engine = Engine::builder().model(&dir).dtype(DType::F32).stages(stages).slots(stages).build().unwrap();
+        let engine =
+            Engine::builder().model(&dir).dtype(DType::F32).stages(stages).slots(stages).build().unwrap();
         let got = answers(&engine, &golden);
         for (prompt, (ids, _)) in golden.prompts.iter().zip(&got) {
             assert_eq!(ids, &prompt.greedy, "{stages} stages, {:?}", prompt.messages.last());
@@ -73,7 +76,8 @@ fn in_16_bits_any_split_gives_the_same_bits() {
     let golden = golden();
     for dtype in [DType::F16, DType::BF16] {
         let run = |stages| {
-            let engine = Engine::builder().model(&dir).dtype(dtype).stages(stages).slots(stages).build().unwrap();
+            let engine =
+                Engine::builder().model(&dir).dtype(dtype).stages(stages).slots(stages).build().unwrap();
             answers(&engine, &golden)
         };
         assert!(run(1) == run(3), "{}", dtype.name());

@@ -27,7 +27,7 @@ const RANKS: &[(&str, u32)] = &[
 const ALLOWED: &[(&str, &str)] = &[("transport", "pipeline"), ("batch", "request")];
 
 const UNSAFE_ROOMS: &[&str] =
-    &["src/backend/cpu/", "src/backend/cuda/", "src/transport/peer", "src/model/mapped.rs"];
+    &["src/backend/cpu/", "src/backend/cuda/", "src/transport/peer", "src/model/weights.rs"];
 
 fn sources(folder: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
@@ -64,6 +64,9 @@ fn imports(text: &str) -> Vec<String> {
             None => vec![part],
         };
         for name in names {
+            if name.is_empty() {
+                continue;
+            }
             let end = name.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(name.len());
             found.push(name[..end].to_string());
         }
