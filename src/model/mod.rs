@@ -5,6 +5,7 @@ pub mod config;
 pub mod decoder;
 mod folder;
 pub mod hub;
+mod mapped;
 pub mod spec;
 pub mod weights;
 

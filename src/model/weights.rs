@@ -5,23 +5,23 @@ mod header;
 
 use std::{
     collections::HashMap,
-    fs::File,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
 
-use memmap2::Mmap;
+pub use header::{Entry, Header, Index, parse_header, parse_index};
 
-pub use header::{Entry, Header, parse_header};
-
-use super::config::{open_regular, read_small};
+use super::{
+    config::{open_regular, read_small},
+    mapped::Mapped,
+};
 use crate::{
     backend::{Bytes, DType, Tensor},
     error::{Error, Result, shown},
 };
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+const SINGLE_FILE: &str = "model.safetensors";
+const INDEX_FILE: &str = "model.safetensors.index.json";
 /// The indices of the largest checkpoints are some 10 MB.
 const INDEX_BYTES_MAX: u64 = 64 << 20;
 
@@ -47,23 +47,23 @@ struct Shard {
 }
 
 struct Opened {
-    map: Arc<Mmap>,
+    map: Arc<Mapped>,
     header: Header,
 }
 
 impl Weights {
     /// Opens a folder's `model.safetensors`, or else the shards that `model.safetensors.index.json` names.
     pub fn open(dir: &Path) -> Result<Weights> {
-        let [single, index] = [SINGLE, INDEX].map(|name| dir.join(name));
+        let [single, index] = [SINGLE_FILE, INDEX_FILE].map(|name| dir.join(name));
         if single.exists() {
             let shard = Shard { path: single.clone(), opened: OnceLock::new() };
             shard.open()?;
             return Ok(Weights(Source::Files(Files { shards: vec![shard], places: None, listing: single })));
         }
         if !index.exists() {
-            return Err(Error::data(dir, format!("it has neither {SINGLE} nor {INDEX}")));
+            return Err(Error::data(dir, format!("it has neither {SINGLE_FILE} nor {INDEX_FILE}")));
         }
-        let (names, places) = header::parse_index(&index, &read_small(&index, INDEX_BYTES_MAX)?)?;
+        let Index { shards: names, places } = parse_index(&index, &read_small(&index, INDEX_BYTES_MAX)?)?;
         let mut shards = Vec::new();
         for name in names {
             let path = dir.join(name);
@@ -116,7 +116,7 @@ impl Files {
         if entry.shape != shape {
             return Err(wrong(format!("its shape is {:?}, not {shape:?}", entry.shape)));
         }
-        advise(map, entry.range.start, entry.range.len());
+        map.read_ahead(entry.range.clone());
         Tensor::new(name, shape.to_vec(), dtype, Bytes::new(map.clone(), entry.range.clone()))
     }
 }
@@ -130,25 +130,8 @@ impl Shard {
 impl Opened {
     fn new(path: &Path) -> Result<Opened> {
         let file = open_regular(path)?;
-        let map = map(&file).map_err(|e| Error::io(path, e))?;
-        let header = parse_header(path, &map)?;
+        let map = Mapped::new(&file).map_err(|e| Error::io(path, e))?;
+        let header = parse_header(path, map.as_ref())?;
         Ok(Opened { map: Arc::new(map), header })
     }
-}
-
-#[allow(unsafe_code)]
-fn map(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the map is read-only and private, and its bytes are only ever read as bytes, of which every
-    // pattern is valid. Another process that writes to the file can change numbers under us, and one that
-    // cuts it off ends this process with SIGBUS: no reader of mapped files can rule that out, and checkpoints
-    // are replaced by renaming, which does not touch the mapped file.
-    unsafe { Mmap::map(file) }
-}
-
-/// Starts reading a range ahead of its first use. It is advice: without it pages come one fault at a time.
-fn advise(map: &Mmap, start: usize, len: usize) {
-    #[cfg(unix)]
-    let _ = map.advise_range(memmap2::Advice::WillNeed, start, len);
-    #[cfg(not(unix))]
-    let _ = (map, start, len);
 }

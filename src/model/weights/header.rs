@@ -28,6 +28,15 @@ pub struct Header {
     pub tensors: HashMap<String, Entry>,
 }
 
+/// The index of a sharded checkpoint.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Index {
+    /// The shards' file names.
+    pub shards: Vec<String>,
+    /// Which of them has which tensor.
+    pub places: HashMap<String, usize>,
+}
+
 /// A tensor in a file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Entry {
@@ -112,18 +121,15 @@ pub fn parse_header(path: &Path, bytes: &[u8]) -> Result<Header> {
     Ok(Header { tensors })
 }
 
-/// The shards' names, and the place of each tensor's shard in them.
-pub(super) type Index = (Vec<String>, HashMap<String, usize>);
-
 /// Parses and checks the index of a sharded checkpoint; `path` is for messages.
-pub(super) fn parse_index(path: &Path, bytes: &[u8]) -> Result<Index> {
+pub fn parse_index(path: &Path, bytes: &[u8]) -> Result<Index> {
     #[derive(Deserialize)]
     struct File {
         weight_map: Entries<String>,
     }
     let file: File = serde_json::from_slice(bytes)
         .map_err(|e| Error::data(path, format!("it is not an index: {}", shown(&e.to_string()))))?;
-    let mut names = Vec::new();
+    let mut shards = Vec::new();
     let mut numbers = HashMap::new();
     let mut places = HashMap::with_capacity(file.weight_map.0.len());
     for (tensor, shard) in file.weight_map.0 {
@@ -133,15 +139,15 @@ pub(super) fn parse_index(path: &Path, bytes: &[u8]) -> Result<Index> {
             return Err(named(why));
         }
         let number = *numbers.entry(shard).or_insert_with_key(|shard| {
-            names.push(shard.clone());
-            names.len() - 1
+            shards.push(shard.clone());
+            shards.len() - 1
         });
         if places.contains_key(&tensor) {
             return Err(named("it is there twice".into()));
         }
         places.insert(tensor, number);
     }
-    Ok((names, places))
+    Ok(Index { shards, places })
 }
 
 /// Whether this is the name of a shard in the folder itself.
