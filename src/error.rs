@@ -94,6 +94,22 @@ impl Error {
     }
 }
 
+/// Text out of a file as an error may show it: one line, not long, nothing that a terminal obeys.
+pub(crate) fn shown(text: &str) -> String {
+    const CHARS_MAX: usize = 200;
+    let mut line = String::new();
+    for c in text.chars().take(CHARS_MAX) {
+        match c {
+            '"' | '\'' | '\\' => line.push(c),
+            _ => line.extend(c.escape_debug()),
+        }
+    }
+    if text.chars().nth(CHARS_MAX).is_some() {
+        line.push('…');
+    }
+    line
+}
+
 /// Messages of libraries can span lines; an error here is one line.
 fn one_line(text: String) -> String {
     if text.contains(['\n', '\r']) { text.split_whitespace().collect::<Vec<_>>().join(" ") } else { text }

@@ -3,6 +3,9 @@
 pub mod arch;
 pub mod config;
 pub mod decoder;
+mod folder;
 pub mod hub;
 pub mod spec;
 pub mod weights;
+
+pub use folder::{Model, open_model};

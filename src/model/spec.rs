@@ -1,6 +1,6 @@
 //! What a model is: shapes and choices, as data.
 
-use crate::backend::HeadShape;
+use crate::backend::{DType, HeadShape};
 
 /// A decoder, whatever its architecture is called.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,4 +66,145 @@ pub struct Biases {
     pub out: bool,
     /// Gate, up and down.
     pub mlp: bool,
+}
+
+/// What a tensor is for, with its layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs)] // The names are the documentation.
+pub enum Role {
+    Embed,
+    FinalNorm,
+    Head,
+    AttnNorm(usize),
+    Q(usize),
+    K(usize),
+    V(usize),
+    O(usize),
+    QBias(usize),
+    KBias(usize),
+    VBias(usize),
+    OBias(usize),
+    QNorm(usize),
+    KNorm(usize),
+    MlpNorm(usize),
+    Gate(usize),
+    Up(usize),
+    Down(usize),
+    GateBias(usize),
+    UpBias(usize),
+    DownBias(usize),
+}
+
+impl ModelSpec {
+    /// The tensor's shape, outermost first.
+    pub fn shape(&self, role: Role) -> Vec<usize> {
+        let q = self.heads.q_dim();
+        let kv = self.heads.kv_heads * self.heads.head_dim;
+        match role {
+            Role::Embed | Role::Head => vec![self.vocab, self.dim],
+            Role::FinalNorm | Role::AttnNorm(_) | Role::MlpNorm(_) => vec![self.dim],
+            Role::Q(_) => vec![q, self.dim],
+            Role::K(_) | Role::V(_) => vec![kv, self.dim],
+            Role::O(_) => vec![self.dim, q],
+            Role::QBias(_) => vec![q],
+            Role::KBias(_) | Role::VBias(_) => vec![kv],
+            Role::OBias(_) | Role::DownBias(_) => vec![self.dim],
+            Role::QNorm(_) | Role::KNorm(_) => vec![self.heads.head_dim],
+            Role::Gate(_) | Role::Up(_) => vec![self.ffn, self.dim],
+            Role::Down(_) => vec![self.dim, self.ffn],
+            Role::GateBias(_) | Role::UpBias(_) => vec![self.ffn],
+        }
+    }
+
+    /// All tensors of layer `i`.
+    pub fn layer_roles(&self, i: usize) -> Vec<Role> {
+        use Role::*;
+        let mut roles = vec![AttnNorm(i), Q(i), K(i), V(i), O(i), MlpNorm(i), Gate(i), Up(i), Down(i)];
+        if self.bias.qkv {
+            roles.extend([QBias(i), KBias(i), VBias(i)]);
+        }
+        if self.bias.out {
+            roles.push(OBias(i));
+        }
+        if self.bias.mlp {
+            roles.extend([GateBias(i), UpBias(i), DownBias(i)]);
+        }
+        if self.qk_norm {
+            roles.extend([QNorm(i), KNorm(i)]);
+        }
+        roles
+    }
+
+    /// Numbers in the weights of one layer; all layers have the same shapes.
+    pub fn layer_params(&self) -> usize {
+        self.params(&self.layer_roles(0))
+    }
+
+    /// Numbers in the embedding.
+    pub fn embed_params(&self) -> usize {
+        self.params(&[Role::Embed])
+    }
+
+    /// Numbers in the final norm and the head. A tied head counts in full: a last stage that does not hold
+    /// the embedding needs its own copy.
+    pub fn head_params(&self) -> usize {
+        self.params(&[Role::FinalNorm, Role::Head])
+    }
+
+    /// Bytes of one layer's keys and values of one token.
+    pub fn kv_bytes_per_token(&self, dtype: DType) -> usize {
+        product(&[2, self.heads.kv_heads, self.heads.head_dim, dtype.size()])
+    }
+
+    fn params(&self, roles: &[Role]) -> usize {
+        let counts = roles.iter().map(|&role| product(&self.shape(role)));
+        counts.fold(0, |sum, n| sum.checked_add(n).expect(BOUNDED))
+    }
+}
+
+const BOUNDED: &str = "sizes are bounded where config.json is read; this is a bug";
+
+fn product(of: &[usize]) -> usize {
+    of.iter().fold(1, |n, &d| usize::checked_mul(n, d).expect(BOUNDED))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn smollm2() -> ModelSpec {
+        ModelSpec {
+            arch: "LlamaForCausalLM",
+            dim: 576,
+            vocab: 49152,
+            ffn: 1536,
+            heads: HeadShape { heads: 9, kv_heads: 3, head_dim: 64 },
+            layers: vec![LayerSpec { window: None }; 30],
+            norm: Norm::Rms { eps: 1e-5 },
+            rope: Rope { inv_freq: vec![1.0; 32], scale: 1.0 },
+            bias: Biases::default(),
+            qk_norm: false,
+            tied: true,
+            context_max: 8192,
+        }
+    }
+
+    #[test]
+    fn counts_agree_with_a_known_model() {
+        let spec = smollm2();
+        // 134,515,008 is what transformers' num_parameters() says of SmolLM2-135M.
+        assert_eq!(spec.embed_params() + 30 * spec.layer_params() + 576, 134_515_008);
+        assert_eq!(spec.head_params(), spec.embed_params() + 576);
+        assert_eq!(spec.kv_bytes_per_token(DType::F16), 2 * 3 * 64 * 2);
+    }
+
+    #[test]
+    fn biases_and_head_norms_add_their_tensors() {
+        let plain = smollm2().layer_params();
+        let bias = Biases { qkv: true, out: true, mlp: true };
+        let spec = ModelSpec { bias, qk_norm: true, ..smollm2() };
+        assert_eq!(spec.layer_params() - plain, (576 + 2 * 192) + 576 + (2 * 1536 + 576) + 2 * 64);
+        let roles: std::collections::HashSet<_> = spec.layer_roles(3).into_iter().collect();
+        assert_eq!(roles.len(), 18);
+    }
 }
