@@ -1,1 +1,3 @@
 //! The CPU.
+
+pub mod sample;
