@@ -71,7 +71,7 @@ fn logits(dir: &std::path::Path, dtype: DType, ids: &[u32], chunk: usize) -> Vec
         limits,
         kv_blocks: blocks.len(),
     };
-    let cpu = Cpu::new(Some(2)).unwrap();
+    let cpu = Cpu::new(Some(2));
     let mut decoder = Decoder::load(&cpu, &config).unwrap();
     let mut all = Vec::new();
     for (i, part) in ids.chunks(chunk).enumerate() {

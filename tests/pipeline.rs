@@ -167,7 +167,7 @@ fn dropping_the_engine_ends_open_requests_with_an_error() {
 
 #[test]
 fn every_transport_brings_what_was_sent_in_order_and_waits_for_room() {
-    let backend = Arc::new(Cpu::new(Some(1)).unwrap());
+    let backend = Arc::new(Cpu::new(Some(1)));
     for transport in transports::<Cpu>() {
         let name = transport.name();
         let (mut sender, mut receiver) = transport.connect(backend.clone(), backend.clone(), 3, 64).unwrap();
@@ -201,7 +201,7 @@ fn every_transport_brings_what_was_sent_in_order_and_waits_for_room() {
 
 #[test]
 fn a_sender_without_a_receiver_is_told() {
-    let backend = Arc::new(Cpu::new(Some(1)).unwrap());
+    let backend = Arc::new(Cpu::new(Some(1)));
     for transport in transports::<Cpu>() {
         let (mut sender, receiver) = transport.connect(backend.clone(), backend.clone(), 1, 4).unwrap();
         drop(receiver);

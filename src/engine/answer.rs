@@ -81,7 +81,7 @@ impl Answer {
         };
         if let Some(reason) = reason {
             // After a stop string nothing of the text is wanted any more.
-            let rest = if stopped && !eos { String::new() } else { self.rest() };
+            let rest = if stopped && !eos { String::new() } else { self.rest()? };
             events.push(self.finished(reason, rest));
         }
         Ok(Told { events, ended: reason.is_some() })
@@ -89,15 +89,17 @@ impl Answer {
 
     /// Ends it from outside.
     pub(super) fn cancel(&mut self) -> Event {
-        let rest = self.rest();
-        self.finished(FinishReason::Cancelled, rest)
+        match self.rest() {
+            Ok(rest) => self.finished(FinishReason::Cancelled, rest),
+            Err(error) => Event::Error(error),
+        }
     }
 
     /// Text that was held back. It may itself complete a stop string.
-    fn rest(&mut self) -> String {
-        let Some(part) = &mut self.text else { return String::new() };
-        let step = part.stops.push(&part.detokenizer.finish());
-        if step.hit { step.text } else { step.text + &part.stops.finish() }
+    fn rest(&mut self) -> Result<String> {
+        let Some(part) = &mut self.text else { return Ok(String::new()) };
+        let step = part.stops.push(&part.detokenizer.finish()?);
+        Ok(if step.hit { step.text } else { step.text + &part.stops.finish() })
     }
 
     fn finished(&mut self, reason: FinishReason, text: String) -> Event {

@@ -265,7 +265,7 @@ fn wire(layout: &Layout, config: &DecoderConfig, slots: usize, threads: Option<u
             }
         }
     }
-    wire_on(Arc::new(Cpu::new(threads)?), layout, config, slots)
+    wire_on(Arc::new(Cpu::new(threads)), layout, config, slots)
 }
 
 fn wire_on<B: Backend>(
