@@ -62,11 +62,10 @@ struct Client {
 impl Worker {
     /// Runs until the engine is dropped or a stage fails.
     pub(super) fn run(mut self) {
-        let reason = self.serve();
-        if let Some(error) = &reason {
-            tracing::error!(%error, "the pipeline has failed");
-        }
-        let error = reason.unwrap_or_else(|| Error::Engine("it has ended".into()));
+        let Some(error) = self.serve() else {
+            return self.running.fail_all(&Error::Engine("it has ended".into()));
+        };
+        tracing::error!(%error, "the pipeline has failed");
         self.running.fail_all(&error);
         drop(self.steps);
         // Clients that submit now are told why.
