@@ -71,7 +71,7 @@ fn more_requests_than_blocks_wait_their_turn_and_all_end() {
     let engine = build(|b| b.stages(2).max_context(64));
     let small = {
         let spec = engine.spec();
-        let token = spec.kv_bytes_per_token(pipeline_infer::backend::DType::F32) * spec.layers.len();
+        let token = spec.kv_bytes_per_token(pipeline_infer::backend::DType::BF16) * spec.layers.len();
         build(move |b| b.stages(2).max_context(64).kv_memory(token * 64))
     };
     assert_eq!(small.kv_tokens(), 64);
@@ -84,7 +84,7 @@ fn more_requests_than_blocks_wait_their_turn_and_all_end() {
 #[test]
 fn dropping_the_events_cancels_and_gives_the_blocks_back() {
     // Room for one sequence: the second request runs only if the first one's blocks come back.
-    let engine = build(|b| b.stages(2).max_context(512).kv_memory(1 << 18));
+    let engine = build(|b| b.stages(2).kv_memory(1 << 15));
     let room = engine.context_max();
     for _ in 0..5 {
         let mut events = engine.submit(request(&[1, 2, 3], room as u32)).unwrap();

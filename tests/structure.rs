@@ -27,7 +27,7 @@ const RANKS: &[(&str, u32)] = &[
 const ALLOWED: &[(&str, &str)] = &[("transport", "pipeline"), ("batch", "request")];
 
 const UNSAFE_ROOMS: &[&str] =
-    &["src/backend/cpu/", "src/backend/cuda/", "src/transport/peer", "src/model/weights.rs"];
+    &["src/backend/cpu/", "src/backend/cuda/", "src/transport/peer", "src/model/mapped.rs"];
 
 fn sources(folder: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
