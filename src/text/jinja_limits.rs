@@ -12,8 +12,6 @@ use minijinja::{
 };
 use minijinja_contrib::pycompat;
 
-use super::jinja::python_spelling;
-
 /// The longest text that a template can make, in bytes.
 pub(super) const OUTPUT_MAX: usize = 64 << 20;
 /// Steps of a render; a long conversation takes a few hundred thousand.
@@ -143,7 +141,9 @@ fn push_block_tag(out: &mut String, tag: &str) {
     let space = &tag[open.len()..tag.len() - close.len() - word.len() - rest.len()];
     // What comes before the assignment's sign is a name, names, or a namespace's attribute.
     let pushed = match (word, rest.split_once('=')) {
-        ("set", Some((target, value))) => write!(out, "{open}{space}set{target}=({value})|{GUARD} {close}"),
+        ("set", Some((target, value))) if !value.trim().is_empty() => {
+            write!(out, "{open}{space}set{target}=({value})|{GUARD} {close}")
+        }
         ("generation", _) => write!(out, "{open}{space}if true{rest}{close}"),
         ("endgeneration", _) => write!(out, "{open}{space}endif{rest}{close}"),
         _ => write!(out, "{tag}"),
@@ -159,17 +159,14 @@ fn end_of_raw(text: &str) -> usize {
     text.match_indices("{%").find(ends).map_or(text.len(), |(at, _)| at)
 }
 
-/// Prints a value as Python does, and counts what is printed: a `{% set %}` block has no other bound.
+/// Prints a value, and counts what is printed: a `{% set %}` block has no other bound.
 fn print(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
     let size = size_of(value, 0, OUTPUT_MAX)?;
     PRINTED.set(PRINTED.get() + size);
     if PRINTED.get() > OUTPUT_MAX {
         return Err(Error::from(ErrorKind::WriteFailure));
     }
-    match python_spelling(value) {
-        Some(text) => out.write_str(text).map_err(Error::from),
-        None => escape_formatter(out, state, value),
-    }
+    escape_formatter(out, state, value)
 }
 
 fn too_large() -> Error {
