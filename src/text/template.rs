@@ -44,8 +44,9 @@ impl Template {
         env.set_auto_escape_callback(|_| AutoEscape::None);
         jinja::add_to(&mut env);
         jinja_limits::add_to(&mut env);
-        let added = env.add_template_owned(NAME, jinja_limits::guard_source(&source));
-        added.map_err(|e| describe(&path, &e))?;
+        let (guarded, fuel) = jinja_limits::guard_source(&source);
+        env.set_fuel(Some(fuel));
+        env.add_template_owned(NAME, guarded).map_err(|e| describe(&path, &e))?;
         let config = tokenizer.config();
         let tokens = [
             ("bos_token", &config.bos_token),
@@ -369,6 +370,11 @@ mod tests {
         ] {
             error(&format!("{{% set s = {once} %}}"));
         }
+        let text = "x".repeat(10_000);
+        let plain = format!(
+            "{{% set s %}}{{% for a in range(100000) %}}{{% for b in range(9) %}}{text}{{% endfor %}}{{% endfor %}}{{% endset %}}"
+        );
+        assert!(error(&plain).contains("too many steps"));
         let captured = "{% set s %}{% for a in range(100000) %}{{ 'x' * 1000 }}{% endfor %}{% endset %}";
         assert!(error(captured).contains("more than 64 MiB"));
     }
