@@ -18,7 +18,7 @@ pub(super) fn syntax() -> SyntaxConfig {
     syntax.build().expect("the default marks are valid; this is a bug")
 }
 
-/// Adds the functions and filters.
+/// Adds the functions, filters and tests.
 pub(super) fn add_to(env: &mut Environment<'_>) {
     env.add_function("raise_exception", raise_exception);
     env.add_function("strftime_now", |format: &str| {
@@ -26,6 +26,11 @@ pub(super) fn add_to(env: &mut Environment<'_>) {
         strftime(format, now.as_secs())
     });
     env.add_filter("tojson", tojson);
+    // The engine takes none for an empty list here, and texts and maps for no sequences; Python does not.
+    env.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
+    env.add_test("sequence", |value: &Value| {
+        matches!(value.kind(), ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map)
+    });
 }
 
 /// What the template has raised, if that is the error.
@@ -38,18 +43,6 @@ pub(super) fn raised(error: &Error) -> Option<&str> {
         source = inner.source();
     }
     None
-}
-
-/// How Python writes a value that Jinja writes otherwise.
-pub(super) fn python_spelling(value: &Value) -> Option<&'static str> {
-    if value.is_none() {
-        return Some("None");
-    }
-    match (value.kind(), value.is_true()) {
-        (ValueKind::Bool, true) => Some("True"),
-        (ValueKind::Bool, false) => Some("False"),
-        _ => None,
-    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -107,7 +100,8 @@ impl Json {
         match value.kind() {
             ValueKind::Undefined => return Err(not_json("an undefined value")),
             ValueKind::None => self.out.push_str("null"),
-            ValueKind::Bool | ValueKind::Number => self.out.push_str(&value.to_string()),
+            ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Number => self.out.push_str(&value.to_string()),
             ValueKind::Map => self.write_map(value, depth)?,
             ValueKind::Seq | ValueKind::Iterable => {
                 let items = value.try_iter()?.map(|item| (None, item));

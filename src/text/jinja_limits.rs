@@ -1,8 +1,8 @@
 //! Bounds on what a chat template can take: steps, text, and the size of what it remembers.
 //!
 //! The engine itself counts steps, and refuses long ranges (100,000) and long repetitions of a text (100 MB).
-//! Added here: what is assigned, printed, joined, replaced, indented or formatted has a bounded size. Single expressions
-//! are not bounded: an operator makes a text of at most its operands' sizes together.
+//! Added here: what is assigned, printed, joined, replaced, indented or formatted has a bounded size. What is not
+//! bounded is growth without assignment, in the nesting of `{% with %}` blocks or of a macro's arguments.
 
 use std::{cell::Cell, fmt::Write};
 
@@ -12,12 +12,12 @@ use minijinja::{
 };
 use minijinja_contrib::pycompat;
 
-use super::jinja::python_spelling;
-
 /// The longest text that a template can make, in bytes.
 pub(super) const OUTPUT_MAX: usize = 64 << 20;
 /// Steps of a render; a long conversation takes a few hundred thousand.
 const FUEL: u64 = 10_000_000;
+/// Bytes of the template's plain text that a render can copy, since one step copies one run of it.
+const PLAIN_MAX: u64 = 2 << 30;
 /// The size of a remembered value: bytes of its texts, and `ITEM_SIZE` for each item.
 const VALUE_MAX: usize = 32 << 20;
 const ITEM_SIZE: usize = 16;
@@ -33,7 +33,6 @@ thread_local! {
 
 /// Adds the bounds.
 pub(super) fn add_to(env: &mut Environment<'_>) {
-    env.set_fuel(Some(FUEL));
     env.set_formatter(print);
     env.add_filter(GUARD, |value: Value| bounded(&value).map(|()| value));
     env.add_filter("__join", filters::join);
@@ -56,6 +55,9 @@ pub(super) fn add_to(env: &mut Environment<'_>) {
         check_format(&args)?;
         state.apply_filter("__format", &args)
     });
+    // They can make a list of any length from a short one, and templates for chats have no use for them.
+    env.remove_filter("batch");
+    env.remove_filter("slice");
     env.set_unknown_method_callback(|state, value, method, args| {
         match method {
             "join" => check_join(args.first(), Some(value))?,
@@ -74,11 +76,13 @@ pub(super) fn begin() {
 
 /// The template with `{% set name = … %}` guarded against values that grow without bound, and without the
 /// marks that say which parts an assistant has written (`{% generation %}`), which only training needs.
-pub(super) fn guard_source(source: &str) -> String {
+/// Also the steps that a render may take.
+pub(super) fn guard_source(source: &str) -> (String, u64) {
     let mut out = String::with_capacity(source.len() + source.len() / 8);
-    let mut rest = source;
-    while let Some(at) = rest.find("{%").into_iter().chain(rest.find("{{")).chain(rest.find("{#")).min() {
+    let (mut rest, mut longest) = (source, 0);
+    while let Some(at) = next_tag(rest) {
         out.push_str(&rest[..at]);
+        longest = longest.max(at);
         rest = &rest[at..];
         let end = match &rest[..2] {
             "{#" => rest.find("#}").map(|end| end + 2),
@@ -93,6 +97,7 @@ pub(super) fn guard_source(source: &str) -> String {
             if tag_words(tag).1 == "raw" {
                 let raw = end_of_raw(rest);
                 out.push_str(&rest[..raw]);
+                longest = longest.max(raw);
                 rest = &rest[raw..];
             }
         } else {
@@ -100,7 +105,12 @@ pub(super) fn guard_source(source: &str) -> String {
         }
     }
     out.push_str(rest);
-    out
+    (out, FUEL.min(PLAIN_MAX / longest.max(1) as u64))
+}
+
+fn next_tag(text: &str) -> Option<usize> {
+    let opens = |&at: &usize| matches!(text.as_bytes().get(at + 1), Some(b'%' | b'{' | b'#'));
+    text.bytes().enumerate().filter(|&(_, byte)| byte == b'{').map(|(at, _)| at).find(opens)
 }
 
 /// How many bytes a tag has that begins here, its closing mark included: marks in strings and brackets do not count.
@@ -143,7 +153,9 @@ fn push_block_tag(out: &mut String, tag: &str) {
     let space = &tag[open.len()..tag.len() - close.len() - word.len() - rest.len()];
     // What comes before the assignment's sign is a name, names, or a namespace's attribute.
     let pushed = match (word, rest.split_once('=')) {
-        ("set", Some((target, value))) => write!(out, "{open}{space}set{target}=({value})|{GUARD} {close}"),
+        ("set", Some((target, value))) if !value.trim().is_empty() => {
+            write!(out, "{open}{space}set{target}=({value})|{GUARD} {close}")
+        }
         ("generation", _) => write!(out, "{open}{space}if true{rest}{close}"),
         ("endgeneration", _) => write!(out, "{open}{space}endif{rest}{close}"),
         _ => write!(out, "{tag}"),
@@ -154,22 +166,19 @@ fn push_block_tag(out: &mut String, tag: &str) {
 /// Where the text of a `raw` block ends.
 fn end_of_raw(text: &str) -> usize {
     let ends = |&(at, _): &(usize, &str)| {
-        tag_end(&text[at..], "%}").is_some_and(|end| tag_words(&text[at..at + end]).1 == "endraw")
+        text[at + 2..].trim_start_matches(['-', '+']).trim_start().starts_with("endraw")
     };
     text.match_indices("{%").find(ends).map_or(text.len(), |(at, _)| at)
 }
 
-/// Prints a value as Python does, and counts what is printed: a `{% set %}` block has no other bound.
+/// Prints a value, and counts what is printed: a `{% set %}` block has no other bound.
 fn print(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
     let size = size_of(value, 0, OUTPUT_MAX)?;
     PRINTED.set(PRINTED.get() + size);
     if PRINTED.get() > OUTPUT_MAX {
         return Err(Error::from(ErrorKind::WriteFailure));
     }
-    match python_spelling(value) {
-        Some(text) => out.write_str(text).map_err(Error::from),
-        None => escape_formatter(out, state, value),
-    }
+    escape_formatter(out, state, value)
 }
 
 fn too_large() -> Error {

@@ -1,6 +1,8 @@
 //! Text to tokens and back: tokenizer, chat template, incremental detokenizer, stop strings.
 
 pub mod detokenizer;
+#[cfg(test)]
+mod fixtures;
 mod jinja;
 mod jinja_limits;
 pub mod stop;

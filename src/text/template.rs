@@ -44,8 +44,9 @@ impl Template {
         env.set_auto_escape_callback(|_| AutoEscape::None);
         jinja::add_to(&mut env);
         jinja_limits::add_to(&mut env);
-        let added = env.add_template_owned(NAME, jinja_limits::guard_source(&source));
-        added.map_err(|e| describe(&path, &e))?;
+        let (guarded, fuel) = jinja_limits::guard_source(&source);
+        env.set_fuel(Some(fuel));
+        env.add_template_owned(NAME, guarded).map_err(|e| describe(&path, &e))?;
         let config = tokenizer.config();
         let tokens = [
             ("bos_token", &config.bos_token),
@@ -152,5 +153,246 @@ impl Write for Limited {
 
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::fixtures::{byte_level, folder, open};
+    use serde::Deserialize;
+
+    const TOKENS: &str = r#"{"bos_token": "<s>", "eos_token": {"content": "</s>"}}"#;
+
+    fn template(source: &str) -> Result<Template> {
+        let tokenizer = byte_level().to_string();
+        let dir = folder(&[
+            ("tokenizer.json", &tokenizer),
+            ("tokenizer_config.json", TOKENS),
+            ("chat_template.jinja", source),
+        ]);
+        Ok(Template::open(dir.path(), &open(dir.path()))?.expect("there is a template"))
+    }
+
+    fn render(source: &str) -> Result<String> {
+        template(source)?.render(&[Message::new("user", "Hi"), Message::new("assistant", "Yes")], true)
+    }
+
+    fn error(source: &str) -> String {
+        let error = render(source).expect_err(&source[..source.len().min(200)]).to_string();
+        assert!(error.contains("chat_template.jinja: ") && !error.contains('\n'), "{error}");
+        error.rsplit_once("chat_template.jinja: ").unwrap().1.to_owned()
+    }
+
+    #[derive(Deserialize)]
+    struct Case {
+        template: String,
+        add_generation_prompt: bool,
+        messages: Vec<Message>,
+        expected: Option<String>,
+    }
+
+    #[test]
+    fn published_templates_render_as_in_transformers() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/text/testdata");
+        let cases: Vec<Case> =
+            serde_json::from_slice(&std::fs::read(dir.join("chat.json")).unwrap()).unwrap();
+        assert!(cases.len() >= 15);
+        for case in cases {
+            let source = std::fs::read_to_string(dir.join(&case.template)).unwrap();
+            let got = template(&source).and_then(|t| t.render(&case.messages, case.add_generation_prompt));
+            match case.expected {
+                Some(expected) => assert_eq!(got.unwrap(), expected, "{}", case.template),
+                None => assert!(got.is_err(), "{}", case.template),
+            }
+        }
+    }
+
+    #[test]
+    fn a_template_is_found_in_any_of_its_files() {
+        let tokenizer = byte_level().to_string();
+        let find = |files: &[(&str, &str)]| {
+            let dir = folder(&[&[("tokenizer.json", tokenizer.as_str())], files].concat());
+            let found = Template::open(dir.path(), &open(dir.path()));
+            found.map(|t| t.map(|t| t.render(&[], false).unwrap())).map_err(|e| e.to_string())
+        };
+        let config = ("tokenizer_config.json", r#"{"chat_template": "config"}"#);
+        let json = ("chat_template.json", r#"{"chat_template": "json"}"#);
+        assert_eq!(find(&[]), Ok(None));
+        assert_eq!(find(&[config]), Ok(Some("config".into())));
+        assert_eq!(find(&[config, json]), Ok(Some("json".into())));
+        assert_eq!(find(&[config, json, ("chat_template.jinja", "jinja")]), Ok(Some("jinja".into())));
+        let list = |text| find(&[("tokenizer_config.json", text)]);
+        let two =
+            r#"{"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]}"#;
+        assert_eq!(list(two), Ok(Some("d".into())));
+        assert_eq!(list(r#"{"chat_template": [{"name": "only", "template": "o"}]}"#), Ok(Some("o".into())));
+        for bad in [
+            r#"{"chat_template": []}"#,
+            r#"{"chat_template": 3}"#,
+            r#"{"chat_template": [{"name": "default"}]}"#,
+        ] {
+            assert!(list(bad).unwrap_err().contains("tokenizer_config.json: chat_template"));
+        }
+        assert!(find(&[("chat_template.json", "{}")]).unwrap_err().contains("chat_template.json: has no"));
+        assert!(find(&[("chat_template.json", "{")]).unwrap_err().contains("chat_template.json: "));
+    }
+
+    #[test]
+    fn python_and_its_tools_are_understood() {
+        let ok = |source: &str| render(source).unwrap();
+        assert_eq!(ok("{{ bos_token }}{{ messages[0]['content'].upper() }}{{ eos_token }}"), "<s>HI</s>");
+        assert_eq!(
+            ok("{{ pad_token }}|{{ tools is none }}|{{ add_generation_prompt }}|{{ none }}"),
+            "|True|True|None"
+        );
+        assert_eq!(ok("  {% if true %}\n a\n  {%- endif %}\n"), " a");
+        assert_eq!(
+            ok(
+                "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}"
+            ),
+            "assistant"
+        );
+        assert_eq!(
+            ok("{{ messages | tojson }}"),
+            r#"[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]"#
+        );
+        assert_eq!(
+            ok("{{ 'a,b'.split(',')[-1].strip() }}{{ {'a': 1}.get('b', 2) }}{{ 'x'.join(['1', '2']) }}"),
+            "b21x2"
+        );
+        assert_eq!(ok("{{ tools is iterable }}{{ 'a' is iterable }}{{ x is iterable }}"), "FalseTrueTrue");
+        assert_eq!(ok("{{ tools is sequence }}{{ 'a' is sequence }}{{ {} is sequence }}"), "FalseTrueTrue");
+        assert_eq!(ok("{{ strftime_now('%Y') | int > 2020 }}"), "True");
+        assert_eq!(ok("{%- generation -%} a {%- endgeneration -%}"), "a");
+        assert_eq!(
+            ok(
+                "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"
+            ),
+            "2"
+        );
+        assert_eq!(ok("{% set a, b = 1, 'x=y' %}{% set c = a if a == 2 else b %}{{ a }}{{ c }}"), "1x=y");
+        assert_eq!(ok("{% set x %}b{{ 1 }}{% endset %}{%set y='%}'-%}  {{ x + y }}"), "b1%}");
+        assert_eq!(
+            ok("{% raw %}{% set x = 1 %}{{ x }}{% endraw %}{# {% set #}{{ '{% set x = 1 %}' }}"),
+            "{% set x = 1 %}{{ x }}{% set x = 1 %}"
+        );
+        assert_eq!(ok("{{ {'a': {'b': 1}}['a']['b'] }}{% set d = {'k': {}} %}{{ d.k | length }}"), "10");
+        assert_eq!(ok("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m('a') ~ m(x='b') }}"), "<a><b>");
+    }
+
+    #[test]
+    fn a_template_can_refuse() {
+        let error = render("{{ raise_exception('roles must\nalternate') }}").unwrap_err();
+        assert!(matches!(&error, Error::Request(_)));
+        assert!(
+            error
+                .to_string()
+                .ends_with("chat_template.jinja: the chat template refuses: roles must alternate")
+        );
+    }
+
+    #[test]
+    fn syntax_errors_name_the_line() {
+        assert!(error("a\nb {{ 1 + }}").ends_with("(line 2 of the template)"));
+        assert!(error("\n\n{% if %}").ends_with("(line 3 of the template)"));
+        for source in [
+            "{%",
+            "{{",
+            "{#",
+            "{% set x = %}",
+            "{% set",
+            "{% nothing %}",
+            "{{ 'a }}",
+            "{%-%}",
+            "{% set =%}",
+            "{{ \"\\",
+        ] {
+            error(source);
+        }
+        error(&"{{ (".repeat(20_000));
+        error(&format!("{{{{ {}1{} }}}}", "(".repeat(50_000), ")".repeat(50_000)));
+        error(&"{% if 1 %}".repeat(50_000));
+        assert!(error("\n{{ messages[0].nothing.more }}").ends_with("(line 2 of the template)"));
+        error("{{ undefined_function() }}");
+        error("{% include 'x' %}");
+    }
+
+    #[test]
+    fn a_template_that_never_ends_is_stopped() {
+        let forever = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
+        assert!(error(forever).contains("too many steps"));
+        error("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}");
+        error("{% for x in range(10**9) %}{% endfor %}");
+    }
+
+    #[test]
+    fn a_template_that_explodes_is_stopped() {
+        assert!(
+            error("{% for a in range(100000) %}{{ 'x' * 1000 }}{% endfor %}").contains("more than 64 MiB")
+        );
+        let raw = format!("{{% for a in range(100000) %}}{}{{% endfor %}}", "x".repeat(1000));
+        assert!(error(&raw).contains("more than 64 MiB"));
+        let grows = |value: &str| {
+            error(&format!(
+                "{{% set ns = namespace(s='xxxxxxxx', l=['x']) %}}{{% for a in range(99) %}}{{% set {value} %}}{{% endfor %}}"
+            ))
+        };
+        for value in [
+            "ns.s = ns.s ~ ns.s",
+            "ns.s = ns.s + ns.s",
+            "ns.s = ns.s * 9",
+            "ns.s = ns.s | replace('x', 'xx')",
+            "ns.s = ns.s.replace('x', 'xx')",
+            "ns.s = [ns.s, ns.s] | join('-')",
+            "ns.s = ''.join([ns.s, ns.s])",
+            "ns.s = '%s%s' | format(ns.s, ns.s)",
+            "ns.s = '{}{}'.format(ns.s, ns.s)",
+            "ns.l = ns.l + ns.l",
+            "ns.l = [ns.l, ns.l]",
+            "ns.l = [ns.l]",
+            "ns.l = {'a': ns.l, 'b': ns.l}",
+        ] {
+            assert!(grows(value).contains("beyond all bounds"), "{value}");
+        }
+        for once in [
+            "'x' * 10**9",
+            "'x' * 100000000",
+            "'x' * 10**7 | replace('x', 'y' * 1000)",
+            "('x' * 10**7).replace('x', 'y' * 1000)",
+            "('\\n' * 10**6) | indent(10**6)",
+            "'x' | indent(width=10**9, first=true)",
+            "'%1000000000d' | format(1)",
+            "'%*d' | format(1000000000, 1)",
+            "'{:1000000000}'.format(1)",
+            "range(10**9) | list",
+            "[0] * 10**9 | list",
+        ] {
+            error(&format!("{{% set s = {once} %}}"));
+        }
+        let text = "x".repeat(10_000);
+        let plain = format!(
+            "{{% set s %}}{{% for a in range(100000) %}}{{% for b in range(9) %}}{text}{{% endfor %}}{{% endfor %}}{{% endset %}}"
+        );
+        assert!(error(&plain).contains("too many steps"));
+        let captured = "{% set s %}{% for a in range(100000) %}{{ 'x' * 1000 }}{% endfor %}{% endset %}";
+        assert!(error(captured).contains("more than 64 MiB"));
+    }
+
+    #[test]
+    fn renders_do_not_share_their_bounds() {
+        let t = template("{% for a in range(50) %}{{ 'x' * 1000000 }}{% endfor %}").unwrap();
+        for _ in 0..3 {
+            assert_eq!(t.render(&[], true).unwrap().len(), 50_000_000);
+        }
+    }
+
+    #[test]
+    fn a_long_conversation_has_fuel_enough() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/text/testdata");
+        let t = template(&std::fs::read_to_string(dir.join("qwen3.jinja")).unwrap()).unwrap();
+        let turn = [Message::new("user", "?"), Message::new("assistant", "!")];
+        let messages: Vec<Message> = turn.into_iter().cycle().take(20_000).collect();
+        assert!(t.render(&messages, true).unwrap().len() > 20_000 * 20);
     }
 }

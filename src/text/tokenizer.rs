@@ -251,3 +251,155 @@ fn guard<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::fixtures::{byte_level, folder, open, sentence_piece};
+
+    fn error(json: &str) -> String {
+        let dir = folder(&[("tokenizer.json", json)]);
+        let error = Tokenizer::open(dir.path()).expect_err("must be refused").to_string();
+        let path = dir.path().join("tokenizer.json");
+        assert!(!error.contains('\n'), "{error}");
+        error.strip_prefix(&format!("{}: ", path.display())).expect("the file is named first").to_owned()
+    }
+
+    fn changed(change: impl Fn(&mut Value)) -> String {
+        let mut json = byte_level();
+        change(&mut json);
+        error(&json.to_string())
+    }
+
+    #[test]
+    fn no_file_is_no_tokenizer() {
+        assert!(Tokenizer::open(folder(&[]).path()).unwrap().is_none());
+        assert!(Tokenizer::open(&folder(&[]).path().join("absent")).unwrap().is_none());
+    }
+
+    #[test]
+    fn text_goes_to_ids_and_back() {
+        for json in [byte_level(), sentence_piece()] {
+            let dir = folder(&[("tokenizer.json", &json.to_string())]);
+            let t = open(dir.path());
+            for text in ["hello world", " hello", "é日本😀", "", "a\n\n b"] {
+                let ids = t.encode(text, true).unwrap();
+                assert!(ids.iter().all(|&id| (id as usize) < t.vocab_size()));
+                assert_eq!(t.decode(&ids, false).unwrap(), text, "{ids:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn special_tokens_are_known_and_can_be_left_out() {
+        let dir = folder(&[("tokenizer.json", &byte_level().to_string())]);
+        let t = open(dir.path());
+        let (end, think) = (t.token_id("<|end|>").unwrap(), t.token_id("<think>").unwrap());
+        assert_eq!(t.vocab_size(), think as usize + 1);
+        assert!(t.is_special(end) && !t.is_special(think) && !t.is_special(0));
+        let ids = t.encode("a<|end|><think>b", false).unwrap();
+        assert_eq!(ids, [b'a' as u32, end, think, b'b' as u32]);
+        assert_eq!(t.decode(&ids, true).unwrap(), "a<think>b");
+        assert_eq!(t.decode(&ids, false).unwrap(), "a<|end|><think>b");
+        assert_eq!(t.decode(&[9999], false).unwrap(), "");
+        assert_eq!(t.token_id("absent"), None);
+    }
+
+    #[test]
+    fn token_text_is_readable() {
+        let dir = folder(&[("tokenizer.json", &byte_level().to_string())]);
+        let t = open(dir.path());
+        let texts = |ids: &[u32]| ids.iter().map(|&id| t.token_text(id)).collect::<Vec<_>>();
+        assert_eq!(texts(&t.encode("hel a", false).unwrap()), [Some("hel".into()), Some(" a".into())]);
+        assert_eq!(texts(&[0xf0, 9999]), [Some("ð".into()), None]);
+        let dir = folder(&[("tokenizer.json", &sentence_piece().to_string())]);
+        let t = open(dir.path());
+        assert_eq!(t.token_text(t.token_id("▁he").unwrap()), Some(" he".into()));
+        assert_eq!(t.token_text(t.token_id("ll").unwrap()), Some("ll".into()));
+    }
+
+    #[test]
+    fn tokenizer_config_adds_a_beginning() {
+        let with = |config: &str| {
+            let dir = folder(&[
+                ("tokenizer.json", &sentence_piece().to_string()),
+                ("tokenizer_config.json", config),
+            ]);
+            let t = open(dir.path());
+            (t.encode("a", true).unwrap()[0], t.encode("a", false).unwrap()[0], t.bos_id(), t.eos_id())
+        };
+        let (with_bos, without, bos, eos) = with(
+            r#"{"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": false}, "add_bos_token": true}"#,
+        );
+        assert_eq!((with_bos, bos, eos), (1, Some(1), Some(2)));
+        assert_ne!(without, 1);
+        let (with_bos, _, bos, eos) =
+            with(r#"{"bos_token": "<s>", "eos_token": null, "add_bos_token": false, "x": [1]}"#);
+        assert_eq!((with_bos == 1, bos, eos), (false, Some(1), None));
+        assert_eq!(with(r#"{"bos_token": 7}"#).2, None);
+    }
+
+    #[test]
+    fn damaged_files_are_named() {
+        for text in ["", "{", "[]", "{}", "\u{0}", "{\"model\": 1}", "null"] {
+            error(text);
+        }
+        let whole = byte_level().to_string();
+        for cut in (0..whole.len()).step_by(whole.len() / 50) {
+            if whole.is_char_boundary(cut) {
+                error(&whole[..cut]);
+            }
+        }
+        let dir = folder(&[("tokenizer.json", &whole), ("tokenizer_config.json", "{\"bos_token\":")]);
+        let said = Tokenizer::open(dir.path()).unwrap_err().to_string();
+        assert!(said.contains("tokenizer_config.json: "), "{said}");
+        std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
+        std::fs::create_dir(dir.path().join("tokenizer.json")).unwrap();
+        assert!(
+            Tokenizer::open(dir.path()).unwrap_err().to_string().ends_with("tokenizer.json: is not a file")
+        );
+    }
+
+    #[test]
+    fn impossible_tokens_are_refused() {
+        let far = changed(|t| t["added_tokens"][2]["id"] = 4_000_000_000u32.into());
+        assert!(far.starts_with("added token \"<think>\" has id 4000000000, but its place is"), "{far}");
+        assert!(changed(|t| t["added_tokens"][0]["id"] = 1.into()).contains("has id 1, but"));
+        assert!(changed(|t| t["added_tokens"][0]["content"] = "".into()).contains("is empty"));
+        changed(|t| t["added_tokens"][0]["id"] = (-1).into());
+        let large = changed(|t| {
+            t["added_tokens"] = serde_json::json!([]);
+            t["model"]["vocab"]["far away"] = 4_294_967_295u32.into();
+        });
+        assert!(large.contains("token id 4294967295 is not below"), "{large}");
+        changed(|t| t["model"]["merges"][0] = "x nothing".into());
+        changed(|t| t["model"]["merges"][0] = "one".into());
+        changed(|t| t["model"]["vocab"] = serde_json::json!({}));
+        changed(|t| t["model"]["type"] = "Unknown".into());
+        changed(
+            |t| t["pre_tokenizer"] = serde_json::json!({"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": false}),
+        );
+        changed(|t| t["decoder"]["type"] = "Nothing".into());
+    }
+
+    #[test]
+    fn what_the_library_panics_at_is_an_error() {
+        assert_eq!(
+            guard(|| -> tokenizers::Result<()> { panic!("no {}", 1) }),
+            Err("the tokenizer failed: no 1".into())
+        );
+        assert_eq!(
+            guard(|| -> tokenizers::Result<()> { panic!("no") }),
+            Err("the tokenizer failed: no".into())
+        );
+    }
+
+    #[test]
+    fn a_regex_that_never_ends_is_an_error_or_a_result() {
+        let mut json = byte_level();
+        json["pre_tokenizer"] = serde_json::json!({"type": "Split", "pattern": {"Regex": "(a*)*\\1b"}, "behavior": "Isolated", "invert": false});
+        let dir = folder(&[("tokenizer.json", &json.to_string())]);
+        let t = open(dir.path());
+        let _ = t.encode(&"a".repeat(200), false);
+    }
+}
