@@ -1,16 +1,57 @@
 //! What has come of a request so far.
 
-use std::thread;
+use std::{io, time::Duration};
 
-use crossbeam_channel::{Receiver, bounded};
-
+use super::interrupt::Interrupt;
 use crate::{
+    engine::{Events, TimedOut},
     error::{Error, Result},
     request::{Event, FinishReason, Logprobs, Usage},
 };
 
-/// Events that may wait for the one who prints them.
-const EVENTS_WAITING: usize = 64;
+/// How long a signal may wait for the next event.
+pub(super) const PATIENCE: Duration = Duration::from_millis(50);
+
+/// Where events come from: [`Events`], but for tests.
+pub(super) trait Stream {
+    /// The next event, `None` after the last; `Err` if nothing came in time.
+    fn next_timeout(&mut self, timeout: Duration) -> Result<Option<Event>, TimedOut>;
+    /// Ends the request. The last events are still to be read.
+    fn cancel(&mut self);
+}
+
+impl Stream for Events {
+    fn next_timeout(&mut self, timeout: Duration) -> Result<Option<Event>, TimedOut> {
+        Events::next_timeout(self, timeout)
+    }
+
+    fn cancel(&mut self) {
+        Events::cancel(self);
+    }
+}
+
+/// How an answer, or a run, ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// By itself.
+    Done,
+    /// By a signal.
+    Interrupted,
+}
+
+/// What keeps an answer from being shown to its end.
+pub(super) enum Halt {
+    /// Stdout takes no more.
+    Stdout(io::Error),
+    /// The request has failed.
+    Wrong(Error),
+}
+
+impl From<io::Error> for Halt {
+    fn from(e: io::Error) -> Self {
+        Halt::Stdout(e)
+    }
+}
 
 /// A request's answer, growing.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -36,6 +77,29 @@ impl Answer {
         Answer { prompt_ids, samples: vec![Sample::default(); samples as usize] }
     }
 
+    /// Takes all events, and shows the answer each time that it has grown. A signal cancels the request, and
+    /// what there is of the answer is kept.
+    pub(super) fn read(
+        &mut self,
+        events: &mut dyn Stream,
+        interrupt: &Interrupt,
+        grown: &mut dyn FnMut(&Answer) -> io::Result<()>,
+    ) -> Result<End, Halt> {
+        let mut end = End::Done;
+        loop {
+            if end == End::Done && interrupt.signalled() {
+                end = End::Interrupted;
+                events.cancel();
+            }
+            match events.next_timeout(PATIENCE) {
+                Ok(Some(event)) => self.take(event).map_err(Halt::Wrong)?,
+                Ok(None) => return Ok(end),
+                Err(TimedOut) => continue,
+            }
+            grown(self)?;
+        }
+    }
+
     /// Takes note of an event; an error is the request's.
     pub(super) fn take(&mut self, event: Event) -> Result<()> {
         match event {
@@ -55,33 +119,9 @@ impl Answer {
         Ok(())
     }
 
-    /// Whether every sample has ended.
-    pub(super) fn done(&self) -> bool {
-        self.samples.iter().all(|s| s.end.is_some())
-    }
-
-    /// What to say of an answer whose events end before its samples.
-    pub(super) fn cut_short() -> Error {
-        Error::Engine("it ended before the answer did".into())
-    }
-
     fn sample(&mut self, i: u32) -> &mut Sample {
         self.samples
             .get_mut(i as usize)
             .expect("an event names a sample that was not asked for; this is a bug")
     }
-}
-
-/// Events on a channel, so that one can wait for a signal beside them. Dropping the receiver drops the
-/// events, which cancels the request.
-pub(super) fn follow(events: impl Iterator<Item = Event> + Send + 'static) -> Receiver<Event> {
-    let (send, receive) = bounded(EVENTS_WAITING);
-    thread::spawn(move || {
-        for event in events {
-            if send.send(event).is_err() {
-                break;
-            }
-        }
-    });
-    receive
 }

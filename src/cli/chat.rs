@@ -2,19 +2,18 @@
 
 use std::io::{self, Write};
 
-use crossbeam_channel::Receiver;
 use rustyline::{Config, DefaultEditor, error::ReadlineError};
 
 use super::{
-    answer::{Answer, Sample},
-    interrupt::{Interrupt, Next},
+    answer::{Answer, End, Halt, Sample, Stream},
+    interrupt::Interrupt,
     one_line,
     prompts::Content,
     stdout_failed,
 };
 use crate::{
     error::{Error, Result},
-    request::{Event, FinishReason, Message},
+    request::{FinishReason, Message},
 };
 
 const HELP: &str = "\
@@ -43,7 +42,7 @@ pub(super) trait Console {
 }
 
 /// Submits a prompt.
-pub(super) type Ask<'a> = &'a mut dyn FnMut(Content) -> Result<Receiver<Event>>;
+pub(super) type Ask<'a> = &'a mut dyn FnMut(Content) -> Result<Box<dyn Stream>>;
 
 /// A real terminal.
 pub(super) struct Terminal {
@@ -81,7 +80,7 @@ pub(super) fn talk(console: &mut dyn Console, interrupt: &Interrupt, chat: bool,
     match talk.until_end(ask) {
         Ok(()) => Ok(0),
         Err(Halt::Stdout(e)) => stdout_failed(&e),
-        Err(Halt::Console(e)) => Err(e),
+        Err(Halt::Wrong(e)) => Err(e),
     }
 }
 
@@ -90,17 +89,6 @@ struct Talk<'a> {
     interrupt: &'a Interrupt,
     chat: bool,
     history: Vec<Message>,
-}
-
-enum Halt {
-    Stdout(io::Error),
-    Console(Error),
-}
-
-impl From<io::Error> for Halt {
-    fn from(e: io::Error) -> Self {
-        Halt::Stdout(e)
-    }
 }
 
 impl Talk<'_> {
@@ -112,7 +100,7 @@ impl Talk<'_> {
             }
         })?;
         loop {
-            let line = match self.console.line().map_err(Halt::Console)? {
+            let line = match self.console.line().map_err(Halt::Wrong)? {
                 Line::Text(line) => line,
                 Line::Interrupted => continue,
                 Line::End => return Ok(()),
@@ -132,7 +120,7 @@ impl Talk<'_> {
         }
     }
 
-    /// One question and its answer. A question that could not be asked is forgotten.
+    /// One question and its answer. A question that could not be answered is forgotten.
     fn turn(&mut self, line: String, ask: Ask<'_>) -> Result<(), Halt> {
         let content = if self.chat {
             self.history.push(Message::new("user", line));
@@ -140,73 +128,60 @@ impl Talk<'_> {
         } else {
             Content::Text(line)
         };
-        let answer = match ask(content) {
-            Ok(events) => self.answer(&events)?,
-            Err(e) => Err(e),
-        };
-        match answer {
+        match ask(content).map_err(Halt::Wrong).and_then(|mut events| self.answer(&mut *events)) {
             Ok(text) if self.chat && !text.is_empty() => self.history.push(Message::new("assistant", text)),
-            Ok(_) => {
-                self.history.pop();
-            }
-            Err(e) => {
+            Ok(_) => drop(self.history.pop()),
+            Err(Halt::Wrong(e)) => {
                 self.history.pop();
                 let hint = if self.history.is_empty() { "" } else { " (/reset starts a new conversation)" };
                 self.console.say(&format!("error: {}{hint}\n", one_line(&e.to_string())))?;
             }
+            Err(stdout) => return Err(stdout),
         }
         Ok(())
     }
 
     /// Shows an answer as it comes; Ctrl-C ends it, and what there is of it counts.
-    fn answer(&mut self, events: &Receiver<Event>) -> Result<Result<String>, Halt> {
-        self.interrupt.listen(true);
-        let shown = self.stream(events);
-        self.interrupt.listen(false);
-        shown
-    }
-
-    fn stream(&mut self, events: &Receiver<Event>) -> Result<Result<String>, Halt> {
-        let mut answer = Answer::new(Vec::new(), 1);
-        let mut shown = 0;
-        let note = loop {
-            let event = match self.interrupt.next(events) {
-                Next::Value(event) => event,
-                Next::End if answer.done() => break end_note(&answer.samples[0]),
-                Next::End => return Ok(Err(Answer::cut_short())),
-                Next::Interrupted => break "(stopped)\n",
-            };
-            if let Err(e) = answer.take(event) {
-                self.console.say("\n")?;
-                return Ok(Err(e));
-            }
+    fn answer(&mut self, events: &mut dyn Stream) -> Result<String, Halt> {
+        let (mut answer, mut shown) = (Answer::new(Vec::new(), 1), 0);
+        let console = &mut *self.console;
+        let mut grown = |answer: &Answer| {
             let text = &answer.samples[0].text;
-            self.console.say(&text[shown..])?;
+            let new = &text[shown..];
             shown = text.len();
+            console.say(new)
         };
-        self.console.say(&format!("\n{note}"))?;
-        let [sample] =
-            <[Sample; 1]>::try_from(answer.samples).expect("one sample was asked for; this is a bug");
-        Ok(Ok(sample.text))
+        self.interrupt.listen();
+        let end = answer.read(events, self.interrupt, &mut grown);
+        self.interrupt.ignore();
+        self.console.say("\n")?;
+        if let Some(note) = end_note(end?, &answer.samples[0]) {
+            self.console.say(note)?;
+        }
+        Ok(answer.samples.remove(0).text)
     }
 }
 
 /// An answer that stops in the middle says why.
-fn end_note(sample: &Sample) -> &'static str {
-    match sample.end {
-        Some((FinishReason::Length, _)) => "(cut off: --max-tokens or the end of the context is reached)\n",
-        _ => "",
+fn end_note(end: End, sample: &Sample) -> Option<&'static str> {
+    match (end, sample.end) {
+        (End::Interrupted, _) => Some("(stopped)\n"),
+        (_, Some((FinishReason::Length, _))) => {
+            Some("(cut off: --max-tokens or the end of the context is reached)\n")
+        }
+        _ => None,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::VecDeque;
-
-    use crossbeam_channel::{bounded, unbounded};
+    use std::{collections::VecDeque, time::Duration};
 
     use super::*;
-    use crate::request::Usage;
+    use crate::{
+        engine::TimedOut,
+        request::{Event, Usage},
+    };
 
     /// Types lines; `^C` is Ctrl-C.
     struct Script {
@@ -229,12 +204,48 @@ mod tests {
         }
     }
 
+    /// Events that are known beforehand; endless ones repeat the last.
+    struct Known {
+        events: VecDeque<Event>,
+        /// Signals after so many events, and ends when it is cancelled.
+        interrupt: Option<(usize, Interrupt)>,
+    }
+
+    impl Stream for Known {
+        fn next_timeout(&mut self, _: Duration) -> Result<Option<Event>, TimedOut> {
+            let Some((left, interrupt)) = &mut self.interrupt else { return Ok(self.events.pop_front()) };
+            match left.checked_sub(1) {
+                Some(less) => *left = less,
+                None => {
+                    assert!(interrupt.signal());
+                    return Err(TimedOut);
+                }
+            }
+            Ok(self.events.front().cloned())
+        }
+
+        fn cancel(&mut self) {
+            self.interrupt = None;
+            self.events = [finished(FinishReason::Cancelled, "")].into();
+        }
+    }
+
+    fn finished(reason: FinishReason, text: &str) -> Event {
+        Event::Finished { sample: 0, reason, text: text.into(), usage: Usage::default() }
+    }
+
+    /// An answer of the text and an exclamation mark.
+    fn known(text: &str, reason: FinishReason) -> Box<dyn Stream> {
+        let token = Event::Token { sample: 0, id: 1, text: text.into(), logprobs: None };
+        Box::new(Known { events: [token, finished(reason, "!")].into(), interrupt: None })
+    }
+
     /// Plays the lines; each prompt is answered by `reply`. What was shown and what was asked.
     fn play(
         lines: &[&'static str],
         chat: bool,
         interrupt: &Interrupt,
-        mut reply: impl FnMut(usize) -> Result<Receiver<Event>>,
+        mut reply: impl FnMut(usize) -> Result<Box<dyn Stream>>,
     ) -> (String, Vec<Content>) {
         let mut script = Script { lines: lines.iter().copied().collect(), shown: String::new() };
         let mut asked = Vec::new();
@@ -246,15 +257,6 @@ mod tests {
         (script.shown, asked)
     }
 
-    fn events(text: &str, reason: FinishReason) -> Receiver<Event> {
-        let (send, receive) = unbounded();
-        let text = text.to_owned();
-        send.send(Event::Token { sample: 0, id: 1, text, logprobs: None }).unwrap();
-        let usage = Usage::default();
-        send.send(Event::Finished { sample: 0, reason, text: "!".into(), usage }).unwrap();
-        receive
-    }
-
     fn roles(content: &Content) -> Vec<(&str, &str)> {
         let Content::Messages(messages) = content else { panic!("{content:?}") };
         messages.iter().map(|m| (&m.role[..], &m.content[..])).collect()
@@ -264,7 +266,7 @@ mod tests {
     fn the_conversation_is_remembered_until_reset() {
         let lines = ["hi", "", "^C", "more", "/reset", "new", "/help", "/what"];
         let (shown, asked) =
-            play(&lines, true, &Interrupt::never(), |i| Ok(events(&format!("a{i}"), FinishReason::Stop)));
+            play(&lines, true, &Interrupt::detached(), |i| Ok(known(&format!("a{i}"), FinishReason::Stop)));
         assert_eq!(roles(&asked[0]), [("user", "hi")]);
         assert_eq!(roles(&asked[1]), [("user", "hi"), ("assistant", "a0!"), ("user", "more")]);
         assert_eq!(roles(&asked[2]), [("user", "new")]);
@@ -274,43 +276,38 @@ mod tests {
 
     #[test]
     fn a_failed_question_is_told_and_forgotten() {
-        let (shown, asked) = play(&["hi", "long", "short"], true, &Interrupt::never(), |i| match i {
+        let (shown, asked) = play(&["hi", "long", "short"], true, &Interrupt::detached(), |i| match i {
             1 => Err(Error::Request("9 tokens\nare too many".into())),
-            _ => Ok(events("a", FinishReason::Length)),
+            _ => Ok(known("a", FinishReason::Length)),
         });
         assert!(shown.contains("error: request: 9 tokens are too many (/reset starts a new conversation)\n"));
         assert_eq!(roles(&asked[2]), [("user", "hi"), ("assistant", "a!"), ("user", "short")]);
         assert!(shown.contains("(cut off: "));
-        let cut = |_| Ok(unbounded().1);
-        let (shown, _) = play(&["hi"], true, &Interrupt::never(), cut);
-        assert!(shown.contains("error: engine: "), "{shown}");
+        let broken = || [Event::Error(Error::Engine("stage 1 failed".into()))].into();
+        let (shown, _) = play(&["hi"], true, &Interrupt::detached(), |_| {
+            Ok(Box::new(Known { events: broken(), interrupt: None }))
+        });
+        assert!(shown.contains("error: engine: stage 1 failed\n"), "{shown}");
     }
 
     #[test]
     fn ctrl_c_stops_the_answer_and_keeps_what_there_is() {
-        let (signal, signals) = bounded(1);
-        let (send, endless) = bounded(0);
-        let mut endless = Some(endless);
-        let cancelled = std::thread::spawn(move || {
-            let event = |text: &str| Event::Token { sample: 0, id: 1, text: text.into(), logprobs: None };
-            send.send(event("part")).unwrap();
-            // Received, so it is shown before the signal is looked for.
-            signal.send(()).unwrap();
-            while send.send(event("")).is_ok() {}
+        let interrupt = Interrupt::detached();
+        let (shown, asked) = play(&["hi", "more"], true, &interrupt, |i| match i {
+            0 => {
+                let token = Event::Token { sample: 0, id: 1, text: "la".into(), logprobs: None };
+                Ok(Box::new(Known { events: [token].into(), interrupt: Some((3, interrupt.clone())) }))
+            }
+            _ => Ok(known("b", FinishReason::Stop)),
         });
-        let (shown, asked) = play(&["hi", "more"], true, &Interrupt::by(signals), |i| match i {
-            0 => Ok(endless.take().unwrap()),
-            _ => Ok(events("b", FinishReason::Stop)),
-        });
-        cancelled.join().unwrap();
-        assert!(shown.contains("part\n(stopped)\n"), "{shown}");
-        assert_eq!(roles(&asked[1]), [("user", "hi"), ("assistant", "part"), ("user", "more")]);
+        assert!(shown.contains("lalala\n(stopped)\n"), "{shown}");
+        assert_eq!(roles(&asked[1]), [("user", "hi"), ("assistant", "lalala"), ("user", "more")]);
     }
 
     #[test]
     fn without_a_template_lines_are_completed_as_they_are() {
         let (shown, asked) =
-            play(&["a ", "b"], false, &Interrupt::never(), |_| Ok(events("x", FinishReason::Stop)));
+            play(&["a ", "b"], false, &Interrupt::detached(), |_| Ok(known("x", FinishReason::Stop)));
         assert_eq!(asked, [Content::Text("a ".into()), Content::Text("b".into())]);
         assert!(shown.starts_with("No chat template"));
     }

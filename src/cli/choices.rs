@@ -1,6 +1,6 @@
 //! How to sample and when to stop: the same choices as flags and as fields of a line of `--prompt-file`.
 
-use std::{collections::BTreeMap, ops::RangeInclusive};
+use std::collections::BTreeMap;
 
 use clap::Args;
 use serde::{Deserialize, Deserializer, de::Error as _};
@@ -13,8 +13,6 @@ use crate::{
 
 /// New tokens at most, where nobody says otherwise.
 const MAX_TOKENS: u32 = 512;
-/// Samples of a prompt at most: each is a sequence of its own.
-const SAMPLES_MAX: u32 = 1024;
 
 /// What is chosen; `None` leaves it to the model's generation_config.json or to the default.
 #[derive(Debug, Clone, Default, PartialEq, Args, Deserialize)]
@@ -61,7 +59,7 @@ pub(super) struct Choices {
     #[arg(long, num_args = 0, default_missing_value = "true")]
     ignore_eos: Option<bool>,
     /// Independent samples to draw of each prompt
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     n: Option<u32>,
     /// Reports each token's log-probability and the K most likely tokens (JSON only)
     #[arg(long, value_name = "K")]
@@ -69,35 +67,18 @@ pub(super) struct Choices {
 }
 
 impl Choices {
-    /// Whether every value can be used. `name` makes a field's name what the user wrote: `--top-p`.
+    /// Whether every value can be used, as far as can be told without the model. `name` makes a field's name
+    /// what the user wrote: `--top-p`.
     pub(super) fn check(&self, name: fn(&str) -> String) -> Result<()> {
-        let any = f32::MIN..=f32::MAX;
-        let wrong = |field: &str, why: String| Err(Error::usage(name(field), why));
-        let within = |field: &str, value: Option<f32>, range: RangeInclusive<f32>| match value {
-            Some(v) if !range.contains(&v) => wrong(field, format!("{v} is {}", outside(&range))),
-            _ => Ok(()),
-        };
-        within("temperature", self.temperature, 0.0..=f32::MAX)?;
-        within("top_p", self.top_p, f32::MIN_POSITIVE..=1.0)?;
-        within("min_p", self.min_p, 0.0..=1.0)?;
-        within("repetition_penalty", self.repetition_penalty, f32::MIN_POSITIVE..=f32::MAX)?;
-        within("presence_penalty", self.presence_penalty, any.clone())?;
-        within("frequency_penalty", self.frequency_penalty, any.clone())?;
-        for &(_, bias) in self.logit_bias.iter().flatten() {
-            within("logit_bias", Some(bias), any.clone())?;
-        }
-        if self.max_tokens == Some(0) {
-            return wrong("max_tokens", "0 tokens are no answer".into());
-        }
-        if self.stop.iter().flatten().any(String::is_empty) {
-            return wrong("stop", "an empty text ends every answer at once".into());
-        }
-        match self.n {
-            Some(n) if !(1..=SAMPLES_MAX).contains(&n) => {
-                wrong("n", format!("{n} is not between 1 and {SAMPLES_MAX}"))
-            }
-            _ => Ok(()),
-        }
+        let mut request = Request::new(Prompt::Ids(Vec::new()));
+        self.apply(&mut request);
+        request.sampling.check(usize::MAX).and_then(|()| request.stop.check()).map_err(|e| match e {
+            Error::Request(why) => match why.split_once(": ") {
+                Some((field, why)) => Error::usage(name(field), why),
+                None => Error::Request(why),
+            },
+            other => other,
+        })
     }
 
     /// Whether log-probabilities are asked for.
@@ -177,17 +158,6 @@ fn model_default(model: &GenerationConfig) -> SamplingParams {
         min_p: model.min_p.unwrap_or(greedy.min_p),
         repetition_penalty: model.repetition_penalty.unwrap_or(greedy.repetition_penalty),
         ..greedy
-    }
-}
-
-/// `not a number from 0 to 1`. NaN is in no range.
-fn outside(range: &RangeInclusive<f32>) -> String {
-    match (*range.start(), *range.end()) {
-        (f32::MIN, _) => "not a finite number".into(),
-        (f32::MIN_POSITIVE, f32::MAX) => "not a finite number above 0".into(),
-        (f32::MIN_POSITIVE, end) => format!("not above 0 and at most {end}"),
-        (start, f32::MAX) => format!("not a finite number from {start} on"),
-        (start, end) => format!("not between {start} and {end}"),
     }
 }
 
@@ -271,19 +241,26 @@ mod tests {
 
     #[test]
     fn values_out_of_range_are_named() {
-        let wrong = |choices: Choices| choices.check(|f| f.to_owned()).unwrap_err().to_string();
+        let wrong = |choices: Choices| {
+            let e = choices.check(|f| format!("--{f}")).unwrap_err();
+            assert_eq!(e.exit_code(), 2);
+            e.to_string()
+        };
         let nan = Choices { temperature: Some(f32::NAN), ..Choices::default() };
-        assert_eq!(wrong(nan), "temperature: NaN is not a finite number from 0 on");
-        assert_eq!(wrong(line(r#"{"top_p": 0}"#)), "top_p: 0 is not above 0 and at most 1");
-        assert_eq!(wrong(line(r#"{"min_p": 1.5}"#)), "min_p: 1.5 is not between 0 and 1");
-        assert!(wrong(line(r#"{"repetition_penalty": 0}"#)).contains("above 0"));
-        assert!(wrong(line(r#"{"max_tokens": 0}"#)).starts_with("max_tokens: "));
-        assert!(wrong(line(r#"{"stop": ["x", ""]}"#)).starts_with("stop: "));
-        assert!(wrong(line(r#"{"n": 0}"#)).starts_with("n: "));
-        assert!(wrong(line(r#"{"n": 4000000000}"#)).starts_with("n: "));
+        assert!(wrong(nan).starts_with("--temperature: NaN is not "));
         let infinite = Choices { logit_bias: Some(vec![(1, f32::INFINITY)]), ..Choices::default() };
-        assert_eq!(wrong(infinite), "logit_bias: inf is not a finite number");
-        line(r#"{"presence_penalty": -2, "n": 3, "top_k": 0}"#).check(|f| f.to_owned()).unwrap();
+        assert!(wrong(infinite).starts_with("--logit_bias: inf "));
+        for (json, field) in [
+            (r#"{"top_p": 0}"#, "--top_p: 0 "),
+            (r#"{"min_p": 1.5}"#, "--min_p: 1.5 "),
+            (r#"{"repetition_penalty": 0}"#, "--repetition_penalty: 0 "),
+            (r#"{"max_tokens": 0}"#, "--max_tokens: 0 "),
+            (r#"{"stop": ["x", ""]}"#, "--stop: "),
+        ] {
+            let told = wrong(line(json));
+            assert!(told.starts_with(field), "{told}");
+        }
+        line(r#"{"presence_penalty": -2, "n": 3, "top_k": 0}"#).check(str::to_owned).unwrap();
     }
 
     #[test]

@@ -4,75 +4,80 @@ use std::{
     process,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
 };
-
-use crossbeam_channel::{Receiver, bounded, select};
 
 use super::EXIT_INTERRUPTED;
 use crate::error::{Error, Result};
 
-/// Where signals arrive. While nobody listens (a model is loading, say), a signal ends the process.
-pub(super) struct Interrupt {
-    signals: Receiver<()>,
-    listening: Arc<AtomicBool>,
-}
+/// Nobody listens: a signal ends the process.
+const DEAF: u8 = 0;
+/// A signal is taken note of.
+const LISTENING: u8 = 1;
+/// There was one, and a second one ends the process.
+const SIGNALLED: u8 = 2;
 
-/// What came first.
-pub(super) enum Next<T> {
-    /// A value.
-    Value(T),
-    /// The other side has ended.
-    End,
-    /// A signal.
-    Interrupted,
+/// Takes note of a signal while someone listens. While nobody does (a model is loading, say), a signal ends
+/// the process.
+#[derive(Clone)]
+pub(super) struct Interrupt {
+    state: Arc<AtomicU8>,
 }
 
 impl Interrupt {
     /// Takes over the signals, once a process.
     pub(super) fn install() -> Result<Self> {
-        let (send, signals) = bounded(1);
-        let listening = Arc::new(AtomicBool::new(false));
-        let heard = Arc::clone(&listening);
+        let interrupt = Interrupt::detached();
+        let heard = interrupt.clone();
         ctrlc::set_handler(move || {
-            // A second signal while the first is still waiting: something hangs.
-            if !heard.load(Ordering::SeqCst) || send.try_send(()).is_err() {
+            if !heard.signal() {
                 process::exit(EXIT_INTERRUPTED.into());
             }
         })
         .map_err(|e| Error::Engine(format!("signal handler: {e}")))?;
-        Ok(Interrupt { signals, listening })
+        Ok(interrupt)
     }
 
-    /// One that never comes.
-    #[cfg(test)]
-    pub(super) fn never() -> Self {
-        Interrupt { signals: crossbeam_channel::never(), listening: Arc::default() }
+    /// One that no signal of the process reaches.
+    pub(super) fn detached() -> Self {
+        Interrupt { state: Arc::new(AtomicU8::new(DEAF)) }
     }
 
-    /// One that the sender brings about.
-    #[cfg(test)]
-    pub(super) fn by(signals: Receiver<()>) -> Self {
-        Interrupt { signals, listening: Arc::default() }
+    /// From now on one signal is taken note of.
+    pub(super) fn listen(&self) {
+        self.state.store(LISTENING, Ordering::SeqCst);
     }
 
-    /// From now on signals are kept for [`Interrupt::next`] (or end the process again).
-    pub(super) fn listen(&self, on: bool) {
-        self.listening.store(on, Ordering::SeqCst);
+    /// From now on a signal ends the process.
+    pub(super) fn ignore(&self) {
+        self.state.store(DEAF, Ordering::SeqCst);
     }
 
-    /// Waits for a value or a signal. A signal goes first, so that a fast stream cannot drown it.
-    pub(super) fn next<T>(&self, values: &Receiver<T>) -> Next<T> {
-        if self.signals.try_recv().is_ok() {
-            return Next::Interrupted;
-        }
-        select! {
-            recv(self.signals) -> signal => match signal {
-                Ok(()) => Next::Interrupted,
-                Err(_) => values.recv().map_or(Next::End, Next::Value),
-            },
-            recv(values) -> value => value.map_or(Next::End, Next::Value),
-        }
+    /// Whether there was a signal since [`Interrupt::listen`].
+    pub(super) fn signalled(&self) -> bool {
+        self.state.load(Ordering::SeqCst) == SIGNALLED
+    }
+
+    /// A signal has come. Whether it was taken note of.
+    pub(super) fn signal(&self) -> bool {
+        self.state.compare_exchange(LISTENING, SIGNALLED, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_signal_is_heard_and_only_while_someone_listens() {
+        let interrupt = Interrupt::detached();
+        assert!(!interrupt.signal() && !interrupt.signalled());
+        interrupt.listen();
+        assert!(!interrupt.signalled());
+        assert!(interrupt.signal() && interrupt.signalled());
+        assert!(!interrupt.signal(), "the second one ends the process");
+        interrupt.ignore();
+        assert!(!interrupt.signalled() && !interrupt.signal());
     }
 }

@@ -24,7 +24,7 @@ pub(super) trait Printer {
     fn begin(&mut self, which: usize, samples: u32) -> io::Result<()>;
     /// It has grown.
     fn grown(&mut self, answer: &Answer) -> io::Result<()>;
-    /// It is complete, or as complete as it gets.
+    /// All its samples have ended.
     fn ended(&mut self, answer: &Answer) -> io::Result<()>;
     /// It, or its prompt, is wrong, and the others go on.
     fn failed(&mut self, why: &Error) -> io::Result<()>;
@@ -93,16 +93,8 @@ impl<W: Write> Printer for Text<W> {
         self.out.flush()
     }
 
-    fn ended(&mut self, answer: &Answer) -> io::Result<()> {
-        while self.live < answer.samples.len() {
-            self.show(&answer.samples[self.live])?;
-            writeln!(self.out)?;
-            (self.live, self.shown) = (self.live + 1, 0);
-            if self.live < answer.samples.len() {
-                self.heading(answer.samples.len())?;
-            }
-        }
-        self.out.flush()
+    fn ended(&mut self, _: &Answer) -> io::Result<()> {
+        Ok(())
     }
 
     fn failed(&mut self, why: &Error) -> io::Result<()> {
@@ -296,9 +288,6 @@ mod tests {
         let want = "=== sample 1 ===\naA\n=== sample 2 ===\nb!\n";
         assert_eq!(text(false, false, 2, two()), want);
         assert!(text(true, false, 2, two()).starts_with("=== prompt 2, sample 1 ===\n"));
-        // Cut off: what there is, each line ended.
-        let cut = vec![token(1, 5, "b"), token(0, 1, "a")];
-        assert_eq!(text(false, false, 2, cut), "=== sample 1 ===\na\n=== sample 2 ===\nb\n");
     }
 
     fn json(samples: u32, events: Vec<Event>) -> Value {

@@ -9,15 +9,15 @@ use std::{
 };
 
 use clap::{ArgAction, ArgMatches, Args, FromArgMatches, ValueEnum};
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::{
     EXIT_INTERRUPTED, Subcommand,
-    answer::{Answer, follow},
+    answer::{Answer, End, Halt, PATIENCE, Stream},
     chat::{self, Terminal},
     choices::Choices,
     complain,
-    interrupt::{Interrupt, Next},
+    interrupt::Interrupt,
     output::{Json, Printer, Text},
     prompts::{self, Asked, Content, Prompts},
     setup::Setup,
@@ -148,13 +148,6 @@ struct Asker {
     chat: bool,
 }
 
-/// A submitted request.
-struct Asking {
-    prompt_ids: Vec<u32>,
-    samples: u32,
-    events: Events,
-}
-
 impl Asker {
     fn new(args: RunArgs, engine: Arc<Engine>) -> Result<Self> {
         let has_template = engine.template().is_some();
@@ -166,12 +159,12 @@ impl Asker {
         Ok(Asker { chat: has_template && !raw, engine, args })
     }
 
-    fn submit(&self, asked: Asked) -> Result<Asking> {
-        let prompt_ids = self.engine.encode(&self.prompt(asked.content)?)?;
-        let prompt = Prompt::Ids(prompt_ids.clone());
+    /// The events to come, and of how many samples.
+    fn submit(&self, asked: Asked) -> Job {
+        let prompt = self.prompt(asked.content)?;
         let request = self.args.choices.request(prompt, self.engine.generation(), &asked.choices);
         let samples = request.n;
-        Ok(Asking { prompt_ids, samples, events: self.engine.submit(request)? })
+        Ok((self.engine.submit(request)?, samples))
     }
 
     fn prompt(&self, content: Content) -> Result<Prompt> {
@@ -197,6 +190,9 @@ impl Asker {
     }
 }
 
+/// A submitted request and its number of samples, or what is wrong with the prompt.
+type Job = Result<(Events, u32)>;
+
 /// One run over prompts, in order.
 struct Run<'a> {
     asker: &'a Asker,
@@ -205,28 +201,6 @@ struct Run<'a> {
     printer: Box<dyn Printer + 'a>,
     totals: Totals,
     failed: usize,
-}
-
-/// How an answer, or the run, ended.
-enum End {
-    /// By itself.
-    Done,
-    /// By a signal.
-    Interrupted,
-}
-
-/// What stops a run.
-enum Halt {
-    /// Stdout took no more.
-    Stdout(io::Error),
-    /// The only prompt is wrong.
-    Wrong(Error),
-}
-
-impl From<io::Error> for Halt {
-    fn from(e: io::Error) -> Self {
-        Halt::Stdout(e)
-    }
 }
 
 impl<'a> Run<'a> {
@@ -243,14 +217,14 @@ impl<'a> Run<'a> {
         let (started, before) = (Instant::now(), self.asker.engine.stats());
         let (send, jobs) = bounded(WINDOW);
         let asker = self.asker.clone();
+        self.interrupt.listen();
         thread::spawn(move || submit_all(&asker, prompts, &send));
-        self.interrupt.listen(true);
-        let end = match self.print_all(&jobs) {
+        let end = match self.print_all(jobs) {
             Ok(end) => end,
             Err(Halt::Stdout(e)) => return stdout_failed(&e),
             Err(Halt::Wrong(e)) => return Err(e),
         };
-        self.interrupt.listen(false);
+        self.interrupt.ignore();
         if self.asker.args.format == Format::Text {
             let text = report(&self.totals, started.elapsed(), &before, &self.asker.engine.stats());
             // Stderr may be gone; the answer is out.
@@ -265,44 +239,45 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn print_all(&mut self, jobs: &Receiver<Result<Asking>>) -> Result<End, Halt> {
-        for which in 0.. {
-            let asking = match self.interrupt.next(jobs) {
-                Next::Value(Ok(asking)) => asking,
-                Next::Value(Err(e)) => {
-                    self.printer.begin(which, 1)?;
-                    self.fail(e)?;
-                    continue;
-                }
-                Next::End => break,
-                Next::Interrupted => return Ok(End::Interrupted),
-            };
-            self.printer.begin(which, asking.samples)?;
-            if let End::Interrupted = self.print(asking)? {
-                return Ok(End::Interrupted);
+    fn print_all(&mut self, jobs: Receiver<Job>) -> Result<End, Halt> {
+        let mut which = 0;
+        while !self.interrupt.signalled() {
+            match jobs.recv_timeout(PATIENCE) {
+                Ok(job) => self.print(which, job)?,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return Ok(End::Done),
             }
+            which += 1;
         }
-        Ok(End::Done)
+        // What other prompts have got until now is shown, too. Those that wait behind it have nothing yet.
+        let mut begun: Vec<Job> = jobs.try_iter().take(WINDOW).collect();
+        drop(jobs);
+        begun.iter_mut().flatten().for_each(|(events, _)| events.cancel());
+        for job in begun {
+            self.print(which, job)?;
+            which += 1;
+        }
+        Ok(End::Interrupted)
     }
 
-    fn print(&mut self, asking: Asking) -> Result<End, Halt> {
-        let mut answer = Answer::new(asking.prompt_ids, asking.samples);
-        let events = follow(asking.events);
-        let end = loop {
-            let event = match self.interrupt.next(&events) {
-                Next::Value(event) => event,
-                Next::End if answer.done() => break End::Done,
-                Next::End => return self.fail(Answer::cut_short()).map(|()| End::Done),
-                Next::Interrupted => break End::Interrupted,
-            };
-            if let Err(e) = answer.take(event) {
-                return self.fail(e).map(|()| End::Done);
+    fn print(&mut self, which: usize, job: Job) -> Result<(), Halt> {
+        let (mut events, samples) = match job {
+            Ok(job) => job,
+            Err(e) => {
+                self.printer.begin(which, 1)?;
+                return self.fail(e);
             }
-            self.printer.grown(&answer)?;
         };
+        self.printer.begin(which, samples)?;
+        let mut answer = Answer::new(events.prompt_ids().to_vec(), samples);
+        let printer = &mut self.printer;
+        match answer.read(&mut events, self.interrupt, &mut |answer| printer.grown(answer)) {
+            Ok(_) => {}
+            Err(Halt::Wrong(e)) => return self.fail(e),
+            Err(stdout) => return Err(stdout),
+        }
         self.totals.add(&answer);
-        self.printer.ended(&answer)?;
-        Ok(end)
+        Ok(self.printer.ended(&answer)?)
     }
 
     fn fail(&mut self, e: Error) -> Result<(), Halt> {
@@ -316,7 +291,7 @@ impl<'a> Run<'a> {
 
 /// Submits until nobody listens any more. It runs beside the printing, so that a slow source of prompts does
 /// not hold up answers.
-fn submit_all(asker: &Asker, prompts: Prompts, jobs: &Sender<Result<Asking>>) {
+fn submit_all(asker: &Asker, prompts: Prompts, jobs: &Sender<Job>) {
     for asked in prompts {
         if jobs.send(asked.and_then(|asked| asker.submit(asked))).is_err() {
             return;
@@ -329,6 +304,6 @@ fn converse(asker: &Asker, interrupt: &Interrupt) -> Result<u8> {
         return Err(Error::usage("--prompt-ids", "is needed: the model has no tokenizer"));
     }
     let mut terminal = Terminal::open()?;
-    let mut ask = |content| Ok(follow(asker.submit(Asked::from(content))?.events));
+    let mut ask = |content: Content| Ok(Box::new(asker.submit(Asked::from(content))?.0) as Box<dyn Stream>);
     chat::talk(&mut terminal, interrupt, asker.chat, &mut ask)
 }

@@ -67,15 +67,19 @@ pub(super) fn report(totals: &Totals, wall: Duration, before: &[StageStats], aft
 
 /// A row a stage: what it did between the two moments.
 fn stages(before: &[StageStats], after: &[StageStats]) -> Vec<Vec<String>> {
-    let head = ["stage", "device", "layers", "weights MB", "busy", "waits: input", "output", "device"];
+    let head =
+        ["stage", "device", "layers", "weights MB", "busy", "waits: input", "output", "device", "copies"];
     let mut rows = vec![head.map(String::from).to_vec()];
     for (i, (was, is)) in before.iter().zip(after).enumerate() {
+        let (was, now) = (&was.times, &is.times);
         let times = [
-            is.busy_s - was.busy_s,
-            is.wait_input_s - was.wait_input_s,
-            is.wait_output_s - was.wait_output_s,
-            is.wait_device_s - was.wait_device_s,
-        ];
+            now.busy - was.busy,
+            now.wait_input - was.wait_input,
+            now.wait_output - was.wait_output,
+            now.wait_device - was.wait_device,
+            now.copy - was.copy,
+        ]
+        .map(|time| time.as_secs_f64());
         let all: f64 = times.iter().sum();
         let share = |s: f64| if all > 0.0 { format!("{:.0}%", 100.0 * s / all) } else { "-".into() };
         let megabytes = format!("{:.1}", is.weight_bytes as f64 / 1e6);
@@ -109,6 +113,7 @@ fn columns(rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::StageTimes;
     use crate::request::{FinishReason, Usage};
 
     #[test]
@@ -118,18 +123,13 @@ mod tests {
         assert_eq!(text, "a     layers\nlong       1\né         22\n");
     }
 
-    fn stage(busy_s: f64, wait_input_s: f64) -> StageStats {
-        StageStats {
-            device: "cpu".into(),
-            layers: "0-1".into(),
-            weight_bytes: 1_500_000,
-            busy_s,
-            wait_input_s,
-            wait_output_s: 0.0,
-            wait_device_s: 0.0,
-            batches: 3,
-            rows: 9,
-        }
+    fn stage(busy: u64, wait_input: u64) -> StageStats {
+        let times = StageTimes {
+            busy: Duration::from_secs(busy),
+            wait_input: Duration::from_secs(wait_input),
+            ..StageTimes::default()
+        };
+        StageStats { device: "cpu".into(), layers: "0-1".into(), weight_bytes: 1_500_000, times }
     }
 
     #[test]
@@ -146,14 +146,14 @@ mod tests {
         let mut totals = Totals::default();
         totals.add(&answer);
         let wall = Duration::from_secs(2);
-        let text = report(&totals, wall, &[stage(1.0, 5.0)], &[stage(4.0, 6.0)]);
+        let text = report(&totals, wall, &[stage(1, 5)], &[stage(4, 6)]);
         let words: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
         for row in ["prompt tokens 4", "new tokens 11", "time to first token 0.300 s", "prompt tokens/s 20.0"]
         {
             assert!(words.contains(&row.split(' ').collect()), "{row}\n{text}");
         }
         assert!(words.contains(&vec!["decode", "tokens/s", "10.0"]), "{text}");
-        assert!(words.contains(&vec!["0", "cpu", "0-1", "1.5", "75%", "25%", "0%", "0%"]), "{text}");
+        assert!(words.contains(&vec!["0", "cpu", "0-1", "1.5", "75%", "25%", "0%", "0%", "0%"]), "{text}");
         totals.add(&answer);
         let text = report(&totals, wall, &[], &[]);
         assert!(text.contains("2 to 2 prompts") && text.contains("11.0"), "{text}");
