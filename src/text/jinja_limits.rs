@@ -62,7 +62,7 @@ pub(super) fn add_to(env: &mut Environment<'_>) {
         match method {
             "join" => check_join(args.first(), Some(value))?,
             "replace" => check_replace(Some(value), args.first(), args.get(1))?,
-            "format" => check_format(&[&[value.clone()], args].concat())?,
+            "format" => check_format(&[std::slice::from_ref(value), args].concat())?,
             _ => {}
         }
         pycompat::unknown_method_callback(state, value, method, args)

