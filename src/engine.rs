@@ -1,46 +1,57 @@
 //! Wires the threads together; the only file that knows every part; the public API.
 
-use std::{path::PathBuf, sync::Arc};
+mod answer;
+mod builder;
+mod worker;
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use crossbeam_channel as channel;
+
+pub use builder::{EngineBuilder, WeightSource};
+
+use self::worker::{Command, Submission};
 use crate::{
-    backend::DType,
-    error::Result,
+    error::{Error, Result},
     layout::Layout,
     model::{config::GenerationConfig, spec::ModelSpec},
-    request::{Event, Request},
+    pipeline::{StageMetrics, StageTimes},
+    request::{Event, FinishReason, Prompt, Request},
     text::{Template, Tokenizer},
 };
 
-/// Where weights come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum WeightSource {
-    /// The model folder's safetensors.
-    #[default]
-    Real,
-    /// Random numbers of the right shapes, from config.json alone.
-    Dummy,
+/// The most samples of one request.
+pub const SAMPLES_MAX: u32 = 128;
+
+/// A running pipeline. Dropping it ends its threads; requests that are not finished get an error.
+pub struct Engine {
+    facts: Arc<Facts>,
+    stages: Vec<StageFacts>,
+    commands: channel::Sender<Command>,
+    next_request: AtomicU64,
+    threads: Vec<std::thread::JoinHandle<()>>,
 }
 
-/// What an engine is made from. Every value but the model has a default.
-#[derive(Debug, Clone, Default)]
-pub struct EngineBuilder {
-    model: PathBuf,
-    layout: Option<Layout>,
-    stages: Option<usize>,
-    dtype: Option<DType>,
-    weights: WeightSource,
-    max_context: Option<usize>,
-    kv_memory: Option<usize>,
-    slots: Option<usize>,
-    chunk: Option<usize>,
-    threads: Option<usize>,
+/// What does not change while an engine runs.
+struct Facts {
+    spec: Arc<ModelSpec>,
+    generation: GenerationConfig,
+    tokenizer: Option<Arc<Tokenizer>>,
+    template: Option<Template>,
+    layout: Layout,
+    context_max: usize,
+    kv_tokens: usize,
 }
 
-/// A running pipeline.
-pub struct Engine {}
-
-/// What happens to a request, in order. Dropping it cancels the request.
-pub struct Events {}
+struct StageFacts {
+    device: String,
+    layers: String,
+    weight_bytes: usize,
+    metrics: Arc<StageMetrics>,
+}
 
 /// What one stage did since the engine started.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
@@ -51,18 +62,17 @@ pub struct StageStats {
     pub layers: String,
     /// Bytes of its weights.
     pub weight_bytes: usize,
-    /// Seconds computing.
-    pub busy_s: f64,
-    /// Seconds waiting for a micro-batch.
-    pub wait_input_s: f64,
-    /// Seconds waiting for room in the next stage.
-    pub wait_output_s: f64,
-    /// Seconds waiting for other stages that share the device.
-    pub wait_device_s: f64,
-    /// Micro-batches done.
-    pub batches: u64,
-    /// Rows (tokens) done.
-    pub rows: u64,
+    /// What it did with its time.
+    pub times: StageTimes,
+}
+
+/// What happens to a request, in order. Dropping it cancels the request.
+pub struct Events {
+    request: u64,
+    prompt_ids: Arc<[u32]>,
+    events: channel::Receiver<Event>,
+    commands: channel::Sender<Command>,
+    samples_left: u32,
 }
 
 impl Engine {
@@ -70,97 +80,195 @@ impl Engine {
     pub fn builder() -> EngineBuilder {
         EngineBuilder::default()
     }
-    /// Submits a request.
-    pub fn submit(&self, _request: Request) -> Result<Events> {
-        todo!()
+
+    /// Submits a request. What is wrong with it is said here; what goes wrong later is an [`Event::Error`].
+    pub fn submit(&self, request: Request) -> Result<Events> {
+        let facts = &*self.facts;
+        if request.n == 0 || request.n > SAMPLES_MAX {
+            return Err(Error::Request(format!("n is {}; it must be 1 to {SAMPLES_MAX}", request.n)));
+        }
+        request.sampling.check(facts.spec.vocab)?;
+        request.stop.check()?;
+        if facts.tokenizer.is_none() && !request.stop.strings.is_empty() {
+            return Err(Error::Request(
+                "stop strings need a tokenizer, and the model folder has none".into(),
+            ));
+        }
+        let prompt: Arc<[u32]> = facts.prompt_ids(&request.prompt)?.into();
+        facts.check_prompt(&prompt)?;
+        let id = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let (sender, events) = channel::unbounded();
+        let samples_left = request.n;
+        let submission = Submission { request: id, prompt: prompt.clone(), params: request, events: sender };
+        self.commands
+            .send(Command::Submit(Box::new(submission)))
+            .map_err(|_| Error::Engine("it has ended".into()))?;
+        Ok(Events { request: id, prompt_ids: prompt, events, commands: self.commands.clone(), samples_left })
     }
+
     /// The model.
     pub fn spec(&self) -> &ModelSpec {
-        todo!()
+        &self.facts.spec
     }
+
     /// The folder's generation_config.json (end-of-sequence ids, default sampling).
     pub fn generation(&self) -> &GenerationConfig {
-        todo!()
+        &self.facts.generation
     }
+
     /// The tokenizer; `None` if the folder has none (prompts are ids then).
     pub fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
-        todo!()
+        self.facts.tokenizer.as_ref()
     }
+
     /// The chat template, if the model has one.
     pub fn template(&self) -> Option<&Template> {
-        todo!()
+        self.facts.template.as_ref()
     }
+
     /// The layout it runs in.
     pub fn layout(&self) -> &Layout {
-        todo!()
+        &self.facts.layout
     }
+
+    /// Tokens of a sequence at most, prompt and answer together.
+    pub fn context_max(&self) -> usize {
+        self.facts.context_max
+    }
+
+    /// Tokens of all running sequences that the KV cache holds.
+    pub fn kv_tokens(&self) -> usize {
+        self.facts.kv_tokens
+    }
+
     /// What each stage has done so far.
     pub fn stats(&self) -> Vec<StageStats> {
-        todo!()
+        let stats = |stage: &StageFacts| StageStats {
+            device: stage.device.clone(),
+            layers: stage.layers.clone(),
+            weight_bytes: stage.weight_bytes,
+            times: stage.metrics.times(),
+        };
+        self.stages.iter().map(stats).collect()
     }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let _ = self.commands.send(Command::End);
+        for thread in self.threads.drain(..) {
+            // A panic has been reported by the panic hook already.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Facts {
+    fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        let tokenizer = || {
+            let why = "text needs a tokenizer, and the model folder has no tokenizer.json";
+            self.tokenizer.as_ref().ok_or_else(|| Error::Request(why.into()))
+        };
+        match prompt {
+            Prompt::Ids(ids) => Ok(ids.clone()),
+            Prompt::Text(text) => tokenizer()?.encode(text, true),
+            Prompt::Chat(messages) => {
+                let why = "a chat needs a chat template, and the model folder has none";
+                let template = self.template.as_ref().ok_or_else(|| Error::Request(why.into()))?;
+                tokenizer()?.encode(&template.render(messages, true)?, false)
+            }
+        }
+    }
+
+    fn check_prompt(&self, ids: &[u32]) -> Result<()> {
+        if ids.is_empty() {
+            return Err(Error::Request("the prompt is empty".into()));
+        }
+        if let Some((i, id)) = ids.iter().enumerate().find(|&(_, &id)| id as usize >= self.spec.vocab) {
+            let vocab = self.spec.vocab;
+            return Err(Error::Request(format!("token {i} of the prompt is {id}; the model has {vocab}")));
+        }
+        if ids.len() >= self.context_max {
+            let (len, max) = (ids.len(), self.context_max);
+            let why = format!("the prompt has {len} tokens; prompt and answer together have room for {max}");
+            return Err(Error::Request(why));
+        }
+        Ok(())
+    }
+}
+
+impl Events {
+    /// The prompt's tokens.
+    pub fn prompt_ids(&self) -> &[u32] {
+        &self.prompt_ids
+    }
+
+    /// Ends the request; what it held is given back. The last events are still to be read.
+    pub fn cancel(&self) {
+        // An engine that has ended has cancelled everything.
+        let _ = self.commands.send(Command::Cancel(self.request));
+    }
+
+    /// Like `next`, but waits for `timeout` at most: `Err` if nothing came.
+    pub fn next_timeout(&mut self, timeout: std::time::Duration) -> Result<Option<Event>, TimedOut> {
+        if self.samples_left == 0 {
+            return Ok(None);
+        }
+        let event = match self.events.recv_timeout(timeout) {
+            Ok(event) => event,
+            Err(channel::RecvTimeoutError::Timeout) => return Err(TimedOut),
+            Err(channel::RecvTimeoutError::Disconnected) => engine_gone(),
+        };
+        Ok(Some(self.note(event)))
+    }
+
+    fn note(&mut self, event: Event) -> Event {
+        match event {
+            Event::Finished { .. } => self.samples_left -= 1,
+            Event::Error(_) => self.samples_left = 0,
+            Event::Token { .. } => (),
+        }
+        event
+    }
+}
+
+/// Nothing came in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TimedOut;
+
+fn engine_gone() -> Event {
+    Event::Error(Error::Engine("it has ended".into()))
 }
 
 impl Iterator for Events {
     type Item = Event;
+
     /// Waits for the next event; `None` after the last.
     fn next(&mut self) -> Option<Event> {
-        todo!()
+        if self.samples_left == 0 {
+            return None;
+        }
+        let event = self.events.recv().unwrap_or_else(|_| engine_gone());
+        Some(self.note(event))
     }
 }
 
-impl EngineBuilder {
-    /// The model folder.
-    pub fn model(mut self, path: impl Into<PathBuf>) -> Self {
-        self.model = path.into();
-        self
+impl Drop for Events {
+    fn drop(&mut self) {
+        if self.samples_left > 0 {
+            self.cancel();
+        }
     }
-    /// Which layers run where.
-    pub fn layout(mut self, layout: Layout) -> Self {
-        self.layout = Some(layout);
-        self
-    }
-    /// This many stages of near-equal length, when no layout is given. Default: 1.
-    pub fn stages(mut self, stages: usize) -> Self {
-        self.stages = Some(stages);
-        self
-    }
-    /// The type that weights are kept in. Default: the checkpoint's.
-    pub fn dtype(mut self, dtype: DType) -> Self {
-        self.dtype = Some(dtype);
-        self
-    }
-    /// Where weights come from.
-    pub fn weights(mut self, source: WeightSource) -> Self {
-        self.weights = source;
-        self
-    }
-    /// The longest sequence, prompt and answer together. Default: the model's, at most 8,192.
-    pub fn max_context(mut self, tokens: usize) -> Self {
-        self.max_context = Some(tokens);
-        self
-    }
-    /// Bytes for the KV cache, all stages together.
-    pub fn kv_memory(mut self, bytes: usize) -> Self {
-        self.kv_memory = Some(bytes);
-        self
-    }
-    /// Micro-batches in flight at most. Default: the number of stages.
-    pub fn slots(mut self, slots: usize) -> Self {
-        self.slots = Some(slots);
-        self
-    }
-    /// Prompt tokens in a micro-batch at most.
-    pub fn chunk(mut self, tokens: usize) -> Self {
-        self.chunk = Some(tokens);
-        self
-    }
-    /// CPU threads. Default: all cores.
-    pub fn threads(mut self, threads: usize) -> Self {
-        self.threads = Some(threads);
-        self
-    }
-    /// Loads the model and starts the stages.
-    pub fn build(self) -> Result<Engine> {
-        todo!()
+}
+
+impl FinishReason {
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Cancelled => "cancelled",
+            FinishReason::Error => "error",
+        }
     }
 }

@@ -2,6 +2,17 @@
 
 use serde::Serialize;
 
+use crate::error::{Error, Result};
+
+/// The most `logprobs` that a request can ask for.
+pub const LOGPROBS_MAX: u32 = 20;
+/// The most stop strings of a request.
+pub const STOP_STRINGS_MAX: usize = 64;
+/// The most bytes of a stop string.
+pub const STOP_BYTES_MAX: usize = 1024;
+/// Presence and frequency penalties lie in `-PENALTY_MAX ..= PENALTY_MAX`.
+const PENALTY_MAX: f32 = 100.0;
+
 /// What to complete.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Prompt {
@@ -95,6 +106,34 @@ impl Default for SamplingParams {
     }
 }
 
+impl SamplingParams {
+    /// An error names the first parameter that cannot be used with a vocabulary of `vocab` tokens.
+    pub fn check(&self, vocab: usize) -> Result<()> {
+        check_range("temperature", self.temperature, 0.0..=f32::MAX, "a number from 0 up")?;
+        check_range("top_p", self.top_p, f32::MIN_POSITIVE..=1.0, "above 0 and at most 1")?;
+        check_range("min_p", self.min_p, 0.0..=1.0, "from 0 to 1")?;
+        let positive = f32::MIN_POSITIVE..=f32::MAX;
+        check_range("repetition_penalty", self.repetition_penalty, positive, "a number above 0")?;
+        let penalty = -PENALTY_MAX..=PENALTY_MAX;
+        check_range("presence_penalty", self.presence_penalty, penalty.clone(), "from -100 to 100")?;
+        check_range("frequency_penalty", self.frequency_penalty, penalty, "from -100 to 100")?;
+        for &(id, bias) in &self.logit_bias {
+            if id as usize >= vocab {
+                return refuse(format!("logit_bias: token {id} is beyond the vocabulary of {vocab} tokens"));
+            }
+            if bias.is_nan() || bias == f32::INFINITY {
+                return refuse(format!(
+                    "logit_bias: {bias} for token {id} is neither a finite number nor -inf, which bans it"
+                ));
+            }
+        }
+        match self.logprobs {
+            Some(k) if k > LOGPROBS_MAX => refuse(format!("logprobs: {k} is more than {LOGPROBS_MAX}")),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// When to stop.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StopParams {
@@ -104,6 +143,38 @@ pub struct StopParams {
     pub strings: Vec<String>,
     /// Goes on past the model's end-of-sequence tokens.
     pub ignore_eos: bool,
+}
+
+impl StopParams {
+    /// An error names the first parameter that cannot be used.
+    pub fn check(&self) -> Result<()> {
+        if self.max_tokens == Some(0) {
+            return refuse("max_tokens: 0 asks for nothing; it must be at least 1".into());
+        }
+        if self.strings.len() > STOP_STRINGS_MAX {
+            let n = self.strings.len();
+            return refuse(format!("stop: {n} strings are more than {STOP_STRINGS_MAX}"));
+        }
+        for (i, string) in self.strings.iter().enumerate() {
+            if string.is_empty() {
+                return refuse(format!("stop: string {i} is empty"));
+            }
+            if string.len() > STOP_BYTES_MAX {
+                let n = string.len();
+                return refuse(format!("stop: string {i} has {n} bytes, more than {STOP_BYTES_MAX}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn refuse(why: String) -> Result<()> {
+    Err(Error::Request(why))
+}
+
+fn check_range(name: &str, value: f32, range: std::ops::RangeInclusive<f32>, want: &str) -> Result<()> {
+    // A NaN is in no range.
+    if range.contains(&value) { Ok(()) } else { refuse(format!("{name}: {value} is not {want}")) }
 }
 
 /// Why a sample ended.
@@ -173,4 +244,70 @@ pub struct Usage {
     pub first_token_s: f64,
     /// Seconds from submission to the end.
     pub total_s: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(change: impl Fn(&mut SamplingParams)) -> String {
+        let mut params = SamplingParams::default();
+        change(&mut params);
+        params.check(100).expect_err("must be refused").to_string()
+    }
+
+    #[test]
+    fn default_parameters_are_accepted() {
+        SamplingParams::default().check(1).unwrap();
+        StopParams::default().check().unwrap();
+        let all = SamplingParams {
+            temperature: 0.7,
+            top_k: u32::MAX,
+            top_p: 0.001,
+            min_p: 1.0,
+            repetition_penalty: 0.5,
+            presence_penalty: -2.0,
+            frequency_penalty: 100.0,
+            logit_bias: vec![(99, f32::NEG_INFINITY), (0, 1e30)],
+            seed: Some(1),
+            logprobs: Some(LOGPROBS_MAX),
+        };
+        all.check(100).unwrap();
+    }
+
+    #[test]
+    fn each_bad_sampling_parameter_is_named() {
+        for bad in [f32::NAN, f32::INFINITY, -0.1] {
+            assert!(refused(|p| p.temperature = bad).starts_with("request: temperature: "));
+            assert!(refused(|p| p.top_p = bad).starts_with("request: top_p: "));
+            assert!(refused(|p| p.min_p = bad).starts_with("request: min_p: "));
+            assert!(refused(|p| p.repetition_penalty = bad).starts_with("request: repetition_penalty: "));
+        }
+        for bad in [f32::NAN, f32::NEG_INFINITY, 100.5, -101.0] {
+            assert!(refused(|p| p.presence_penalty = bad).starts_with("request: presence_penalty: "));
+            assert!(refused(|p| p.frequency_penalty = bad).starts_with("request: frequency_penalty: "));
+        }
+        assert_eq!(refused(|p| p.top_p = 0.0), "request: top_p: 0 is not above 0 and at most 1");
+        assert_eq!(refused(|p| p.top_p = 1.5), "request: top_p: 1.5 is not above 0 and at most 1");
+        assert_eq!(refused(|p| p.min_p = 1.5), "request: min_p: 1.5 is not from 0 to 1");
+        assert!(refused(|p| p.repetition_penalty = 0.0).contains("repetition_penalty"));
+        assert_eq!(
+            refused(|p| p.logit_bias = vec![(1, 0.0), (100, 1.0)]),
+            "request: logit_bias: token 100 is beyond the vocabulary of 100 tokens"
+        );
+        assert!(refused(|p| p.logit_bias = vec![(1, f32::NAN)]).contains("logit_bias"));
+        assert!(refused(|p| p.logit_bias = vec![(1, f32::INFINITY)]).contains("token 1"));
+        assert_eq!(refused(|p| p.logprobs = Some(21)), "request: logprobs: 21 is more than 20");
+    }
+
+    #[test]
+    fn each_bad_stop_parameter_is_named() {
+        let refused = |stop: StopParams| stop.check().expect_err("must be refused").to_string();
+        let strings = |strings: Vec<String>| StopParams { strings, ..StopParams::default() };
+        assert!(refused(StopParams { max_tokens: Some(0), ..Default::default() }).contains("max_tokens"));
+        assert_eq!(refused(strings(vec!["a".into(), String::new()])), "request: stop: string 1 is empty");
+        assert!(refused(strings(vec!["a".into(); 65])).contains("65 strings are more than 64"));
+        assert!(refused(strings(vec!["a".repeat(1025)])).contains("1025 bytes"));
+        strings(vec!["a".repeat(1024); 64]).check().unwrap();
+    }
 }

@@ -20,6 +20,8 @@ pub struct Limits {
     pub rows_max: usize,
     /// Sequences of a micro-batch.
     pub seqs_max: usize,
+    /// Output rows of a micro-batch.
+    pub outputs_max: usize,
     /// Tokens of a sequence.
     pub context_max: usize,
 }
@@ -104,7 +106,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Numbers on the device: activations, norm weights.
     type Buf: Send;
     /// The weights of a linear layer or an embedding, kept in their type.
-    type Matrix: Send;
+    type Matrix: Send + Sync;
     /// One layer's KV pages.
     type Kv: Send;
     /// A micro-batch as the ops want it: positions, rotations, block tables.

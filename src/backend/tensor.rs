@@ -90,12 +90,25 @@ impl Tensor {
         dtype: DType,
         values: &[f32],
     ) -> Result<Self> {
-        let mut bytes = Vec::with_capacity(values.len() * dtype.size());
-        for &v in values {
+        Tensor::collect(name.into(), shape, dtype, values.len(), values.iter().copied())
+    }
+
+    fn collect(
+        name: String,
+        shape: Vec<usize>,
+        dtype: DType,
+        len: usize,
+        values: impl Iterator<Item = f32>,
+    ) -> Result<Self> {
+        let mut bytes: Vec<u8> = Vec::new();
+        bytes.try_reserve_exact(len * dtype.size()).map_err(|e| {
+            Error::Engine(format!("tensor {name}: no memory for {len} numbers of {}: {e}", dtype.name()))
+        })?;
+        for v in values {
             match dtype {
-                DType::F32 => bytes.extend(v.to_le_bytes()),
-                DType::F16 => bytes.extend(half::f16::from_f32(v).to_le_bytes()),
-                DType::BF16 => bytes.extend(half::bf16::from_f32(v).to_le_bytes()),
+                DType::F32 => bytes.extend_from_slice(&v.to_le_bytes()),
+                DType::F16 => bytes.extend_from_slice(&half::f16::from_f32(v).to_le_bytes()),
+                DType::BF16 => bytes.extend_from_slice(&half::bf16::from_f32(v).to_le_bytes()),
             }
         }
         let len = bytes.len();
@@ -119,16 +132,22 @@ impl Tensor {
 
     /// The numbers, widened.
     pub fn to_f32(&self) -> Vec<f32> {
+        self.numbers().collect()
+    }
+
+    /// The numbers one by one, widened: a large tensor is never held twice in a wider type.
+    fn numbers(&self) -> Box<dyn Iterator<Item = f32> + '_> {
         let pair = |b: &[u8]| [b[0], b[1]];
+        let bytes = self.bytes();
         match self.dtype {
             DType::F32 => {
-                self.bytes().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+                Box::new(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
             }
             DType::F16 => {
-                self.bytes().chunks_exact(2).map(|b| half::f16::from_le_bytes(pair(b)).to_f32()).collect()
+                Box::new(bytes.chunks_exact(2).map(move |b| half::f16::from_le_bytes(pair(b)).to_f32()))
             }
             DType::BF16 => {
-                self.bytes().chunks_exact(2).map(|b| half::bf16::from_le_bytes(pair(b)).to_f32()).collect()
+                Box::new(bytes.chunks_exact(2).map(move |b| half::bf16::from_le_bytes(pair(b)).to_f32()))
             }
         }
     }
@@ -138,6 +157,6 @@ impl Tensor {
         if dtype == self.dtype {
             return Ok(self.clone());
         }
-        Tensor::from_f32(self.name.clone(), self.shape.clone(), dtype, &self.to_f32())
+        Tensor::collect(self.name.clone(), self.shape.clone(), dtype, self.len(), self.numbers())
     }
 }

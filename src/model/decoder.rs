@@ -1,1 +1,264 @@
-//! The forward pass.
+//! The one forward pass, over the ops of a backend.
+
+use std::{ops::Range, sync::Arc};
+
+use super::{
+    arch::Arch,
+    spec::{ModelSpec, Norm, Role},
+    weights::Weights,
+};
+use crate::{
+    backend::{AttentionShape, Backend, DType, KvShape, Limits, NormShape, QkNorm, Tensor},
+    batch::{MicroBatch, Sampled},
+    error::Result,
+};
+
+/// What a decoder is loaded from and how large it may grow.
+#[derive(Clone)]
+pub struct DecoderConfig {
+    /// The whole model.
+    pub spec: Arc<ModelSpec>,
+    /// Its tensors' names.
+    pub arch: &'static dyn Arch,
+    /// Its tensors.
+    pub weights: Arc<Weights>,
+    /// The layers that this decoder holds.
+    pub layers: Range<usize>,
+    /// How weights, keys and values are kept.
+    pub dtype: DType,
+    /// The largest micro-batch.
+    pub limits: Limits,
+    /// KV blocks of each layer.
+    pub kv_blocks: usize,
+}
+
+/// A stage's units: consecutive layers, before the first one the embedding, after the last one the head.
+pub struct Decoder<B: Backend> {
+    spec: Arc<ModelSpec>,
+    embed: Option<Arc<B::Matrix>>, // [vocab, dim]
+    layers: Vec<Layer<B>>,
+    head: Option<Head<B>>,
+    batch: B::Batch,
+    scratch: Scratch<B>,
+    weight_bytes: usize,
+}
+
+struct Layer<B: Backend> {
+    attn_norm: B::Buf,                 // [dim]
+    qkv: B::Matrix,                    // [(heads + 2 * kv_heads) * head_dim, dim]
+    qk_norm: Option<(B::Buf, B::Buf)>, // [head_dim] each
+    out: B::Matrix,                    // [dim, heads * head_dim]
+    mlp_norm: B::Buf,                  // [dim]
+    gate_up: B::Matrix,                // [2 * ffn, dim]
+    down: B::Matrix,                   // [dim, ffn]
+    window: Option<usize>,
+    kv: B::Kv,
+}
+
+struct Head<B: Backend> {
+    norm: B::Buf,           // [dim]
+    matrix: Arc<B::Matrix>, // [vocab, dim]
+    sampler: B::Sampler,
+    rows: B::Buf,   // [outputs, dim]
+    normed: B::Buf, // [outputs, dim]
+    logits: B::Buf, // [outputs, vocab]
+}
+
+/// Buffers of a pass, made once.
+struct Scratch<B: Backend> {
+    hidden: B::Buf,  // [rows, dim]: what crosses boundaries
+    normed: B::Buf,  // [rows, dim]
+    qkv: B::Buf,     // [rows, (heads + 2 * kv_heads) * head_dim]
+    attn: B::Buf,    // [rows, heads * head_dim]
+    delta: B::Buf,   // [rows, dim]: what a half of a layer adds
+    gate_up: B::Buf, // [rows, 2 * ffn]
+    act: B::Buf,     // [rows, ffn]
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Loads the units' weights and makes their KV pages.
+    pub fn load(backend: &B, config: &DecoderConfig) -> Result<Self> {
+        let spec = &config.spec;
+        let last = config.layers.end == spec.layers.len();
+        let mut loader = Loader { backend, config, bytes: 0 };
+        let embed = match config.layers.start {
+            0 => Some(Arc::new(loader.matrix(&[Role::Embed], &[])?)),
+            _ => None,
+        };
+        let layers = config.layers.clone().map(|i| loader.layer(i)).collect::<Result<_>>()?;
+        let head = match last {
+            true => Some(loader.head(embed.as_ref())?),
+            false => None,
+        };
+        let Limits { rows_max, .. } = config.limits;
+        let buf = |dim: usize| backend.buf(rows_max * dim);
+        let scratch = Scratch {
+            hidden: buf(spec.dim)?,
+            normed: buf(spec.dim)?,
+            qkv: buf(spec.heads.qkv_dim())?,
+            attn: buf(spec.heads.q_dim())?,
+            delta: buf(spec.dim)?,
+            gate_up: buf(2 * spec.ffn)?,
+            act: buf(spec.ffn)?,
+        };
+        let batch = backend.batch(config.limits, &spec.rope.inv_freq, spec.rope.scale)?;
+        let weight_bytes = loader.bytes;
+        Ok(Decoder { spec: spec.clone(), embed, layers, head, batch, scratch, weight_bytes })
+    }
+
+    /// Bytes of the weights as they are kept.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight_bytes
+    }
+
+    /// The rows that came from the stage before.
+    pub fn hidden_mut(&mut self) -> &mut B::Buf {
+        &mut self.scratch.hidden
+    }
+
+    /// The rows for the stage after, and how many numbers they are.
+    pub fn hidden(&self, rows: usize) -> (&B::Buf, usize) {
+        (&self.scratch.hidden, rows * self.spec.dim)
+    }
+
+    /// Takes a micro-batch through the layers: from its ids if the embedding is here, else from the hidden rows.
+    pub fn forward(&mut self, backend: &B, batch: &MicroBatch) -> Result<()> {
+        let rows = batch.rows();
+        backend.set_batch(&mut self.batch, batch)?;
+        if let Some(embed) = &self.embed {
+            backend.embed(&mut self.scratch.hidden, embed, &self.batch)?;
+        }
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            layer.forward(backend, &self.spec, &self.batch, &mut self.scratch, rows, i == 0)?;
+        }
+        backend.add(&mut self.scratch.hidden, &self.scratch.delta, rows * self.spec.dim)
+    }
+
+    /// The logits of the micro-batch's output rows, after [`Decoder::forward`]. The head must be here.
+    pub fn logits(&mut self, backend: &B, batch: &MicroBatch) -> Result<&B::Buf> {
+        let Decoder { spec, head, scratch, .. } = self;
+        let head = head.as_mut().expect("logits of a stage without the head; this is a bug");
+        let Norm::Rms { eps } = spec.norm;
+        let shape = NormShape { rows: batch.outputs.len(), dim: spec.dim, eps };
+        backend.gather_outputs(&mut head.rows, &scratch.hidden, &self.batch, spec.dim)?;
+        backend.rms_norm(&mut head.normed, &head.rows, &head.norm, shape)?;
+        backend.linear(&mut head.logits, &head.normed, &head.matrix, shape.rows)?;
+        Ok(&head.logits)
+    }
+
+    /// Chooses the output rows' tokens, after [`Decoder::forward`]. The head must be here.
+    pub fn sample(&mut self, backend: &B, batch: &MicroBatch) -> Result<Vec<Sampled>> {
+        self.logits(backend, batch)?;
+        let head = self.head.as_mut().expect("a head that has just been used; this is a bug");
+        backend.sample(&head.logits, &mut head.sampler, batch)
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    /// `first`: nothing is to be added to the hidden rows yet. Leaves in `delta` what the MLP adds.
+    fn forward(
+        &mut self,
+        backend: &B,
+        spec: &ModelSpec,
+        batch: &B::Batch,
+        s: &mut Scratch<B>,
+        rows: usize,
+        first: bool,
+    ) -> Result<()> {
+        let Norm::Rms { eps } = spec.norm;
+        let norm = NormShape { rows, dim: spec.dim, eps };
+        match first {
+            true => backend.rms_norm(&mut s.normed, &s.hidden, &self.attn_norm, norm)?,
+            false => backend.add_rms_norm(&mut s.normed, &mut s.hidden, &s.delta, &self.attn_norm, norm)?,
+        }
+        backend.linear(&mut s.qkv, &s.normed, &self.qkv, rows)?;
+        let qk_norm = self.qk_norm.as_ref().map(|(q, k)| QkNorm { q, k, eps });
+        backend.rope_kv(&mut s.qkv, &mut self.kv, batch, spec.heads, qk_norm)?;
+        let scale = 1.0 / (spec.heads.head_dim as f32).sqrt();
+        let shape = AttentionShape { heads: spec.heads, scale, window: self.window };
+        backend.attention(&mut s.attn, &s.qkv, &self.kv, batch, shape)?;
+        backend.linear(&mut s.delta, &s.attn, &self.out, rows)?;
+        backend.add_rms_norm(&mut s.normed, &mut s.hidden, &s.delta, &self.mlp_norm, norm)?;
+        backend.linear(&mut s.gate_up, &s.normed, &self.gate_up, rows)?;
+        backend.silu_mul(&mut s.act, &s.gate_up, rows, spec.ffn)?;
+        backend.linear(&mut s.delta, &s.act, &self.down, rows)
+    }
+}
+
+/// Brings tensors to the device under their roles' names.
+struct Loader<'a, B: Backend> {
+    backend: &'a B,
+    config: &'a DecoderConfig,
+    bytes: usize,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn layer(&mut self, i: usize) -> Result<Layer<B>> {
+        let spec = self.config.spec.clone();
+        let (bias, heads) = (spec.bias, spec.heads);
+        let qk_norm = match spec.qk_norm {
+            true => Some((self.vector(Role::QNorm(i))?, self.vector(Role::KNorm(i))?)),
+            false => None,
+        };
+        let kv_shape = KvShape {
+            blocks: self.config.kv_blocks,
+            kv_heads: heads.kv_heads,
+            head_dim: heads.head_dim,
+            dtype: self.config.dtype,
+        };
+        let some = |wanted: bool, roles: &[Role]| if wanted { roles.to_vec() } else { Vec::new() };
+        let qkv_bias = some(bias.qkv, &[Role::QBias(i), Role::KBias(i), Role::VBias(i)]);
+        let gate_up_bias = some(bias.mlp, &[Role::GateBias(i), Role::UpBias(i)]);
+        Ok(Layer {
+            attn_norm: self.vector(Role::AttnNorm(i))?,
+            qkv: self.matrix(&[Role::Q(i), Role::K(i), Role::V(i)], &qkv_bias)?,
+            qk_norm,
+            out: self.matrix(&[Role::O(i)], &some(bias.out, &[Role::OBias(i)]))?,
+            mlp_norm: self.vector(Role::MlpNorm(i))?,
+            gate_up: self.matrix(&[Role::Gate(i), Role::Up(i)], &gate_up_bias)?,
+            down: self.matrix(&[Role::Down(i)], &some(bias.mlp, &[Role::DownBias(i)]))?,
+            window: spec.layers[i].window,
+            kv: self.backend.kv(kv_shape)?,
+        })
+    }
+
+    fn head(&mut self, embed: Option<&Arc<B::Matrix>>) -> Result<Head<B>> {
+        let spec = self.config.spec.clone();
+        let matrix = match (spec.tied, embed) {
+            (true, Some(embed)) => embed.clone(),
+            (true, None) => Arc::new(self.matrix(&[Role::Embed], &[])?),
+            (false, _) => Arc::new(self.matrix(&[Role::Head], &[])?),
+        };
+        let outputs_max = self.config.limits.outputs_max;
+        Ok(Head {
+            norm: self.vector(Role::FinalNorm)?,
+            matrix,
+            sampler: self.backend.sampler(spec.vocab)?,
+            rows: self.backend.buf(outputs_max * spec.dim)?,
+            normed: self.backend.buf(outputs_max * spec.dim)?,
+            logits: self.backend.buf(outputs_max * spec.vocab)?,
+        })
+    }
+
+    fn vector(&mut self, role: Role) -> Result<B::Buf> {
+        // Norm weights stay as they are: rounding them would cost bits and save nothing.
+        let tensor = self.tensor(role)?;
+        self.backend.vector(&tensor)
+    }
+
+    /// Tensors `[n, k]` under each other, in the wanted type.
+    fn matrix(&mut self, roles: &[Role], biases: &[Role]) -> Result<B::Matrix> {
+        let dtype = self.config.dtype;
+        let parts: Vec<Tensor> =
+            roles.iter().map(|&role| self.tensor(role)?.to_dtype(dtype)).collect::<Result<_>>()?;
+        let biases: Vec<Tensor> = biases.iter().map(|&role| self.tensor(role)).collect::<Result<_>>()?;
+        self.backend.matrix(&parts, &biases)
+    }
+
+    fn tensor(&mut self, role: Role) -> Result<Tensor> {
+        let DecoderConfig { arch, spec, weights, .. } = self.config;
+        let tensor = weights.tensor(&arch.tensor(role), &spec.shape(role))?;
+        self.bytes += tensor.len() * self.config.dtype.size();
+        Ok(tensor)
+    }
+}

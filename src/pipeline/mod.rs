@@ -1,1 +1,9 @@
-//!
+//! Stages: a thread each, a channel or a boundary between them.
+
+mod metrics;
+mod packet;
+mod stage;
+
+pub use metrics::{StageMetrics, StageTimes};
+pub use packet::Packet;
+pub use stage::{Input, Outcome, Output, Stage, StageHandle, spawn};

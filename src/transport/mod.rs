@@ -1,1 +1,48 @@
+//! How hidden states cross from a stage to the next: one file a way.
 //!
+//! A boundary is a ring of buffers made once. The sender waits for room before it copies; the receiver gives
+//! a buffer back as soon as it has copied it out.
+
+mod host;
+
+pub use host::Host;
+
+use std::sync::Arc;
+
+use crate::{backend::Backend, error::Result, pipeline::Packet};
+
+/// The other side is gone: the pipeline is ending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Closed;
+
+/// A way across a boundary.
+pub trait Transport<B: Backend>: Sync {
+    /// As in logs.
+    fn name(&self) -> &'static str;
+    /// Makes the two ends of a boundary of `depth` buffers, each for `len_max` numbers.
+    fn connect(&self, from: Arc<B>, to: Arc<B>, depth: usize, len_max: usize) -> Result<Ends<B>>;
+}
+
+/// The two ends of a boundary.
+pub type Ends<B> = (Box<dyn Sender<B>>, Box<dyn Receiver<B>>);
+
+/// The end that a stage writes to.
+pub trait Sender<B: Backend>: Send {
+    /// Waits until there is room for one packet.
+    fn wait_for_room(&mut self) -> Result<(), Closed>;
+    /// Sends the first `len` numbers of `hidden`. There must be room.
+    fn send(&mut self, packet: Packet, hidden: &B::Buf, len: usize) -> Result<()>;
+}
+
+/// The end that a stage reads from.
+pub trait Receiver<B: Backend>: Send {
+    /// Waits for a packet.
+    fn wait(&mut self) -> Result<Packet, Closed>;
+    /// Copies the numbers of the packet that came last.
+    fn take(&mut self, hidden: &mut B::Buf) -> Result<()>;
+}
+
+/// Every way across.
+pub fn transports<B: Backend>() -> [&'static dyn Transport<B>; 1] {
+    [&Host]
+}

@@ -1,1 +1,212 @@
 //! The CPU.
+//!
+//! A row's results have the same bits whatever else is in the micro-batch, and whatever the number of
+//! threads: see `linear` and `attention` for the orders of summation. They are the same for all instruction
+//! sets too, see [`Simd`].
+
+mod act;
+mod attention;
+mod batch;
+mod embed;
+mod kv;
+mod linear;
+mod matrix;
+mod memory;
+mod norm;
+mod pool;
+pub mod reference;
+mod rope;
+pub mod sample;
+mod simd;
+
+use std::sync::Arc;
+
+pub use sample::Sampler;
+pub use simd::Simd;
+
+use self::{
+    batch::Batch,
+    kv::Kv,
+    matrix::Matrix,
+    memory::{Memory, prefix, prefix_mut},
+    pool::Pool,
+};
+use crate::{
+    backend::{AttentionShape, Backend, HeadShape, KvShape, Limits, NormShape, QkNorm, Tensor},
+    batch::{MicroBatch, Sampled},
+    error::{Error, Result},
+};
+
+#[cfg(target_endian = "big")]
+compile_error!("weights are little-endian in files and used where they are");
+
+/// Numbers of a simple op that are worth a task.
+const GRAIN: usize = 1 << 14;
+
+/// The processors, with threads that all clones share.
+#[derive(Clone)]
+pub struct Cpu {
+    pool: Arc<Pool>,
+    simd: Simd,
+}
+
+impl Cpu {
+    /// With this many threads, by default one for each available core, and the best instruction set.
+    pub fn new(threads: Option<usize>) -> Cpu {
+        let available = || std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = threads.unwrap_or_else(available).max(1);
+        Cpu { pool: Arc::new(Pool::new(threads)), simd: Simd::best() }
+    }
+
+    /// With an instruction set that is not the best one. The bits of all results stay the same.
+    pub fn with_simd(threads: Option<usize>, simd: Simd) -> Result<Cpu> {
+        if !simd.available() {
+            return Err(device_error(format!("it has no {}", simd.name())));
+        }
+        Ok(Cpu { simd, ..Cpu::new(threads) })
+    }
+
+    /// The instruction set in use.
+    pub fn simd(&self) -> Simd {
+        self.simd
+    }
+
+    /// Threads, the caller of an op among them.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+}
+
+/// What this device cannot do.
+fn device_error(why: String) -> Error {
+    Error::Device { device: "cpu".into(), why }
+}
+
+impl Backend for Cpu {
+    type Buf = Memory<f32>;
+    type Matrix = Matrix;
+    type Kv = Kv;
+    type Batch = Batch;
+    type Sampler = Sampler;
+
+    fn name(&self) -> String {
+        "cpu".into()
+    }
+
+    fn buf(&self, len: usize) -> Result<Self::Buf> {
+        Memory::new(len)
+    }
+
+    fn vector(&self, tensor: &Tensor) -> Result<Self::Buf> {
+        let mut buf = Memory::new(tensor.len())?;
+        buf.copy_from_slice(&tensor.to_f32());
+        Ok(buf)
+    }
+
+    fn matrix(&self, parts: &[Tensor], biases: &[Tensor]) -> Result<Self::Matrix> {
+        Matrix::new(parts, biases)
+    }
+
+    fn kv(&self, shape: KvShape) -> Result<Self::Kv> {
+        Kv::new(shape)
+    }
+
+    fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Self::Batch> {
+        Batch::new(limits, inv_freq, rotation_scale)
+    }
+
+    fn sampler(&self, vocab: usize) -> Result<Self::Sampler> {
+        Ok(Sampler::new(vocab))
+    }
+
+    fn set_batch(&self, batch: &mut Self::Batch, from: &MicroBatch) -> Result<()> {
+        batch.set(&self.pool, from)
+    }
+
+    fn read(&self, out: &mut [f32], from: &Self::Buf) -> Result<()> {
+        out.copy_from_slice(prefix(from, out.len()));
+        Ok(())
+    }
+
+    fn write(&self, to: &mut Self::Buf, from: &[f32]) -> Result<()> {
+        prefix_mut(to, from.len()).copy_from_slice(from);
+        Ok(())
+    }
+
+    fn embed(&self, out: &mut Self::Buf, table: &Self::Matrix, batch: &Self::Batch) -> Result<()> {
+        embed::embed(self, out, table, batch)
+    }
+
+    fn rms_norm(&self, out: &mut Self::Buf, x: &Self::Buf, w: &Self::Buf, shape: NormShape) -> Result<()> {
+        norm::rms_norm(self, out, x, w, shape);
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &self,
+        out: &mut Self::Buf,
+        x: &mut Self::Buf,
+        delta: &Self::Buf,
+        w: &Self::Buf,
+        shape: NormShape,
+    ) -> Result<()> {
+        norm::add_rms_norm(self, out, x, delta, w, shape);
+        Ok(())
+    }
+
+    fn add(&self, x: &mut Self::Buf, delta: &Self::Buf, len: usize) -> Result<()> {
+        norm::add(self, x, delta, len);
+        Ok(())
+    }
+
+    fn linear(&self, out: &mut Self::Buf, x: &Self::Buf, w: &Self::Matrix, rows: usize) -> Result<()> {
+        linear::linear(self, out, x, w, rows)
+    }
+
+    fn rope_kv(
+        &self,
+        qkv: &mut Self::Buf,
+        kv: &mut Self::Kv,
+        batch: &Self::Batch,
+        heads: HeadShape,
+        norm: Option<QkNorm<'_, Self>>,
+    ) -> Result<()> {
+        rope::rope_kv(self, qkv, kv, batch, heads, norm)
+    }
+
+    fn attention(
+        &self,
+        out: &mut Self::Buf,
+        qkv: &Self::Buf,
+        kv: &Self::Kv,
+        batch: &Self::Batch,
+        shape: AttentionShape,
+    ) -> Result<()> {
+        attention::attention(self, out, qkv, kv, batch, shape)
+    }
+
+    fn silu_mul(&self, out: &mut Self::Buf, gate_up: &Self::Buf, rows: usize, dim: usize) -> Result<()> {
+        act::silu_mul(self, out, gate_up, rows, dim);
+        Ok(())
+    }
+
+    fn gather_outputs(
+        &self,
+        out: &mut Self::Buf,
+        x: &Self::Buf,
+        batch: &Self::Batch,
+        dim: usize,
+    ) -> Result<()> {
+        embed::gather_outputs(self, out, x, batch, dim);
+        Ok(())
+    }
+
+    fn sample(
+        &self,
+        logits: &Self::Buf,
+        sampler: &mut Self::Sampler,
+        batch: &MicroBatch,
+    ) -> Result<Vec<Sampled>> {
+        Ok(sampler.sample(logits, batch))
+    }
+}

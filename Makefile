@@ -1,0 +1,37 @@
+# Two commands for a fresh machine with Rust and Python 3: `make demo` and `make test`.
+
+MODEL  ?= .cache/smollm2-135m
+STAGES ?= 2
+PROMPT ?= Explain in three sentences why the sky is blue.
+
+.PHONY: demo test check model bench fuzz clean
+
+demo: model ## build, fetch a small model, answer a prompt through two stages
+	cargo build --release --locked
+	target/release/pipeline-infer --model $(MODEL) --stages $(STAGES) --max-tokens 128 --prompt "$(PROMPT)"
+
+model: $(MODEL)/model.safetensors
+
+$(MODEL)/model.safetensors:
+	python3 tools/smollm2.py $(MODEL)
+
+test: check ## all that can run on this machine
+	@$(MAKE) --no-print-directory model || echo "SKIPPED: tests with SmolLM2-135M, which could not be fetched"
+	PIPELINE_INFER_SMOLLM2="$(abspath $(MODEL))" cargo test --locked
+	PIPELINE_INFER_SMOLLM2="$(abspath $(MODEL))" cargo bench --locked --bench stage_splits -- --test
+	cargo bench --locked --bench ops -- --test
+
+check:
+	@if cargo fmt --version >/dev/null 2>&1; then cargo fmt --check; else echo "SKIPPED: rustfmt is not installed"; fi
+	@if cargo clippy --version >/dev/null 2>&1; then cargo clippy --locked --all-targets -- -D warnings; \
+	else echo "SKIPPED: clippy is not installed"; fi
+
+bench: model ## compare stage splits, and time the CPU's ops
+	PIPELINE_INFER_SMOLLM2="$(abspath $(MODEL))" cargo bench --locked
+
+RUNS ?= 1000000
+fuzz: ## a million damaged headers and configs
+	PIPELINE_INFER_FUZZ_RUNS=$(RUNS) cargo test --locked --test hostile -- --nocapture fuzz
+
+clean:
+	cargo clean

@@ -1,0 +1,102 @@
+//! Keys and values in pages of `KV_BLOCK` tokens.
+//!
+//! A block holds, head by head, the keys with the tokens innermost and the values with the head's numbers
+//! innermost: scores of 16 tokens, and sums over tokens, then take no shuffles.
+#![allow(unsafe_code)]
+
+use super::{
+    batch::Batch,
+    device_error,
+    memory::Memory,
+    simd::{LANES, Vector, narrow},
+};
+use crate::{
+    backend::{DType, HeadShape, KvShape},
+    batch::KV_BLOCK,
+    error::Result,
+};
+
+/// One layer's KV pages. Their memory is taken when it is first written.
+pub struct Kv {
+    pub(super) shape: KvShape,
+    pub(super) keys: Memory<u8>, // [blocks, kv_heads, head_dim, KV_BLOCK]
+    /// Followed by room for a vector, which may be read beyond the last head.
+    pub(super) values: Memory<u8>, // [blocks, kv_heads, KV_BLOCK, head_dim]
+}
+
+impl Kv {
+    pub(super) fn new(shape: KvShape) -> Result<Self> {
+        let KvShape { blocks, kv_heads, head_dim, dtype } = shape;
+        let sizes = [KV_BLOCK, kv_heads, head_dim, dtype.size()];
+        let bytes = sizes.iter().try_fold(blocks, |n, &size| n.checked_mul(size));
+        let bytes = bytes.filter(|&n| n < usize::MAX / 2);
+        let bytes = bytes.ok_or_else(|| device_error(format!("{shape:?} is too much")))?;
+        Ok(Kv { shape, keys: Memory::new(bytes)?, values: Memory::new(bytes + LANES * dtype.size())? })
+    }
+
+    /// Whether the micro-batch's rows have their place here.
+    pub(super) fn check(&self, batch: &Batch, heads: HeadShape) -> Result<()> {
+        let HeadShape { heads: queries, kv_heads, head_dim } = heads;
+        let fits = (kv_heads, head_dim) == (self.shape.kv_heads, self.shape.head_dim);
+        if !fits || kv_heads == 0 || queries % kv_heads != 0 || head_dim != 2 * batch.half {
+            let why = format!("{heads:?} with pages of {:?} and {} rotations", self.shape, batch.half);
+            return Err(device_error(why));
+        }
+        if batch.blocks_end > self.shape.blocks {
+            let why = format!("KV block {} of {}", batch.blocks_end - 1, self.shape.blocks);
+            return Err(device_error(why));
+        }
+        Ok(())
+    }
+
+    /// Where one head's part of a block begins, in keys and in values.
+    pub(super) fn start(&self, block: u32, kv_head: usize) -> usize {
+        (block as usize * self.shape.kv_heads + kv_head) * self.head_bytes()
+    }
+
+    /// Bytes of one head's keys, or values, in one block.
+    pub(super) fn head_bytes(&self) -> usize {
+        KV_BLOCK * self.shape.head_dim * self.shape.dtype.size()
+    }
+}
+
+/// Writes a head's key, rounded, as the `slot`th of a block.
+///
+/// SAFETY: `head` is that head's part of a block of this type, and nobody else has this slot.
+#[inline(always)]
+pub(super) unsafe fn store_key<V: Vector>(dtype: DType, key: &[f32], head: *mut u8, slot: usize) {
+    let (wide, half) = (head.cast::<f32>(), head.cast::<u16>());
+    let mut rounded = [0u16; LANES];
+    for (i, key) in key.chunks(LANES).enumerate() {
+        let first = i * LANES * KV_BLOCK + slot;
+        // SAFETY: the caller's; a chunk is no longer than `rounded`.
+        unsafe {
+            if dtype == DType::F32 {
+                for (d, &number) in key.iter().enumerate() {
+                    *wide.add(first + d * KV_BLOCK) = number;
+                }
+            } else {
+                narrow::<V>(dtype, key, rounded.as_mut_ptr());
+                for (d, &number) in rounded[..key.len()].iter().enumerate() {
+                    *half.add(first + d * KV_BLOCK) = number;
+                }
+            }
+        }
+    }
+}
+
+/// Writes a head's value, rounded, as the `slot`th of a block.
+///
+/// SAFETY: as for `store_key`.
+#[inline(always)]
+pub(super) unsafe fn store_value<V: Vector>(dtype: DType, value: &[f32], head: *mut u8, slot: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        let to = head.add(slot * value.len() * dtype.size());
+        if dtype == DType::F32 {
+            std::ptr::copy_nonoverlapping(value.as_ptr(), to.cast(), value.len());
+        } else {
+            narrow::<V>(dtype, value, to.cast());
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! What is asked: one or a few prompts from flags, or many from a file of JSON lines.
+
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, Read},
+    path::Path,
+};
+
+use serde_json::{Map, Value};
+
+use super::choices::Choices;
+use crate::{
+    error::{Error, Result},
+    request::Message,
+};
+
+/// Bytes of a line at most; a longer one is no line of prompts.
+const LINE_BYTES_MAX: u64 = 64 << 20;
+
+/// A prompt, before it is known what the model can do with it.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Content {
+    /// For the chat template if there is one.
+    Text(String),
+    /// A conversation.
+    Messages(Vec<Message>),
+    /// Tokens.
+    Ids(Vec<u32>),
+}
+
+/// One thing asked, with its own choices.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Asked {
+    pub(super) content: Content,
+    pub(super) choices: Choices,
+}
+
+impl From<Content> for Asked {
+    fn from(content: Content) -> Self {
+        Asked { content, choices: Choices::default() }
+    }
+}
+
+/// Prompts, one after another. A wrong one is an error in its place; the others follow.
+pub(super) type Prompts = Box<dyn Iterator<Item = Result<Asked>> + Send>;
+
+/// The prompts of a file of JSON lines; `-` is stdin. Lines are read as they are asked for.
+pub(super) fn file(path: &Path) -> Result<Prompts> {
+    if path == Path::new("-") {
+        return Ok(Box::new(Lines::new("stdin".into(), BufReader::new(io::stdin()))));
+    }
+    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    Ok(Box::new(Lines::new(path.display().to_string(), BufReader::new(file))))
+}
+
+/// All of stdin as one prompt, less the line end that `echo` adds.
+pub(super) fn stdin() -> Result<Content> {
+    let mut bytes = Vec::new();
+    io::stdin().lock().read_to_end(&mut bytes).map_err(|e| Error::io("stdin", e))?;
+    let mut text = String::from_utf8(bytes).map_err(|_| Error::data("stdin", "it is not UTF-8"))?;
+    if text.ends_with('\n') {
+        text.pop();
+        if text.ends_with('\r') {
+            text.pop();
+        }
+    }
+    if text.is_empty() {
+        return Err(Error::usage("--prompt", "there is none, and stdin is empty"));
+    }
+    Ok(Content::Text(text))
+}
+
+struct Lines<R> {
+    name: String,
+    reader: R,
+    number: usize,
+    ended: bool,
+}
+
+impl<R: BufRead> Lines<R> {
+    fn new(name: String, reader: R) -> Self {
+        Lines { name, reader, number: 0, ended: false }
+    }
+
+    /// The next line that is not blank; `None` at the end.
+    fn line(&mut self) -> Result<Option<String>> {
+        loop {
+            let mut bytes = Vec::new();
+            let read = self.reader.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut bytes);
+            self.number += 1;
+            match read {
+                Ok(0) => return Ok(None),
+                Ok(read) if read as u64 == LINE_BYTES_MAX && bytes.last() != Some(&b'\n') => {
+                    self.ended = true;
+                    return Err(self.wrong(&format!("it is longer than {} MiB", LINE_BYTES_MAX >> 20)));
+                }
+                Ok(_) => {}
+                Err(e) => {
+                    self.ended = true;
+                    return Err(Error::io(&self.name, e));
+                }
+            }
+            let text = String::from_utf8(bytes).map_err(|_| self.wrong("it is not UTF-8"))?;
+            if !text.trim().is_empty() {
+                return Ok(Some(text));
+            }
+        }
+    }
+
+    fn wrong(&self, why: &str) -> Error {
+        Error::data(&self.name, format!("line {}: {why}", self.number))
+    }
+}
+
+impl<R: BufRead> Iterator for Lines<R> {
+    type Item = Result<Asked>;
+
+    fn next(&mut self) -> Option<Result<Asked>> {
+        if self.ended {
+            return None;
+        }
+        let line = self.line().transpose()?;
+        Some(line.and_then(|text| parse(&text).map_err(|why| self.wrong(&why))))
+    }
+}
+
+/// A line: a string, or an object with one of `prompt`, `messages`, `prompt_ids`, and choices.
+fn parse(line: &str) -> Result<Asked, String> {
+    match serde_json::from_str(line).map_err(|e| told(&e))? {
+        Value::String(text) => Ok(Content::Text(text).into()),
+        Value::Object(mut fields) => {
+            let content = content(&mut fields)?;
+            let choices: Choices = serde_json::from_value(Value::Object(fields)).map_err(|e| told(&e))?;
+            choices.check(str::to_owned).map_err(|e| e.to_string())?;
+            Ok(Asked { content, choices })
+        }
+        _ => Err("it is neither a string nor an object".into()),
+    }
+}
+
+/// Takes the one field that holds the prompt.
+fn content(fields: &mut Map<String, Value>) -> Result<Content, String> {
+    const NAMES: [&str; 3] = ["prompt", "messages", "prompt_ids"];
+    let mut found = NAMES.iter().filter_map(|name| Some((*name, fields.shift_remove(*name)?)));
+    let (name, value) = found.next().ok_or("it has none of prompt, messages and prompt_ids")?;
+    if let Some((other, _)) = found.next() {
+        return Err(format!("it has both {name} and {other}"));
+    }
+    let parsed = match name {
+        "prompt" => serde_json::from_value(value).map(Content::Text),
+        "messages" => serde_json::from_value(value).map(Content::Messages),
+        _ => serde_json::from_value(value).map(Content::Ids),
+    };
+    parsed.map_err(|e| format!("{name}: {}", told(&e)))
+}
+
+/// A message of serde_json's about text that is always one line.
+fn told(e: &serde_json::Error) -> String {
+    e.to_string().replace(" at line 1 column ", " at column ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Vec<Result<Asked>> {
+        Lines::new("p.jsonl".into(), text.as_bytes()).collect()
+    }
+
+    fn message(text: &str) -> String {
+        read(text).remove(0).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn lines_are_strings_or_objects() {
+        let text = concat!(
+            "\"one\"\n\n",
+            r#"{"prompt": "two", "max_tokens": 3}"#,
+            "\r\n  \n",
+            r#"{"messages": [{"role": "user", "content": "three"}]}"#,
+            "\n",
+            r#"{"prompt_ids": [4, 5]}"#,
+        );
+        let asked: Vec<Asked> = read(text).into_iter().map(Result::unwrap).collect();
+        assert_eq!(asked[0], Content::Text("one".into()).into());
+        assert_eq!(asked[1].content, Content::Text("two".into()));
+        assert_ne!(asked[1].choices, Choices::default());
+        assert_eq!(asked[2], Content::Messages(vec![Message::new("user", "three")]).into());
+        assert_eq!(asked[3], Content::Ids(vec![4, 5]).into());
+        assert_eq!(asked.len(), 4);
+    }
+
+    #[test]
+    fn a_wrong_line_is_named_and_the_others_follow() {
+        let lines = read("\"a\"\n\nnonsense\n\"b\"\n");
+        assert_eq!(lines.len(), 3);
+        assert!(lines[0].is_ok() && lines[2].is_ok());
+        let why = lines[1].as_ref().unwrap_err().to_string();
+        assert!(why.starts_with("p.jsonl: line 3: ") && why.contains("at column 2"), "{why}");
+        let lines = Lines::new("p".into(), &b"\"\xff\"\n\"b\""[..]).collect::<Vec<_>>();
+        assert_eq!(lines[0].as_ref().unwrap_err().to_string(), "p: line 1: it is not UTF-8");
+        assert!(lines[1].is_ok());
+    }
+
+    #[test]
+    fn wrong_lines_say_why() {
+        assert!(message("3").contains("neither a string nor an object"));
+        assert!(message("{}").contains("none of prompt, messages and prompt_ids"));
+        assert!(message(r#"{"prompt": "a", "prompt_ids": [1]}"#).contains("both prompt and prompt_ids"));
+        assert!(message(r#"{"prompt": 1}"#).contains("prompt: invalid type"));
+        assert!(message(r#"{"messages": [{"role": "user"}]}"#).contains("missing field `content`"));
+        assert!(message(r#"{"prompt_ids": [-1]}"#).contains("prompt_ids: "));
+        assert!(message(r#"{"prompt": "a", "tempratur": 1}"#).contains("unknown field `tempratur`"));
+        assert!(message(r#"{"prompt": "a", "temperature": -1}"#).contains("temperature: -1"));
+        assert!(message(r#"{"prompt": "a""#).contains("at column"));
+    }
+}

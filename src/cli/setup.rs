@@ -1,0 +1,182 @@
+//! The flags that make an engine: the model, where its stages run, and how much they may use.
+
+use clap::{Args, ValueEnum};
+
+use crate::{
+    backend::DType,
+    engine::{Engine, EngineBuilder, WeightSource},
+    error::{Error, Result},
+    layout::{Device, Layout},
+    model::hub,
+};
+
+/// The model and its pipeline.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Model and pipeline")]
+pub(super) struct Setup {
+    /// A folder with config.json and safetensors, or OWNER/NAME on the Hugging Face hub
+    #[arg(long, value_name = "DIR")]
+    model: String,
+    /// Cuts the layers into N stages of near-equal length [default: 1]
+    #[arg(long, value_name = "N", conflicts_with = "layout")]
+    stages: Option<usize>,
+    /// Which layers make each stage, and on which device: 0-9,10-29 or 0-9@cpu,10-29@cpu
+    #[arg(long, value_name = "STAGES")]
+    layout: Option<String>,
+    /// Where the stages run: auto, cpu or cuda; a layout names devices itself
+    #[arg(long, value_name = "DEVICE", default_value = "auto", conflicts_with = "layout")]
+    device: String,
+    /// The type that weights are kept in; auto is the checkpoint's
+    #[arg(long, value_name = "TYPE", default_value = "auto")]
+    dtype: Kept,
+    /// real reads the model's weights; dummy takes random ones, from config.json alone
+    #[arg(long, value_name = "SOURCE", default_value = "real")]
+    weights: Source,
+    /// The longest sequence, prompt and answer together [default: the model's, at most 8192]
+    #[arg(long, value_name = "TOKENS")]
+    max_context: Option<usize>,
+    /// For the KV cache, all stages together: bytes, or with K, M, G (powers of 1000) or KiB, MiB, GiB
+    /// (powers of 1024)
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    kv_memory: Option<usize>,
+    /// Micro-batches in flight at most [default: the number of stages]
+    #[arg(long, value_name = "N")]
+    slots: Option<usize>,
+    /// Prompt tokens in a micro-batch at most
+    #[arg(long, value_name = "TOKENS")]
+    chunk: Option<usize>,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+}
+
+/// A [`DType`], or the checkpoint's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kept {
+    Auto,
+    F32,
+    F16,
+    Bf16,
+}
+
+/// A [`WeightSource`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Source {
+    Real,
+    Dummy,
+}
+
+impl Setup {
+    /// The engine's description, with what can be checked before a file is opened.
+    pub(super) fn builder(&self) -> Result<EngineBuilder> {
+        let mut builder = Engine::builder().weights(match self.weights {
+            Source::Real => WeightSource::Real,
+            Source::Dummy => WeightSource::Dummy,
+        });
+        if let Some(layout) = &self.layout {
+            builder = builder.layout(layout.parse::<Layout>()?);
+        }
+        if self.device != "auto" {
+            let device = self.device.parse::<Device>();
+            builder = builder.device(device.map_err(|_| {
+                Error::usage(format!("--device {}", self.device), "it is none of auto, cpu, cuda and cuda:N")
+            })?);
+        }
+        let dtype = match self.dtype {
+            Kept::Auto => None,
+            Kept::F32 => Some(DType::F32),
+            Kept::F16 => Some(DType::F16),
+            Kept::Bf16 => Some(DType::BF16),
+        };
+        if let Some(dtype) = dtype {
+            builder = builder.dtype(dtype);
+        }
+        type Set = fn(EngineBuilder, usize) -> EngineBuilder;
+        let counts: [(&str, Option<usize>, Set); 6] = [
+            ("--stages", self.stages, EngineBuilder::stages),
+            ("--max-context", self.max_context, EngineBuilder::max_context),
+            ("--kv-memory", self.kv_memory, EngineBuilder::kv_memory),
+            ("--slots", self.slots, EngineBuilder::slots),
+            ("--chunk", self.chunk, EngineBuilder::chunk),
+            ("--threads", self.threads, EngineBuilder::threads),
+        ];
+        for (flag, count, set) in counts {
+            match count {
+                Some(0) => return Err(Error::usage(flag, "it must be at least 1")),
+                Some(count) => builder = set(builder, count),
+                None => {}
+            }
+        }
+        Ok(builder)
+    }
+
+    /// Finds the model (which may download it), loads it and starts the stages.
+    pub(super) fn start(&self, builder: EngineBuilder) -> Result<Engine> {
+        builder.model(hub::resolve(&self.model)?).build()
+    }
+}
+
+/// `512`, `1.5G`, `64MiB`.
+fn bytes(text: &str) -> Result<usize, String> {
+    const UNITS: [(&str, u64); 12] = [
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("TiB", 1 << 40),
+        ("KB", 1_000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("TB", 1_000_000_000_000),
+        ("K", 1_000),
+        ("M", 1_000_000),
+        ("G", 1_000_000_000),
+        ("T", 1_000_000_000_000),
+    ];
+    let text = text.trim();
+    let ends = |unit: &str| text.len() > unit.len() && text.is_char_boundary(text.len() - unit.len());
+    let unit = UNITS
+        .iter()
+        .find(|(unit, _)| ends(unit) && text[text.len() - unit.len()..].eq_ignore_ascii_case(unit));
+    let (number, scale) = unit.map_or((text, 1), |(unit, scale)| (&text[..text.len() - unit.len()], *scale));
+    let number = number.trim_end();
+    let digits = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    let count = match number.parse::<u64>() {
+        Ok(whole) => whole.checked_mul(scale),
+        Err(_) => number
+            .parse::<f64>()
+            .ok()
+            .map(|n| n * scale as f64)
+            .filter(|n| *n < 2f64.powi(63))
+            .map(|n| n as u64),
+    };
+    let count = count.filter(|_| digits).and_then(|count| usize::try_from(count).ok());
+    count.ok_or_else(|| "expected bytes, such as 4096, 500M or 1.5GiB".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_have_suffixes() {
+        let cases = [
+            ("0", 0),
+            ("4096", 4096),
+            ("2K", 2000),
+            ("2kb", 2000),
+            ("500M", 500_000_000),
+            ("64MiB", 64 << 20),
+            ("1.5GiB", 3 << 29),
+            ("3 G", 3_000_000_000),
+            ("1TiB", 1 << 40),
+        ];
+        for (text, want) in cases {
+            assert_eq!(bytes(text), Ok(want), "{text}");
+        }
+        for text in
+            ["", "K", "-1", "1e9", "inf", "1.2.3", "1X", "1Ki", "99999999999999999999", "9999999999T", "1€"]
+        {
+            bytes(text).unwrap_err();
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Plain tables, and what a run took as one.
+
+use std::{fmt::Write, time::Duration};
+
+use super::answer::Answer;
+use crate::engine::StageStats;
+
+/// How much was asked and answered.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Totals {
+    prompts: usize,
+    samples: usize,
+    prompt_tokens: u64,
+    new_tokens: u64,
+    first_token_s: f64,
+    prefill_s: f64,
+    decode_s: f64,
+}
+
+impl Totals {
+    /// How many prompts were answered.
+    pub(super) fn prompts(&self) -> usize {
+        self.prompts
+    }
+
+    /// Adds an answer's samples that have ended.
+    pub(super) fn add(&mut self, answer: &Answer) {
+        self.prompts += 1;
+        self.prompt_tokens += answer.prompt_ids.len() as u64;
+        for usage in answer.samples.iter().filter_map(|s| s.end.map(|(_, usage)| usage)) {
+            self.samples += 1;
+            self.new_tokens += u64::from(usage.completion_tokens);
+            self.first_token_s += usage.first_token_s;
+            self.prefill_s += usage.first_token_s - usage.queued_s;
+            self.decode_s += usage.total_s - usage.first_token_s;
+        }
+    }
+}
+
+/// Tokens a second; `None` where no time has passed.
+pub(super) fn rate(tokens: u64, seconds: f64) -> Option<f64> {
+    (seconds > 0.0).then(|| tokens as f64 / seconds)
+}
+
+/// What a run took, as a whole and stage by stage. Rates are of the one sample, or, of several that share
+/// the pipeline, of all together.
+pub(super) fn report(totals: &Totals, wall: Duration, before: &[StageStats], after: &[StageStats]) -> String {
+    let number = |rate: Option<f64>| rate.map_or("-".into(), |r| format!("{r:.1}"));
+    let mut rows = vec![
+        vec!["prompt tokens".into(), totals.prompt_tokens.to_string()],
+        vec!["new tokens".into(), totals.new_tokens.to_string()],
+    ];
+    let first = totals.first_token_s / totals.samples.max(1) as f64;
+    if totals.samples > 1 {
+        rows.insert(0, vec!["answers".into(), format!("{} to {} prompts", totals.samples, totals.prompts)]);
+        rows.push(vec!["time to first token, mean".into(), format!("{first:.3} s")]);
+        rows.push(vec!["time".into(), format!("{:.3} s", wall.as_secs_f64())]);
+        rows.push(vec!["new tokens/s, together".into(), number(rate(totals.new_tokens, wall.as_secs_f64()))]);
+    } else {
+        let decoded = totals.new_tokens.saturating_sub(1);
+        rows.push(vec!["time to first token".into(), format!("{first:.3} s")]);
+        rows.push(vec!["prompt tokens/s".into(), number(rate(totals.prompt_tokens, totals.prefill_s))]);
+        rows.push(vec!["decode tokens/s".into(), number(rate(decoded, totals.decode_s))]);
+    }
+    format!("{}\n{}", columns(&rows), columns(&stages(before, after)))
+}
+
+/// A row a stage: what it did between the two moments.
+fn stages(before: &[StageStats], after: &[StageStats]) -> Vec<Vec<String>> {
+    let head =
+        ["stage", "device", "layers", "weights MB", "busy", "waits: input", "output", "device", "copies"];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    for (i, (was, is)) in before.iter().zip(after).enumerate() {
+        let (was, now) = (&was.times, &is.times);
+        let times = [
+            now.busy - was.busy,
+            now.wait_input - was.wait_input,
+            now.wait_output - was.wait_output,
+            now.wait_device - was.wait_device,
+            now.copy - was.copy,
+        ]
+        .map(|time| time.as_secs_f64());
+        let all: f64 = times.iter().sum();
+        let share = |s: f64| if all > 0.0 { format!("{:.0}%", 100.0 * s / all) } else { "-".into() };
+        let megabytes = format!("{:.1}", is.weight_bytes as f64 / 1e6);
+        let mut row = vec![i.to_string(), is.device.clone(), is.layers.clone(), megabytes];
+        row.extend(times.map(share));
+        rows.push(row);
+    }
+    rows
+}
+
+/// Rows as aligned columns: the first column to the left, the others to the right.
+fn columns(rows: &[Vec<String>]) -> String {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..count)
+        .map(|c| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0))
+        .collect();
+    let mut text = String::new();
+    for row in rows {
+        for (c, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            let _ = match c {
+                0 => write!(text, "{cell:<width$}"),
+                _ => write!(text, "  {cell:>width$}"),
+            };
+        }
+        text.truncate(text.trim_end().len());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::StageTimes;
+    use crate::request::{FinishReason, Usage};
+
+    #[test]
+    fn columns_are_aligned() {
+        let row = |cells: &[&str]| cells.iter().map(|c| (*c).to_owned()).collect::<Vec<_>>();
+        let text = columns(&[row(&["a", "layers"]), row(&["long", "1"]), row(&["é", "22"])]);
+        assert_eq!(text, "a     layers\nlong       1\né         22\n");
+    }
+
+    fn stage(busy: u64, wait_input: u64) -> StageStats {
+        let times = StageTimes {
+            busy: Duration::from_secs(busy),
+            wait_input: Duration::from_secs(wait_input),
+            ..StageTimes::default()
+        };
+        StageStats { device: "cpu".into(), layers: "0-1".into(), weight_bytes: 1_500_000, times }
+    }
+
+    #[test]
+    fn the_report_counts_the_run_alone() {
+        let usage = Usage {
+            prompt_tokens: 4,
+            completion_tokens: 11,
+            queued_s: 0.1,
+            first_token_s: 0.3,
+            total_s: 1.3,
+        };
+        let mut answer = Answer::new(vec![1, 2, 3, 4], 1);
+        answer.samples[0].end = Some((FinishReason::Stop, usage));
+        let mut totals = Totals::default();
+        totals.add(&answer);
+        let wall = Duration::from_secs(2);
+        let text = report(&totals, wall, &[stage(1, 5)], &[stage(4, 6)]);
+        let words: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
+        for row in ["prompt tokens 4", "new tokens 11", "time to first token 0.300 s", "prompt tokens/s 20.0"]
+        {
+            assert!(words.contains(&row.split(' ').collect()), "{row}\n{text}");
+        }
+        assert!(words.contains(&vec!["decode", "tokens/s", "10.0"]), "{text}");
+        assert!(words.contains(&vec!["0", "cpu", "0-1", "1.5", "75%", "25%", "0%", "0%", "0%"]), "{text}");
+        totals.add(&answer);
+        let text = report(&totals, wall, &[], &[]);
+        assert!(text.contains("2 to 2 prompts") && text.contains("11.0"), "{text}");
+    }
+}

@@ -1,0 +1,219 @@
+//! The engine's own thread: commands and results in, steps and events out.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    hash::{BuildHasher, RandomState},
+    sync::Arc,
+};
+
+use crossbeam_channel as channel;
+
+use super::{Facts, answer::Answer};
+use crate::{
+    batch::{Sampled, SeqId},
+    error::{Error, Result},
+    pipeline::{Outcome, Packet},
+    request::{Event, Request},
+    schedule::{NewSequence, Scheduler},
+};
+
+/// From the clients.
+pub(super) enum Command {
+    Submit(Box<Submission>),
+    Cancel(u64),
+    End,
+}
+
+/// A request whose prompt has been checked.
+pub(super) struct Submission {
+    pub(super) request: u64,
+    pub(super) prompt: Arc<[u32]>,
+    pub(super) params: Request,
+    pub(super) events: channel::Sender<Event>,
+}
+
+/// The thread's state.
+pub(super) struct Worker {
+    pub(super) facts: Arc<Facts>,
+    pub(super) scheduler: Scheduler,
+    pub(super) commands: channel::Receiver<Command>,
+    /// To the first stage. It has room for every step that may be in flight.
+    pub(super) steps: channel::Sender<Packet>,
+    pub(super) results: channel::Receiver<Outcome>,
+    pub(super) running: Running,
+}
+
+/// What clients wait for.
+#[derive(Default)]
+pub(super) struct Running {
+    /// Samples by sequence, each with the request that it belongs to.
+    answers: HashMap<SeqId, (u64, Answer)>,
+    /// In the order of submission.
+    requests: BTreeMap<u64, Client>,
+    next_seq: u64,
+    seeds: RandomState,
+}
+
+struct Client {
+    events: channel::Sender<Event>,
+    seqs: Vec<SeqId>,
+}
+
+impl Worker {
+    /// Runs until the engine is dropped or a stage fails.
+    pub(super) fn run(mut self) {
+        let Some(error) = self.serve() else {
+            return self.running.fail_all(&Error::Engine("it has ended".into()));
+        };
+        tracing::error!(%error, "the pipeline has failed");
+        self.running.fail_all(&error);
+        drop(self.steps);
+        // Clients that submit now are told why.
+        while let Ok(command) = self.commands.recv() {
+            match command {
+                Command::Submit(submission) => drop(submission.events.send(Event::Error(error.clone()))),
+                Command::Cancel(_) => (),
+                Command::End => return,
+            }
+        }
+    }
+
+    /// `None` when the engine is dropped, else why the stages failed.
+    fn serve(&mut self) -> Option<Error> {
+        loop {
+            channel::select! {
+                recv(self.commands) -> command => match command {
+                    Ok(Command::End) | Err(_) => return None,
+                    Ok(command) => self.command(command),
+                },
+                recv(self.results) -> outcome => {
+                    let outcome = outcome.unwrap_or_else(|_| {
+                        (0, Err(Error::Engine("all stages have ended; this is a bug".into())))
+                    });
+                    if let Err(error) = self.outcome(outcome) {
+                        return Some(error);
+                    }
+                }
+            }
+            while let Some(plan) = self.scheduler.plan() {
+                for start in &plan.batch.starts {
+                    self.running.started(start.seq);
+                }
+                let packet = Packet { step: plan.step, batch: plan.batch };
+                if self.steps.send(packet).is_err() {
+                    // The first stage tells why it ended through the results.
+                    break;
+                }
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission) => {
+                let events = submission.events.clone();
+                if let Err(error) = self.running.submit(*submission, &self.facts, &mut self.scheduler) {
+                    // The client may have gone already.
+                    let _ = events.send(Event::Error(error));
+                }
+            }
+            Command::Cancel(request) => self.running.cancel(request, &mut self.scheduler),
+            Command::End => unreachable!("handled by the caller; this is a bug"),
+        }
+    }
+
+    fn outcome(&mut self, (step, sampled): Outcome) -> Result<()> {
+        for token in self.scheduler.apply(step, sampled?) {
+            self.running.token(token, &mut self.scheduler);
+        }
+        Ok(())
+    }
+}
+
+impl Running {
+    fn submit(&mut self, submission: Submission, facts: &Facts, scheduler: &mut Scheduler) -> Result<()> {
+        let Submission { request, prompt, params, events } = submission;
+        let room = facts.context_max - prompt.len();
+        let new_max = params.stop.max_tokens.map_or(room, |n| room.min(n as usize));
+        let eos: Arc<[u32]> = facts.generation.eos.as_slice().into();
+        let seed = params.sampling.seed.unwrap_or_else(|| self.seeds.hash_one(request));
+        let sampling = Arc::new(params.sampling.clone());
+        let mut client = Client { events, seqs: Vec::new() };
+        for sample in 0..params.n {
+            let tokenizer = facts.tokenizer.as_ref();
+            let answer = Answer::new(sample, &params, tokenizer, eos.clone(), prompt.len(), new_max)?;
+            let seq = SeqId(self.next_seq);
+            self.next_seq += 1;
+            client.seqs.push(seq);
+            self.answers.insert(seq, (request, answer));
+            scheduler.add(NewSequence {
+                seq,
+                prompt: prompt.clone(),
+                // The last token is never fed, so it needs no room.
+                tokens_max: prompt.len() + new_max - 1,
+                sampling: sampling.clone(),
+                seed: seed.wrapping_add(u64::from(sample)),
+            });
+        }
+        self.requests.insert(request, client);
+        Ok(())
+    }
+
+    fn started(&mut self, seq: SeqId) {
+        if let Some((_, answer)) = self.answers.get_mut(&seq) {
+            answer.started();
+        }
+    }
+
+    fn token(&mut self, token: Sampled, scheduler: &mut Scheduler) {
+        let seq = token.seq;
+        let (request, answer) =
+            self.answers.get_mut(&seq).expect("a token without its answer; this is a bug");
+        let request = *request;
+        let client = self.requests.get_mut(&request).expect("an answer without its client; this is a bug");
+        let told = match answer.push(token) {
+            Ok(told) => told,
+            Err(error) => {
+                let _ = client.events.send(Event::Error(error));
+                return self.forget(request, scheduler);
+            }
+        };
+        let gone = told.events.into_iter().any(|event| client.events.send(event).is_err());
+        if gone {
+            return self.forget(request, scheduler);
+        }
+        if told.ended {
+            scheduler.end(seq);
+            self.answers.remove(&seq);
+            client.seqs.retain(|&s| s != seq);
+            if client.seqs.is_empty() {
+                self.requests.remove(&request);
+            }
+        }
+    }
+
+    fn cancel(&mut self, request: u64, scheduler: &mut Scheduler) {
+        let Some(client) = self.requests.get(&request) else { return };
+        for seq in &client.seqs {
+            let (_, answer) = self.answers.get_mut(seq).expect("a sample without its answer; this is a bug");
+            // A client that has gone needs no last event.
+            let _ = client.events.send(answer.cancel());
+        }
+        self.forget(request, scheduler);
+    }
+
+    fn forget(&mut self, request: u64, scheduler: &mut Scheduler) {
+        let client = self.requests.remove(&request).expect("a request forgotten twice; this is a bug");
+        for seq in client.seqs {
+            scheduler.end(seq);
+            self.answers.remove(&seq);
+        }
+    }
+
+    fn fail_all(&mut self, error: &Error) {
+        for client in std::mem::take(&mut self.requests).into_values() {
+            let _ = client.events.send(Event::Error(error.clone()));
+        }
+        self.answers.clear();
+    }
+}

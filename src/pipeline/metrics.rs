@@ -1,0 +1,83 @@
+//! What a stage does with its time.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+/// Counters that a stage's thread writes and anyone reads.
+#[derive(Debug, Default)]
+pub struct StageMetrics {
+    busy_ns: AtomicU64,
+    wait_input_ns: AtomicU64,
+    wait_output_ns: AtomicU64,
+    wait_device_ns: AtomicU64,
+    copy_ns: AtomicU64,
+    batches: AtomicU64,
+    rows: AtomicU64,
+}
+
+/// What a stage has done since it started.
+#[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize)]
+pub struct StageTimes {
+    /// Computing.
+    pub busy: Duration,
+    /// Waiting for a micro-batch.
+    pub wait_input: Duration,
+    /// Waiting for room at the next stage.
+    pub wait_output: Duration,
+    /// Waiting for other stages that share the device.
+    pub wait_device: Duration,
+    /// Copying across boundaries.
+    pub copy: Duration,
+    /// Micro-batches done.
+    pub batches: u64,
+    /// Rows (tokens) done.
+    pub rows: u64,
+}
+
+/// One kind of time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Spent {
+    Busy,
+    WaitInput,
+    WaitOutput,
+    WaitDevice,
+    Copy,
+}
+
+impl StageMetrics {
+    /// Adds the time since `*since` to a kind and starts the next span.
+    pub(super) fn add(&self, kind: Spent, since: &mut Instant) {
+        let now = Instant::now();
+        let counter = match kind {
+            Spent::Busy => &self.busy_ns,
+            Spent::WaitInput => &self.wait_input_ns,
+            Spent::WaitOutput => &self.wait_output_ns,
+            Spent::WaitDevice => &self.wait_device_ns,
+            Spent::Copy => &self.copy_ns,
+        };
+        counter.fetch_add((now - *since).as_nanos() as u64, Relaxed);
+        *since = now;
+    }
+
+    /// Counts a micro-batch.
+    pub(super) fn count(&self, rows: usize) {
+        self.batches.fetch_add(1, Relaxed);
+        self.rows.fetch_add(rows as u64, Relaxed);
+    }
+
+    /// The counters now.
+    pub fn times(&self) -> StageTimes {
+        let ns = |counter: &AtomicU64| Duration::from_nanos(counter.load(Relaxed));
+        StageTimes {
+            busy: ns(&self.busy_ns),
+            wait_input: ns(&self.wait_input_ns),
+            wait_output: ns(&self.wait_output_ns),
+            wait_device: ns(&self.wait_device_ns),
+            copy: ns(&self.copy_ns),
+            batches: self.batches.load(Relaxed),
+            rows: self.rows.load(Relaxed),
+        }
+    }
+}

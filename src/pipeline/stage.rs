@@ -1,0 +1,168 @@
+//! A stage's thread: receive, forward, send.
+
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, Mutex},
+    thread::JoinHandle,
+    time::Instant,
+};
+
+use crossbeam_channel as channel;
+
+use super::{Packet, StageMetrics, metrics::Spent};
+use crate::{
+    backend::Backend,
+    batch::Sampled,
+    error::{Error, Result},
+    model::decoder::Decoder,
+    transport::{Closed, Receiver, Sender},
+};
+
+/// Where a stage's micro-batches come from.
+pub enum Input<B: Backend> {
+    /// The scheduler: token ids, for the stage that holds the embedding.
+    Steps(channel::Receiver<Packet>),
+    /// The stage before.
+    Boundary(Box<dyn Receiver<B>>),
+}
+
+/// Where a stage's results go.
+pub enum Output<B: Backend> {
+    /// The stage after.
+    Boundary(Box<dyn Sender<B>>),
+    /// The scheduler: chosen tokens, from the stage that holds the head.
+    Results,
+}
+
+/// What a step came to.
+pub type Outcome = (u64, Result<Vec<Sampled>>);
+
+/// A stage about to start.
+pub struct Stage<B: Backend> {
+    /// Its place in the pipeline.
+    pub index: usize,
+    /// Its device.
+    pub backend: Arc<B>,
+    /// Loads its units. It runs on the stage's own thread, so that all stages load at once.
+    pub load: Box<dyn FnOnce(&B) -> Result<Decoder<B>> + Send>,
+    /// Where micro-batches come from.
+    pub input: Input<B>,
+    /// Where they go.
+    pub output: Output<B>,
+    /// Where tokens and failures go.
+    pub results: channel::Sender<Outcome>,
+    /// Held for a pass by stages that share a device whose every core one pass can use.
+    pub turn: Arc<Mutex<()>>,
+    /// What it does with its time.
+    pub metrics: Arc<StageMetrics>,
+}
+
+/// A stage that has been started.
+pub struct StageHandle {
+    /// Its thread; it ends when its input closes.
+    pub thread: JoinHandle<()>,
+    /// Whether it could be loaded, and the bytes of its weights.
+    pub loaded: channel::Receiver<Result<usize>>,
+}
+
+/// Starts a stage's thread.
+pub fn spawn<B: Backend>(stage: Stage<B>) -> Result<StageHandle> {
+    let (loaded_in, loaded) = channel::bounded(1);
+    let name = format!("stage {}", stage.index);
+    let thread = std::thread::Builder::new()
+        .name(name.clone())
+        .spawn(move || run(stage, &loaded_in))
+        .map_err(|e| Error::Engine(format!("{name}: no thread: {e}")))?;
+    Ok(StageHandle { thread, loaded })
+}
+
+fn run<B: Backend>(stage: Stage<B>, loaded: &channel::Sender<Result<usize>>) {
+    let Stage { index, backend, load, input, output, results, turn, metrics } = stage;
+    let decoder = match guard(index, || load(&backend)) {
+        Ok(decoder) => {
+            // Nobody listens any more if another stage could not be loaded.
+            let _ = loaded.send(Ok(decoder.weight_bytes()));
+            decoder
+        }
+        Err(e) => {
+            let _ = loaded.send(Err(e));
+            return;
+        }
+    };
+    let mut running = Running { backend, decoder, input, output, turn, metrics, since: Instant::now() };
+    loop {
+        let Ok(packet) = running.receive() else { return };
+        let outcome = match guard(index, || running.step(&packet)) {
+            Ok(None) => continue,
+            Ok(Some(sampled)) => Ok(sampled),
+            Err(e) => Err(e),
+        };
+        let failed = outcome.is_err();
+        // After a failure the numbers of later packets cannot be trusted: the stage ends.
+        if results.send((packet.step, outcome)).is_err() || failed {
+            return;
+        }
+    }
+}
+
+/// Turns a panic into an error that names the stage.
+fn guard<T>(stage: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        Err(Error::Engine(format!("stage {stage} panicked: {}", panic_text(&*panic))))
+    })
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
+}
+
+struct Running<B: Backend> {
+    backend: Arc<B>,
+    decoder: Decoder<B>,
+    input: Input<B>,
+    output: Output<B>,
+    turn: Arc<Mutex<()>>,
+    metrics: Arc<StageMetrics>,
+    since: Instant,
+}
+
+impl<B: Backend> Running<B> {
+    fn receive(&mut self) -> Result<Packet, Closed> {
+        let packet = match &mut self.input {
+            Input::Steps(steps) => steps.recv().map_err(|_| Closed),
+            Input::Boundary(boundary) => boundary.wait(),
+        };
+        self.metrics.add(Spent::WaitInput, &mut self.since);
+        packet
+    }
+
+    /// One micro-batch; the chosen tokens if this stage holds the head, `None` if it has been passed on.
+    fn step(&mut self, packet: &Packet) -> Result<Option<Vec<Sampled>>> {
+        if let Input::Boundary(boundary) = &mut self.input {
+            boundary.take(self.decoder.hidden_mut())?;
+            self.metrics.add(Spent::Copy, &mut self.since);
+        }
+        let sampled = {
+            let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            self.metrics.add(Spent::WaitDevice, &mut self.since);
+            self.decoder.forward(&*self.backend, &packet.batch)?;
+            match self.output {
+                Output::Results => Some(self.decoder.sample(&*self.backend, &packet.batch)?),
+                Output::Boundary(_) => None,
+            }
+        };
+        self.metrics.add(Spent::Busy, &mut self.since);
+        self.metrics.count(packet.batch.rows());
+        if let Output::Boundary(boundary) = &mut self.output {
+            let gone = |Closed| Error::Engine("the next stage is gone".into());
+            boundary.wait_for_room().map_err(gone)?;
+            self.metrics.add(Spent::WaitOutput, &mut self.since);
+            let (hidden, len) = self.decoder.hidden(packet.batch.rows());
+            boundary.send(packet.clone(), hidden, len)?;
+            self.metrics.add(Spent::Copy, &mut self.since);
+        }
+        Ok(sampled)
+    }
+}

@@ -1,0 +1,216 @@
+//! Any split, chunk, number of slots or company gives the same bits; cancelling and failing leave nothing behind.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{chat_llama, collect, logprob_bits, request};
+use pipeline_infer::{
+    Engine, Error, Event, FinishReason, Layout,
+    backend::{Backend, cpu::Cpu},
+    batch::MicroBatch,
+    engine::EngineBuilder,
+    pipeline::Packet,
+    transport::{Closed, transports},
+};
+
+fn build(with: impl FnOnce(EngineBuilder) -> EngineBuilder) -> Engine {
+    with(Engine::builder().model(chat_llama())).build().unwrap()
+}
+
+/// Ids and the bits of their log-probabilities for eight requests of different lengths at once.
+fn eight(engine: &Engine) -> Vec<(Vec<u32>, Vec<u32>)> {
+    let events: Vec<_> = (0..8u32)
+        .map(|i| {
+            let mut request =
+                request(&(0..3 + 5 * i).map(|t| (t * 13 + i * 7) % 200).collect::<Vec<_>>(), 12);
+            request.sampling.logprobs = Some(4);
+            if i % 2 == 1 {
+                request.sampling.temperature = 0.9;
+                request.sampling.seed = Some(u64::from(i));
+            }
+            engine.submit(request).unwrap()
+        })
+        .collect();
+    events.into_iter().map(|events| logprob_bits(&collect(events))).collect()
+}
+
+#[test]
+fn any_split_chunk_and_number_of_slots_gives_the_same_bits() {
+    let one = eight(&build(|b| b.stages(1).slots(1).threads(1)));
+    let layers = build(|b| b).spec().layers.len();
+    assert!(layers >= 4, "the checkpoint is too small to be cut");
+    for stages in 2..=layers {
+        for (slots, chunk) in [(1, 256), (3, 7), (stages, 1)] {
+            let many = eight(&build(|b| b.stages(stages).slots(slots).chunk(chunk).threads(2)));
+            assert_eq!(many, one, "{stages} stages, {slots} slots, chunks of {chunk}");
+        }
+    }
+    let uneven: Layout = format!("0,1-{}", layers - 1).parse().unwrap();
+    assert_eq!(eight(&build(|b| b.layout(uneven).slots(2))), one);
+}
+
+#[test]
+fn a_request_alone_gives_what_it_gives_in_company() {
+    let engine = build(|b| b.stages(2).slots(2).chunk(5));
+    let together = eight(&engine);
+    for (i, expected) in together.iter().enumerate() {
+        let i = i as u32;
+        let mut request = request(&(0..3 + 5 * i).map(|t| (t * 13 + i * 7) % 200).collect::<Vec<_>>(), 12);
+        request.sampling.logprobs = Some(4);
+        if i % 2 == 1 {
+            request.sampling.temperature = 0.9;
+            request.sampling.seed = Some(u64::from(i));
+        }
+        assert_eq!(&logprob_bits(&collect(engine.submit(request).unwrap())), expected, "request {i}");
+    }
+}
+
+#[test]
+fn more_requests_than_blocks_wait_their_turn_and_all_end() {
+    let engine = build(|b| b.stages(2).max_context(64));
+    let small = {
+        let spec = engine.spec();
+        let token = spec.kv_bytes_per_token(pipeline_infer::backend::DType::BF16) * spec.layers.len();
+        build(move |b| b.stages(2).max_context(64).kv_memory(token * 64))
+    };
+    assert_eq!(small.kv_tokens(), 64);
+    let events: Vec<_> = (0..20).map(|i| small.submit(request(&[i, i + 1, i + 2], 40)).unwrap()).collect();
+    for events in events {
+        assert_eq!(collect(events).iter().filter(|e| matches!(e, Event::Token { .. })).count(), 40);
+    }
+}
+
+#[test]
+fn dropping_the_events_cancels_and_gives_the_blocks_back() {
+    // Room for one sequence: the second request runs only if the first one's blocks come back.
+    let engine = build(|b| b.stages(2).kv_memory(1 << 15));
+    let room = engine.context_max();
+    for _ in 0..5 {
+        let mut events = engine.submit(request(&[1, 2, 3], room as u32)).unwrap();
+        assert!(matches!(events.next(), Some(Event::Token { .. })));
+    }
+    let mut events = engine.submit(request(&[1, 2, 3], room as u32)).unwrap();
+    events.next().unwrap();
+    events.cancel();
+    let last = events.last().unwrap();
+    assert!(matches!(last, Event::Finished { reason: FinishReason::Cancelled, .. }), "{last:?}");
+}
+
+#[test]
+fn samples_of_one_request_are_the_seeds_in_a_row() {
+    let engine = build(|b| b);
+    let mut many = request(&[5, 6, 7], 10);
+    many.n = 3;
+    many.sampling.temperature = 1.0;
+    many.sampling.seed = Some(40);
+    let events = collect(engine.submit(many.clone()).unwrap());
+    for sample in 0..3u32 {
+        let got: Vec<u32> = events
+            .iter()
+            .filter_map(|e| match e {
+                Event::Token { sample: s, id, .. } if *s == sample => Some(*id),
+                _ => None,
+            })
+            .collect();
+        let mut single = many.clone();
+        single.n = 1;
+        single.sampling.seed = Some(40 + u64::from(sample));
+        let alone = logprob_bits(&collect(engine.submit(single).unwrap())).0;
+        assert_eq!(got, alone, "sample {sample}");
+    }
+}
+
+#[test]
+fn requests_that_cannot_be_served_are_refused_at_once() {
+    let engine = build(|b| b.max_context(32));
+    let vocab = engine.spec().vocab as u32;
+    let refused = |ids: &[u32]| match engine.submit(request(ids, 4)) {
+        Err(Error::Request(why)) => why,
+        other => panic!("{:?}", other.err()),
+    };
+    assert!(refused(&[]).contains("empty"));
+    assert!(refused(&[1, vocab]).contains(&format!("token 1 of the prompt is {vocab}")));
+    assert!(refused(&vec![1; 32]).contains("has 32 tokens"));
+    assert_eq!(collect(engine.submit(request(&[1; 31], 4)).unwrap()).len(), 2, "one token, then the end");
+}
+
+#[test]
+fn builders_values_are_checked() {
+    let said = |with: fn(EngineBuilder) -> EngineBuilder| {
+        let error = with(Engine::builder().model(chat_llama())).build().err().expect("refused");
+        assert_eq!(error.exit_code(), if matches!(error, Error::Device { .. }) { 1 } else { 2 }, "{error}");
+        assert!(!error.to_string().contains('\n'));
+        error.to_string()
+    };
+    assert!(said(|b| b.stages(99)).contains("--stages"));
+    assert!(said(|b| b.stages(0)).contains("--stages"));
+    assert!(said(|b| b.layout("0-1".parse().unwrap())).contains("in no stage"));
+    assert!(said(|b| b.slots(0)).contains("--slots"));
+    assert!(said(|b| b.chunk(0)).contains("--chunk"));
+    assert!(said(|b| b.threads(0)).contains("--threads"));
+    assert!(said(|b| b.max_context(1)).contains("--max-context"));
+    assert!(said(|b| b.max_context(1 << 40)).contains("--max-context"));
+    assert!(said(|b| b.kv_memory(3)).contains("--kv-memory"));
+    assert!(said(|b| b.device(pipeline_infer::layout::Device::Cuda(0))).contains("cuda:0"));
+}
+
+#[test]
+fn dropping_the_engine_ends_open_requests_with_an_error() {
+    let engine = build(|b| b.stages(2));
+    let room = engine.context_max() as u32;
+    let mut events = engine.submit(request(&[1, 2, 3], room)).unwrap();
+    events.next().unwrap();
+    drop(engine);
+    assert!(matches!(events.last(), Some(Event::Error(Error::Engine(_)))));
+}
+
+#[test]
+fn every_transport_brings_what_was_sent_in_order_and_waits_for_room() {
+    let backend = Arc::new(Cpu::new(Some(1)));
+    for transport in transports::<Cpu>() {
+        let name = transport.name();
+        let (mut sender, mut receiver) = transport.connect(backend.clone(), backend.clone(), 3, 64).unwrap();
+        let theirs = backend.clone();
+        let sending = std::thread::spawn(move || {
+            let mut hidden = theirs.buf(64).unwrap();
+            for step in 0..200u64 {
+                let len = 1 + step as usize % 64;
+                let numbers: Vec<f32> = (0..len).map(|i| step as f32 + i as f32 / 64.0).collect();
+                theirs.write(&mut hidden, &numbers).unwrap();
+                sender.wait_for_room().unwrap();
+                let packet = Packet { step, batch: Arc::new(MicroBatch::default()) };
+                sender.send(packet, &hidden, len).unwrap();
+                // What was sent must not change with the buffer.
+                theirs.write(&mut hidden, &[f32::NAN; 64]).unwrap();
+            }
+        });
+        let mut hidden = backend.buf(64).unwrap();
+        for step in 0..200u64 {
+            assert_eq!(receiver.wait().unwrap().step, step, "{name}");
+            receiver.take(&mut hidden).unwrap();
+            let mut numbers = vec![0.0; 1 + step as usize % 64];
+            backend.read(&mut numbers, &hidden).unwrap();
+            let expected: Vec<f32> = (0..numbers.len()).map(|i| step as f32 + i as f32 / 64.0).collect();
+            assert_eq!(numbers, expected, "{name}, step {step}");
+        }
+        sending.join().unwrap();
+        assert_eq!(receiver.wait().err(), Some(Closed), "{name}: the end of the sender is seen");
+    }
+}
+
+#[test]
+fn a_sender_without_a_receiver_is_told() {
+    let backend = Arc::new(Cpu::new(Some(1)));
+    for transport in transports::<Cpu>() {
+        let (mut sender, receiver) = transport.connect(backend.clone(), backend.clone(), 1, 4).unwrap();
+        drop(receiver);
+        let hidden = backend.buf(4).unwrap();
+        let packet = Packet { step: 0, batch: Arc::new(MicroBatch::default()) };
+        let sent = sender
+            .wait_for_room()
+            .map_err(|_| ())
+            .and_then(|()| sender.send(packet, &hidden, 4).map_err(|_| ()));
+        assert!(sent.is_err(), "{}", transport.name());
+    }
+}
