@@ -1,6 +1,6 @@
 //! Files in memory, page by page as they are used.
 
-use std::{fs::File, io, ops::Range};
+use std::{fs::File, io};
 
 use memmap2::Mmap;
 
@@ -8,7 +8,8 @@ use memmap2::Mmap;
 pub(super) struct Mapped(Mmap);
 
 impl Mapped {
-    /// Maps the whole file.
+    /// Maps the whole file. Without advice to the operating system: 269 MB of SmolLM2 were read in 0.05 s when
+    /// cached and 0.16 s when not, and with `MADV_WILLNEED` in 0.06 s and 0.29 s.
     #[allow(unsafe_code)]
     pub(super) fn new(file: &File) -> io::Result<Mapped> {
         // SAFETY: the map is read-only, and its bytes are only ever read as bytes, of which every pattern is
@@ -16,14 +17,6 @@ impl Mapped {
         // ends this process with SIGBUS: no reader of mapped files can rule that out, and checkpoints are
         // replaced by renaming, which leaves the mapped file as it is.
         unsafe { Mmap::map(file) }.map(Mapped)
-    }
-
-    /// Starts reading a part ahead of its first use. It is advice, so its failure does not matter.
-    pub(super) fn read_ahead(&self, range: Range<usize>) {
-        #[cfg(unix)]
-        let _ = self.0.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
-        #[cfg(not(unix))]
-        let _ = range;
     }
 }
 

@@ -90,8 +90,8 @@ impl Weights {
         }
     }
 
-    /// The tensor of this name, which must have this shape. It shares the file's memory; the operating
-    /// system is told to read it in.
+    /// The tensor of this name, which must have this shape. It shares the file's memory,
+    /// and is read from it page by page as it is used.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         match &self.0 {
             Source::Dummy { dtype, seed } => dummy::tensor(name, shape, *dtype, *seed),
@@ -116,7 +116,6 @@ impl Files {
         if entry.shape != shape {
             return Err(wrong(format!("its shape is {:?}, not {shape:?}", entry.shape)));
         }
-        map.read_ahead(entry.range.clone());
         Tensor::new(name, shape.to_vec(), dtype, Bytes::new(map.clone(), entry.range.clone()))
     }
 }

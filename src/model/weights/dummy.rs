@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use half::slice::HalfFloatSliceExt;
+
 use crate::{
     backend::{Bytes, DType, Tensor},
     error::{Error, Result, shown},
@@ -19,29 +21,47 @@ pub(super) fn tensor(name: &str, shape: &[usize], dtype: DType, seed: u64) -> Re
     let mut bytes: Vec<u8> = Vec::new();
     let size = len.checked_mul(dtype.size()).ok_or_else(too_large)?;
     bytes.try_reserve_exact(size).map_err(|_| too_large())?;
+    bytes.resize(size, 0);
     let centre = if shape.len() == 1 && !name.ends_with("bias") { 1.0 } else { 0.0 };
     let key = key(name, seed);
-    let mut chunk = Vec::with_capacity(CHUNK.min(len));
-    for start in (0..len).step_by(CHUNK) {
-        chunk.clear();
-        chunk.extend((start..len.min(start + CHUNK)).map(|i| centre + SPREAD * normal(key, i as u64)));
-        append(&mut bytes, &chunk, dtype);
+    let mut values = [0.0; CHUNK];
+    for (chunk, out) in bytes.chunks_mut(CHUNK * dtype.size()).enumerate() {
+        let values = &mut values[..out.len() / dtype.size()];
+        for (i, value) in (chunk * CHUNK..).zip(values.iter_mut()) {
+            *value = centre + SPREAD * normal(key, i as u64);
+        }
+        write(out, values, dtype);
     }
     Tensor::new(name, shape.to_vec(), dtype, Bytes::new(Arc::new(bytes), 0..size))
 }
 
-fn append(bytes: &mut Vec<u8>, values: &[f32], dtype: DType) {
+fn write(out: &mut [u8], values: &[f32], dtype: DType) {
     match dtype {
-        DType::F32 => bytes.extend(values.iter().flat_map(|v| v.to_le_bytes())),
-        DType::F16 => bytes.extend(values.iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes())),
-        DType::BF16 => bytes.extend(values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes())),
+        DType::F32 => {
+            for (out, v) in out.chunks_exact_mut(4).zip(values) {
+                out.copy_from_slice(&v.to_le_bytes());
+            }
+        }
+        DType::F16 => {
+            let mut halves = [half::f16::ZERO; CHUNK];
+            let halves = &mut halves[..values.len()];
+            halves.convert_from_f32_slice(values);
+            for (out, v) in out.chunks_exact_mut(2).zip(halves) {
+                out.copy_from_slice(&v.to_le_bytes());
+            }
+        }
+        DType::BF16 => {
+            for (out, &v) in out.chunks_exact_mut(2).zip(values) {
+                out.copy_from_slice(&half::bf16::from_f32(v).to_le_bytes());
+            }
+        }
     }
 }
 
 /// Nearly normal, mean 0, variance 1: a sum of four even numbers.
 fn normal(key: u64, index: u64) -> f32 {
     let bits = mix(key.wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-    let sum: u64 = (0..4).map(|i| bits >> (16 * i) & 0xffff).sum();
+    let sum: i32 = (0..4).map(|i| (bits >> (16 * i) & 0xffff) as i32).sum();
     // Each part has mean 32767.5 and variance (2^32 - 1) / 12.
     (sum as f32 - 4.0 * 32767.5) / 37837.2
 }
