@@ -50,11 +50,10 @@ pub(super) fn linear(cpu: &Cpu, out: &mut [f32], x: &[f32], w: &Matrix, rows: us
 /// A multiple of a tile's columns that keeps all threads busy and a panel small.
 fn columns_per_task(w: &Matrix, rows: usize, threads: usize) -> usize {
     let column_bytes = (4 * w.k).max(1);
-    let even = w.n / (threads * 6);
     let columns = if rows < PANEL_ROWS {
-        even.max(TASK_BYTES / column_bytes)
+        (w.n / (threads * 3)).max(TASK_BYTES / column_bytes)
     } else {
-        even.min(PANEL_BYTES / column_bytes)
+        (w.n / (threads * 6)).min(PANEL_BYTES / column_bytes)
     };
     columns.next_multiple_of(COLUMNS).max(COLUMNS)
 }
@@ -106,9 +105,8 @@ impl Job<'_> {
                 continue;
             }
             let columns = PartColumns { job: self, part, start, len: end - start };
-            let panel = part.weights.dtype != DType::BF16 && self.rows >= PANEL_ROWS;
-            if panel {
-                let room = (end - start) * self.w.k.next_multiple_of(LANES);
+            if self.rows >= PANEL_ROWS {
+                let room = (end - start) * self.w.k.next_multiple_of(2 * LANES);
                 with_scratch(&PANEL, room, |panel| simd.run(InPanel { columns, panel }))
                     .expect("no memory for a few columns of weights");
             } else {
@@ -161,7 +159,7 @@ impl Kernel for PartColumns<'_> {
     }
 }
 
-/// Weights widened once, or only aligned, for many rows.
+/// Weights widened once (or copied: to be in the cache, and aligned) for many rows.
 struct InPanel<'a> {
     columns: PartColumns<'a>,
     panel: &'a mut [f32], // [len, stride]
@@ -172,17 +170,29 @@ impl Kernel for InPanel<'_> {
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let k = self.columns.job.w.k;
-        let stride = k.next_multiple_of(LANES);
-        let dtype = self.columns.part.weights.dtype;
-        let from = self.columns.weights();
-        for c in 0..self.columns.len {
-            // SAFETY: `weights` has checked the columns.
-            unsafe { widen::<V>(dtype, from.add(c * k * dtype.size()), &mut self.panel[c * stride..][..k]) };
+        let InPanel { columns, panel } = self;
+        let k = columns.job.w.k;
+        let stride = k.next_multiple_of(2 * LANES);
+        let dtype = columns.part.weights.dtype;
+        let from = columns.weights();
+        let column = |c: usize| from.wrapping_add(c * k * dtype.size());
+        let (x, rounded) = (columns.job.x.as_ptr(), columns.job.rounded.as_ptr());
+        // SAFETY: `weights` has checked the columns, the panel has room for them, `linear` has cut x to
+        // rows * k numbers.
+        unsafe {
+            if dtype == DType::BF16 {
+                let panel = panel.as_mut_ptr().cast::<u16>();
+                for c in 0..columns.len {
+                    let to = panel.add(c * stride).cast::<u8>();
+                    std::ptr::copy_nonoverlapping(column(c), to, k * dtype.size());
+                }
+                return Product::<BF16> { x: rounded, w: panel, stride }.run::<V>(&columns);
+            }
+            for (c, to) in panel.chunks_exact_mut(stride.max(1)).take(columns.len).enumerate() {
+                widen::<V>(dtype, column(c), &mut to[..k]);
+            }
+            Product::<F32> { x, w: panel.as_ptr(), stride }.run::<V>(&columns)
         }
-        let x = self.columns.job.x.as_ptr();
-        // SAFETY: the panel holds the columns; `linear` has cut x to rows * k numbers.
-        unsafe { Product::<F32> { x, w: self.panel.as_ptr(), stride }.run::<V>(&self.columns) }
     }
 }
 
@@ -286,43 +296,29 @@ struct Product<F: Format> {
 }
 
 impl<F: Format> Product<F> {
-    /// Columns outside, so that weights come from memory once; rows inside.
+    /// Few rows: the columns one by one, so that weights are read once and from one end to the other, which
+    /// is what memory is fastest at. Many rows: their runs outside; the columns are few and in the cache.
     ///
-    /// SAFETY: x has `rows` rows, w has all columns of `at`.
+    /// SAFETY: x has all rows, w has all columns of `at`.
     #[inline(always)]
     unsafe fn run<V: Vector>(&self, at: &PartColumns) {
+        const RUN: usize = 6;
+        let all = at.job.rows;
         // SAFETY: the caller's.
         unsafe {
-            if at.job.rows >= PANEL_ROWS {
-                return self.rows_outside::<V>(at);
-            }
-            let mut c = 0;
-            while c + COLUMNS <= at.len {
-                self.rows::<V, COLUMNS>(at, 0..at.job.rows, c);
-                c += COLUMNS;
-            }
-            for c in c..at.len {
-                self.rows::<V, 1>(at, 0..at.job.rows, c);
-            }
-        }
-    }
-
-    /// A few rows with all columns, which are few enough to stay in the cache.
-    ///
-    /// SAFETY: as for `run`.
-    #[inline(always)]
-    unsafe fn rows_outside<V: Vector>(&self, at: &PartColumns) {
-        const RUN: usize = 6;
-        for row in (0..at.job.rows).step_by(RUN) {
-            let rows = row..at.job.rows.min(row + RUN);
-            // SAFETY: the caller's.
-            unsafe {
-                let mut c = 0;
-                while c + COLUMNS <= at.len {
-                    self.rows::<V, COLUMNS>(at, rows.clone(), c);
-                    c += COLUMNS;
+            if all < PANEL_ROWS {
+                for c in 0..at.len {
+                    self.rows::<V, 1>(at, 0..all, c);
                 }
-                for c in c..at.len {
+                return;
+            }
+            for row in (0..all).step_by(RUN) {
+                let rows = row..all.min(row + RUN);
+                let whole = at.len / COLUMNS * COLUMNS;
+                for c in (0..whole).step_by(COLUMNS) {
+                    self.rows::<V, COLUMNS>(at, rows.clone(), c);
+                }
+                for c in whole..at.len {
                     self.rows::<V, 1>(at, rows.clone(), c);
                 }
             }
@@ -376,21 +372,36 @@ impl<F: Format> Product<F> {
         }
         let column = at.start + c;
         let bias = at.job.w.bias.get(column..column + C);
-        for (r, sums) in sums.iter().enumerate() {
+        for (r, sums) in totals(&sums).iter().enumerate() {
             // SAFETY: a task's columns are its own.
             let out = unsafe { at.job.out.part((row + r) * n + column, C) };
-            if C == 4 {
-                out.copy_from_slice(&V::sum4([sums[0], sums[1 % C], sums[2 % C], sums[3 % C]]));
-            } else {
-                for (out, sum) in out.iter_mut().zip(sums) {
-                    *out = sum.sum();
-                }
-            }
+            out.copy_from_slice(sums);
             for (out, bias) in out.iter_mut().zip(bias.unwrap_or(&[])) {
                 *out += bias;
             }
         }
     }
+}
+
+/// The sum of each vector's lanes, four vectors at a time.
+#[inline(always)]
+fn totals<V: Vector, const R: usize, const C: usize>(sums: &[[V; C]; R]) -> [[f32; C]; R] {
+    let mut totals = [[0.0; C]; R];
+    let whole = R * C / 4 * 4;
+    for i in (0..whole).step_by(4) {
+        let at = |i: usize| (i / C, i % C);
+        let [a, b, c, d] = [at(i), at(i + 1), at(i + 2), at(i + 3)];
+        let four = [sums[a.0][a.1], sums[b.0][b.1], sums[c.0][c.1], sums[d.0][d.1]];
+        let four = V::sum4(four);
+        totals[a.0][a.1] = four[0];
+        totals[b.0][b.1] = four[1];
+        totals[c.0][c.1] = four[2];
+        totals[d.0][d.1] = four[3];
+    }
+    for i in whole..R * C {
+        totals[i / C][i % C] = sums[i / C][i % C].sum();
+    }
+    totals
 }
 
 /// Adds the products of `STEP` numbers.

@@ -157,8 +157,6 @@ pub(super) trait Vector: Copy {
     unsafe fn store_f16(self, to: *mut u16);
     /// Rounds to the nearest bf16, ties to even. SAFETY: 16 numbers from `to` on can be written.
     unsafe fn store_bf16(self, to: *mut u16);
-    /// Asks for a cache line; any address will do.
-    fn prefetch(at: *const u8);
 }
 
 /// Methods whose bodies are intrinsics of one instruction set.

@@ -82,7 +82,6 @@ impl Vector for Lanes {
             let high = _mm256_fmadd_ps(odd(a.1), odd(b.1), self.1);
             Lanes(_mm256_fmadd_ps(even(a.0), even(b.0), low), _mm256_fmadd_ps(even(a.1), even(b.1), high))
         }
-        fn prefetch(at: *const u8) { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 
     memory_intrinsics! {

@@ -67,7 +67,7 @@ impl<const BF16: bool> Vector for Lanes<BF16> {
         fn sum(self) -> f32 { fold(self.0, |a, b| _mm256_add_ps(a, b)) }
         fn largest(self) -> f32 { fold(self.0, |a, b| _mm256_max_ps(a, b)) }
         fn sum4(of: [Self; 4]) -> [f32; 4] {
-            let [a, b, c, d] = of.map(|v| v.0);
+            let [Lanes(a), Lanes(b), Lanes(c), Lanes(d)] = of;
             // Quarters 0 1 of a and of b, plus their quarters 2 3.
             let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b);
             let ab = _mm512_add_ps(low, _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b));
@@ -91,7 +91,6 @@ impl<const BF16: bool> Vector for Lanes<BF16> {
             let odds = _mm512_fmadd_ps(odd(a), odd(b), self.0);
             Lanes(_mm512_fmadd_ps(even(a), even(b), odds))
         }
-        fn prefetch(at: *const u8) { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 
     memory_intrinsics! {

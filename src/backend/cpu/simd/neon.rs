@@ -112,9 +112,6 @@ impl Vector for Lanes {
             let odds: Lanes = each!(I => vfmaq_f32(self.0[I], odd(a[I]), odd(b[I])));
             each!(I => vfmaq_f32(odds.0[I], even(a[I]), even(b[I])))
         }
-        fn prefetch(at: *const u8) {
-            asm!("prfm pldl1keep, [{0}]", in(reg) at, options(readonly, nostack, preserves_flags))
-        }
     }
 
     memory_intrinsics! {

@@ -200,8 +200,6 @@ impl Vector for Lanes {
         // SAFETY: the caller's.
         unsafe { self.to_u16(to, to_bf16) }
     }
-    #[inline(always)]
-    fn prefetch(_: *const u8) {}
 }
 
 #[cfg(test)]
