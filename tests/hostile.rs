@@ -332,7 +332,8 @@ fn sizes_out_of_bounds_are_named() {
         check(&spec(&[(key, Value::Null)]).unwrap_err(), &["config.json: ", key, "it is missing"]);
     }
     let llama = ("architectures", json!(["LlamaForCausalLM"]));
-    let heads = |changes: &[(&str, Value)]| spec(&[&[llama.clone()], changes].concat()).unwrap_err();
+    let heads =
+        |changes: &[(&str, Value)]| spec(&[std::slice::from_ref(&llama), changes].concat()).unwrap_err();
     check_value("num_key_value_heads", json!(3));
     check_value("num_key_value_heads", json!(8));
     check_value("head_dim", json!(3));

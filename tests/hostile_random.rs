@@ -216,7 +216,7 @@ fn sound_header(header: &Header, bytes: &[u8]) {
 
 fn sound_spec(spec: &ModelSpec) {
     let heads = spec.heads;
-    assert!(heads.heads % heads.kv_heads == 0 && heads.head_dim % 2 == 0 && heads.q_dim() > 0);
+    assert!(heads.heads.is_multiple_of(heads.kv_heads) && heads.head_dim.is_multiple_of(2));
     assert!((1..=4096).contains(&spec.layers.len()));
     assert!(spec.layers.iter().all(|layer| layer.window != Some(0)));
     assert_eq!(spec.rope.inv_freq.len(), heads.head_dim / 2);
