@@ -24,25 +24,25 @@ pub(super) struct Choices {
     max_tokens: Option<u32>,
     /// 0 takes the most likely token [default: 0, or generation_config.json's if that says do_sample; so
     /// for top-k, top-p, min-p and the repetition penalty]
-    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    #[arg(long, value_name = "T")]
     temperature: Option<f32>,
     /// Keeps the K most likely tokens; 0 keeps all
     #[arg(long, value_name = "K")]
     top_k: Option<u32>,
     /// Keeps the fewest most likely tokens that together reach this probability; 1 keeps all
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P")]
     top_p: Option<f32>,
     /// Keeps tokens with at least this share of the most likely one's probability; 0 keeps all
-    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P")]
     min_p: Option<f32>,
     /// Divides positive and multiplies negative logits of tokens in prompt and answer; 1 is none
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X")]
     repetition_penalty: Option<f32>,
     /// Subtracted from the logits of tokens already in the answer
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X")]
     presence_penalty: Option<f32>,
     /// Subtracted once for each time that a token is already in the answer
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X")]
     frequency_penalty: Option<f32>,
     /// Added to single tokens' logits; comma list, repeatable
     #[arg(long, value_name = "ID:BIAS", value_delimiter = ',', value_parser = bias)]

@@ -42,6 +42,15 @@ struct Subcommand {
 /// All subcommands. The first one's flags work without its name, too.
 const SUBCOMMANDS: &[Subcommand] = &[run::SUBCOMMAND, completions::SUBCOMMAND, man::SUBCOMMAND];
 
+/// With negative numbers as values of all flags: an error then names the flag that does not take them.
+fn numbers(command: Command) -> Command {
+    command.mut_args(|arg| {
+        let values = arg.get_num_args().is_none_or(|n| n.takes_values());
+        let takes = values && matches!(arg.get_action(), ArgAction::Set | ArgAction::Append);
+        if takes { arg.allow_negative_numbers(true) } else { arg }
+    })
+}
+
 /// What this binary was built as.
 static VERSION: LazyLock<String> = LazyLock::new(|| {
     let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
@@ -75,7 +84,7 @@ pub fn main() -> ExitCode {
 
 /// The whole command line.
 fn command() -> Command {
-    let mut command = Command::new("pipeline-infer")
+    let mut command = (SUBCOMMANDS[0].flags)(Command::new("pipeline-infer"))
         .about("Runs a transformer cut into pipeline stages over several devices.")
         .version(env!("CARGO_PKG_VERSION"))
         .long_version(VERSION.as_str())
@@ -102,11 +111,10 @@ fn command() -> Command {
                 .global(true)
                 .help("How log lines on stderr look"),
         );
-    command = (SUBCOMMANDS[0].flags)(command);
     for s in SUBCOMMANDS {
-        command = command.subcommand((s.flags)(Command::new(s.name).about(s.about)));
+        command = command.subcommand(numbers((s.flags)(Command::new(s.name)).about(s.about)));
     }
-    command
+    numbers(command)
 }
 
 fn log_format(matches: &ArgMatches) -> LogFormat {

@@ -14,7 +14,7 @@ use crate::{
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model and pipeline")]
 pub(super) struct Setup {
-    /// A folder with config.json and safetensors, or OWNER/NAME on the Hugging Face hub
+    /// A folder with config.json and safetensors, or OWNER/NAME[@REVISION] on the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     model: String,
     /// Cuts the layers into N stages of near-equal length [default: 1]
@@ -26,7 +26,7 @@ pub(super) struct Setup {
     /// Where the stages run: auto, cpu or cuda; a layout names devices itself
     #[arg(long, value_name = "DEVICE", default_value = "auto", conflicts_with = "layout")]
     device: String,
-    /// The type that weights are kept in; auto is the checkpoint's
+    /// The type that weights, keys and values are kept in; auto is the checkpoint's
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     dtype: Kept,
     /// real reads the model's weights; dummy takes random ones, from config.json alone
@@ -36,13 +36,13 @@ pub(super) struct Setup {
     #[arg(long, value_name = "TOKENS")]
     max_context: Option<usize>,
     /// For the KV cache, all stages together: bytes, or with K, M, G (powers of 1000) or KiB, MiB, GiB
-    /// (powers of 1024)
+    /// (powers of 1024) [default: enough for 8 of the longest sequences, at most a quarter of the free memory]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     kv_memory: Option<usize>,
-    /// Micro-batches in flight at most [default: the number of stages]
+    /// Micro-batches in flight at most [default: the number of devices]
     #[arg(long, value_name = "N")]
     slots: Option<usize>,
-    /// Prompt tokens in a micro-batch at most
+    /// Prompt tokens in a micro-batch at most [default: 256]
     #[arg(long, value_name = "TOKENS")]
     chunk: Option<usize>,
     /// CPU threads [default: all cores]

@@ -151,9 +151,9 @@ fn wrong_usage_is_one_line_and_exit_code_2() {
 #[test]
 fn the_subcommand_run_is_the_default() {
     let args = ["--model", &data("no-such-model"), "--prompt", "a"];
-    let told = error(&run(&args), 1);
+    let told = error(&run(&args), 2);
     assert!(told.contains("no-such-model"), "{told}");
-    assert_eq!(error(&run(&[&["run"], &args[..]].concat()), 1), told);
+    assert_eq!(error(&run(&[&["run"], &args[..]].concat()), 2), told);
 }
 
 #[test]
