@@ -220,13 +220,19 @@ impl<'a> Run<'a> {
         let (send, jobs) = bounded(WINDOW);
         let asker = self.asker.clone();
         self.interrupt.listen();
-        thread::spawn(move || submit_all(&asker, prompts, &send));
+        let submitter = thread::spawn(move || submit_all(&asker, prompts, &send));
         let end = match self.print_all(jobs) {
             Ok(end) => end,
             Err(Halt::Stdout(e)) => return stdout_failed(&e),
             Err(Halt::Wrong(e)) => return Err(e),
         };
         self.interrupt.ignore();
+        // An interrupted one may still wait for stdin.
+        if end == End::Done
+            && let Err(panic) = submitter.join()
+        {
+            std::panic::resume_unwind(panic);
+        }
         if self.asker.args.format == Format::Text {
             let text = report(&self.totals, started.elapsed(), &before, &self.asker.engine.stats());
             // Stderr may be gone; the answer is out.
