@@ -27,6 +27,8 @@ pub fn init(verbosity: u8, format: LogFormat) -> Result<()> {
     };
     let subscriber =
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    // It would complain to stderr, and panic where stderr itself is gone.
+    let subscriber = subscriber.log_internal_errors(false);
     let set = match format {
         LogFormat::Text => subscriber.with_ansi(io::stderr().is_terminal()).try_init(),
         LogFormat::Json => subscriber.json().try_init(),

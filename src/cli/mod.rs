@@ -19,7 +19,9 @@ use std::{
     sync::LazyLock,
 };
 
-use clap::{Arg, ArgAction, ArgMatches, Command, builder::EnumValueParser, error::ErrorKind};
+use clap::{
+    Arg, ArgAction, ArgMatches, Command, Id, builder::EnumValueParser, error::ErrorKind, parser::ValueSource,
+};
 
 use crate::{
     error::{Error, Result},
@@ -30,6 +32,10 @@ use crate::{
 const EXIT_USAGE: u8 = 2;
 /// A signal ended it.
 const EXIT_INTERRUPTED: u8 = 130;
+
+/// Flags of all subcommands.
+const VERBOSE: &str = "verbose";
+const LOG_FORMAT: &str = "log_format";
 
 /// A subcommand: its flags and what it does with them. What it answers is the exit code.
 struct Subcommand {
@@ -71,15 +77,29 @@ pub fn main() -> ExitCode {
         Ok(matches) => matches,
         Err(e) => return ExitCode::from(answer_clap(&e)),
     };
-    let done = telemetry::init(matches.get_count("verbose"), log_format(&matches)).and_then(|()| {
-        let (name, flags) = matches.subcommand().unwrap_or((SUBCOMMANDS[0].name, &matches));
-        let subcommand = SUBCOMMANDS.iter().find(|s| s.name == name);
-        (subcommand.expect("clap knows only the registered subcommands; this is a bug").run)(flags)
-    });
-    ExitCode::from(done.unwrap_or_else(|e| {
+    ExitCode::from(dispatch(&matches).unwrap_or_else(|e| {
         complain(&e.to_string());
         e.exit_code()
     }))
+}
+
+/// Runs the subcommand, or the first one where none is named.
+fn dispatch(matches: &ArgMatches) -> Result<u8> {
+    telemetry::init(matches.get_count(VERBOSE), log_format(matches))?;
+    let Some((name, flags)) = matches.subcommand() else { return (SUBCOMMANDS[0].run)(matches) };
+    let given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    let of_all = |id: &&str| [VERBOSE, LOG_FORMAT].contains(id);
+    if let Some(id) = matches.ids().map(Id::as_str).filter(given).find(|id| !of_all(id)) {
+        let why = format!("it goes after the subcommand: pipeline-infer {name} …");
+        return Err(Error::usage(flag_name(id), why));
+    }
+    let subcommand = SUBCOMMANDS.iter().find(|s| s.name == name);
+    (subcommand.expect("clap knows only the registered subcommands; this is a bug").run)(flags)
+}
+
+/// `--top-p`, of the field `top_p`.
+fn flag_name(field: &str) -> String {
+    format!("--{}", field.replace('_', "-"))
 }
 
 /// The whole command line.
@@ -88,22 +108,21 @@ fn command() -> Command {
         .about("Runs a transformer cut into pipeline stages over several devices.")
         .version(env!("CARGO_PKG_VERSION"))
         .long_version(VERSION.as_str())
-        .args_conflicts_with_subcommands(true)
         .subcommand_negates_reqs(true)
         .after_help(
             "Without a prompt: a chat on a terminal, else the prompt is read from stdin.\n\
              Exit codes: 0 done, 1 wrong data, 2 wrong usage, 101 a bug, 130 interrupted.",
         )
         .arg(
-            Arg::new("verbose")
+            Arg::new(VERBOSE)
                 .short('v')
                 .long("verbose")
                 .action(ArgAction::Count)
                 .global(true)
-                .help("Says more on stderr: -v what is loaded, -vv each step; RUST_LOG overrules it"),
+                .help("Says more on stderr: -v what is loaded, -vv each request; RUST_LOG overrules it"),
         )
         .arg(
-            Arg::new("log_format")
+            Arg::new(LOG_FORMAT)
                 .long("log-format")
                 .value_name("FORMAT")
                 .value_parser(EnumValueParser::<LogFormat>::new())
@@ -118,7 +137,7 @@ fn command() -> Command {
 }
 
 fn log_format(matches: &ArgMatches) -> LogFormat {
-    matches.get_one("log_format").copied().unwrap_or_default()
+    matches.get_one(LOG_FORMAT).copied().unwrap_or_default()
 }
 
 /// Prints help and versions as clap does, and errors as one line.

@@ -16,7 +16,7 @@ use super::{
     answer::{Answer, End, Halt, PATIENCE, Stream},
     chat::{self, Terminal},
     choices::Choices,
-    complain,
+    complain, flag_name,
     interrupt::Interrupt,
     output::{Json, Printer, Text},
     prompts::{self, Asked, Content, Prompts},
@@ -93,7 +93,7 @@ enum Source {
 
 fn run(matches: &ArgMatches) -> Result<u8> {
     let args = RunArgs::from_arg_matches(matches).expect("clap has parsed these flags; this is a bug");
-    args.choices.check(|field| format!("--{}", field.replace('_', "-")))?;
+    args.choices.check(flag_name)?;
     let builder = args.setup.builder()?;
     let source = args.source()?;
     let interrupt = Interrupt::install()?;
@@ -164,7 +164,9 @@ impl Asker {
         let prompt = self.prompt(asked.content)?;
         let request = self.args.choices.request(prompt, self.engine.generation(), &asked.choices);
         let samples = request.n;
-        Ok((self.engine.submit(request)?, samples))
+        let events = self.engine.submit(request)?;
+        tracing::debug!(prompt_tokens = events.prompt_ids().len(), samples, "submitted");
+        Ok((events, samples))
     }
 
     fn prompt(&self, content: Content) -> Result<Prompt> {
@@ -218,13 +220,19 @@ impl<'a> Run<'a> {
         let (send, jobs) = bounded(WINDOW);
         let asker = self.asker.clone();
         self.interrupt.listen();
-        thread::spawn(move || submit_all(&asker, prompts, &send));
+        let submitter = thread::spawn(move || submit_all(&asker, prompts, &send));
         let end = match self.print_all(jobs) {
             Ok(end) => end,
             Err(Halt::Stdout(e)) => return stdout_failed(&e),
             Err(Halt::Wrong(e)) => return Err(e),
         };
         self.interrupt.ignore();
+        // An interrupted one may still wait for stdin.
+        if end == End::Done
+            && let Err(panic) = submitter.join()
+        {
+            std::panic::resume_unwind(panic);
+        }
         if self.asker.args.format == Format::Text {
             let text = report(&self.totals, started.elapsed(), &before, &self.asker.engine.stats());
             // Stderr may be gone; the answer is out.

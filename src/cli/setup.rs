@@ -1,5 +1,7 @@
 //! The flags that make an engine: the model, where its stages run, and how much they may use.
 
+use std::time::Instant;
+
 use clap::{Args, ValueEnum};
 
 use crate::{
@@ -112,7 +114,19 @@ impl Setup {
 
     /// Finds the model (which may download it), loads it and starts the stages.
     pub(super) fn start(&self, builder: EngineBuilder) -> Result<Engine> {
-        builder.model(hub::resolve(&self.model)?).build()
+        let model = hub::resolve(&self.model)?;
+        let started = Instant::now();
+        let engine = builder.model(&model).build()?;
+        tracing::info!(
+            model = %model.display(),
+            arch = engine.spec().arch,
+            layout = %engine.layout(),
+            context_max = engine.context_max(),
+            kv_tokens = engine.kv_tokens(),
+            seconds = started.elapsed().as_secs_f64(),
+            "loaded"
+        );
+        Ok(engine)
     }
 }
 

@@ -52,32 +52,36 @@ pub(super) fn report(totals: &Totals, wall: Duration, before: &[StageStats], aft
     ];
     let first = totals.first_token_s / totals.samples.max(1) as f64;
     if totals.samples > 1 {
-        rows.insert(0, vec!["answers".into(), format!("{} to {} prompts", totals.samples, totals.prompts)]);
-        rows.push(vec!["time to first token, mean".into(), format!("{first:.3} s")]);
-        rows.push(vec!["time".into(), format!("{:.3} s", wall.as_secs_f64())]);
+        rows.insert(0, vec!["prompts".into(), totals.prompts.to_string()]);
+        rows.insert(1, vec!["answers".into(), totals.samples.to_string()]);
+        rows.push(vec!["time to first token, mean".into(), seconds(first)]);
+        rows.push(vec!["time".into(), seconds(wall.as_secs_f64())]);
         rows.push(vec!["new tokens/s, together".into(), number(rate(totals.new_tokens, wall.as_secs_f64()))]);
     } else {
         let decoded = totals.new_tokens.saturating_sub(1);
-        rows.push(vec!["time to first token".into(), format!("{first:.3} s")]);
+        rows.push(vec!["time to first token".into(), seconds(first)]);
         rows.push(vec!["prompt tokens/s".into(), number(rate(totals.prompt_tokens, totals.prefill_s))]);
         rows.push(vec!["decode tokens/s".into(), number(rate(decoded, totals.decode_s))]);
     }
     format!("{}\n{}", columns(&rows), columns(&stages(before, after)))
 }
 
+fn seconds(s: f64) -> String {
+    if s < 1.0 { format!("{:.1} ms", 1e3 * s) } else { format!("{s:.2} s") }
+}
+
 /// A row a stage: what it did between the two moments.
 fn stages(before: &[StageStats], after: &[StageStats]) -> Vec<Vec<String>> {
-    let head =
-        ["stage", "device", "layers", "weights MB", "busy", "waits: input", "output", "device", "copies"];
+    let head = ["stage", "device", "layers", "weights MB", "busy", "copying", "waits: in", "out", "device"];
     let mut rows = vec![head.map(String::from).to_vec()];
     for (i, (was, is)) in before.iter().zip(after).enumerate() {
         let (was, now) = (&was.times, &is.times);
         let times = [
             now.busy - was.busy,
+            now.copy - was.copy,
             now.wait_input - was.wait_input,
             now.wait_output - was.wait_output,
             now.wait_device - was.wait_device,
-            now.copy - was.copy,
         ]
         .map(|time| time.as_secs_f64());
         let all: f64 = times.iter().sum();
@@ -148,14 +152,15 @@ mod tests {
         let wall = Duration::from_secs(2);
         let text = report(&totals, wall, &[stage(1, 5)], &[stage(4, 6)]);
         let words: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
-        for row in ["prompt tokens 4", "new tokens 11", "time to first token 0.300 s", "prompt tokens/s 20.0"]
+        for row in
+            ["prompt tokens 4", "new tokens 11", "time to first token 300.0 ms", "prompt tokens/s 20.0"]
         {
             assert!(words.contains(&row.split(' ').collect()), "{row}\n{text}");
         }
         assert!(words.contains(&vec!["decode", "tokens/s", "10.0"]), "{text}");
-        assert!(words.contains(&vec!["0", "cpu", "0-1", "1.5", "75%", "25%", "0%", "0%", "0%"]), "{text}");
+        assert!(words.contains(&vec!["0", "cpu", "0-1", "1.5", "75%", "0%", "25%", "0%", "0%"]), "{text}");
         totals.add(&answer);
         let text = report(&totals, wall, &[], &[]);
-        assert!(text.contains("2 to 2 prompts") && text.contains("11.0"), "{text}");
+        assert!(text.contains("answers") && text.contains(" 11.0"), "{text}");
     }
 }

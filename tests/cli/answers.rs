@@ -146,10 +146,7 @@ fn a_file_of_prompts_keeps_its_order_and_names_bad_lines() {
     let lines = lines(&output);
     assert_eq!(lines.len(), 7);
     assert!(lines[0]["text"].is_string());
-    assert_eq!(
-        lines[1]["completion_tokens"].as_u64().unwrap().min(2),
-        lines[1]["completion_tokens"].as_u64().unwrap()
-    );
+    assert!((1..=2).contains(&ids(&lines[1]).len()));
     let told = |i: usize| lines[i]["error"].as_str().unwrap();
     assert!(told(2).contains("line 4: ") && told(2).contains("max_tokns"), "{}", told(2));
     assert_eq!(lines[3]["samples"].as_array().unwrap().len(), 2);
@@ -228,7 +225,7 @@ fn sampling_defaults_are_the_models_own_and_flags_win() {
     let named = ["--temperature", "0.7", "--top-k", "20", "--top-p", "0.8", "--repetition-penalty", "1.05"];
     assert_eq!(draw(&named), own);
     assert_ne!(draw(&["--temperature", "0"]), own);
-    assert_eq!(draw(&["--temperature", "0"]), draw(&["--temperature", "0", "--seed", "4"][..2].as_ref()));
+    assert_eq!(draw(&["--temperature", "0"]), draw(&["--temperature", "0", "--top-k", "7"]));
     assert_eq!(draw(&["--top-k", "1"]), draw(&["--temperature", "0"]));
     let output = ask(&[&flags[..], &["--temperature", "0", "--top-p", "0.5"]].concat());
     assert!(stderr(&output).contains("top-p changes nothing at temperature 0"), "{}", stderr(&output));

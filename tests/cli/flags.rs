@@ -157,6 +157,30 @@ fn the_subcommand_run_is_the_default() {
 }
 
 #[test]
+fn flags_of_all_subcommands_stand_before_and_after_the_name() {
+    for args in [&["-v", "--log-format", "json", "completions", "bash"][..], &["completions", "-vv", "bash"]]
+    {
+        good(&run(args));
+    }
+    let told = error(&run(&["--stages", "2", "completions", "bash"]), 2);
+    assert!(told.contains("--stages: it goes after the subcommand"), "{told}");
+}
+
+#[test]
+fn logs_are_text_or_json() {
+    let flags = ["--model", &model(), "--prompt", "Hello", "--max-tokens", "2", "--format", "json", "-vv"];
+    let text = run(&flags);
+    good(&text);
+    assert!(stderr(&text).contains("loaded") && stderr(&text).contains("submitted"), "{}", stderr(&text));
+    let output = run(&[&flags[..], &["--log-format", "json"]].concat());
+    for line in stderr(&output).lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert!(line["fields"]["message"].is_string());
+    }
+    assert!(stderr(&output).contains("loaded"));
+}
+
+#[test]
 fn a_closed_stdout_is_quiet() {
     for args in [&["man"][..], &["completions", "bash"], &["--help"], &["--version"]] {
         let mut child = program(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
