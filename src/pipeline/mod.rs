@@ -6,4 +6,4 @@ mod stage;
 
 pub use metrics::{StageMetrics, StageTimes};
 pub use packet::Packet;
-pub use stage::{Input, Outcome, Output, Stage, StageHandle, spawn};
+pub use stage::{Input, Load, Outcome, Output, Stage, StageHandle, spawn};

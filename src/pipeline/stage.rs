@@ -38,6 +38,9 @@ pub enum Output<B: Backend> {
 /// What a step came to.
 pub type Outcome = (u64, Result<Vec<Sampled>>);
 
+/// Loads a stage's units onto its device.
+pub type Load<B> = Box<dyn FnOnce(&B) -> Result<Decoder<B>> + Send>;
+
 /// A stage about to start.
 pub struct Stage<B: Backend> {
     /// Its place in the pipeline.
@@ -45,7 +48,7 @@ pub struct Stage<B: Backend> {
     /// Its device.
     pub backend: Arc<B>,
     /// Loads its units. It runs on the stage's own thread, so that all stages load at once.
-    pub load: Box<dyn FnOnce(&B) -> Result<Decoder<B>> + Send>,
+    pub load: Load<B>,
     /// Where micro-batches come from.
     pub input: Input<B>,
     /// Where they go.
