@@ -20,7 +20,7 @@ use pipeline_infer::{
 };
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
-const LIMITS: Limits = Limits { rows_max: 512, seqs_max: 16, context_max: 256 };
+const LIMITS: Limits = Limits { rows_max: 512, seqs_max: 16, outputs_max: 512, context_max: 256 };
 const HEADS: HeadShape = HeadShape { heads: 4, kv_heads: 2, head_dim: 10 };
 const BLOCKS: usize = 64;
 
