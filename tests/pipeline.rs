@@ -131,7 +131,7 @@ fn requests_that_cannot_be_served_are_refused_at_once() {
     };
     assert!(refused(&[]).contains("empty"));
     assert!(refused(&[1, vocab]).contains(&format!("token 1 of the prompt is {vocab}")));
-    assert!(refused(&vec![1; 32]).contains("has 32 tokens"));
+    assert!(refused(&[1; 32]).contains("has 32 tokens"));
     assert_eq!(collect(engine.submit(request(&[1; 31], 4)).unwrap()).len(), 2, "one token, then the end");
 }
 
