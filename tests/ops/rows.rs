@@ -67,7 +67,10 @@ fn embed_copies_rows_and_refuses_unknown_tokens() {
     let (vocab, dim) = (10, 37);
     for cpu in devices(2) {
         for dtype in DTYPES {
-            let parts = [tensor(&[4, dim], dtype, &numbers(1, 4 * dim)), tensor(&[6, dim], dtype, &numbers(2, 6 * dim))];
+            let parts = [
+                tensor(&[4, dim], dtype, &numbers(1, 4 * dim)),
+                tensor(&[6, dim], dtype, &numbers(2, 6 * dim)),
+            ];
             let table = parts.iter().flat_map(|p| p.to_f32()).collect::<Vec<_>>();
             let matrix = cpu.matrix(&parts, &[]).unwrap();
             let mut micro = Sequences::new(HEADS).step(&[(0, 3), (1, 2)]);
