@@ -27,7 +27,7 @@ thread_local! {
 }
 
 /// From this many rows on it pays to widen weights to memory (a panel) before use.
-const PANEL_ROWS: usize = 8;
+const PANEL_ROWS: usize = 5;
 /// Panels stay well within a core's second cache.
 const PANEL_BYTES: usize = 192 << 10;
 /// Weights that one task reads at least: below, taking a task costs more than it evens out.
@@ -262,11 +262,18 @@ unsafe fn run_by_rows<V: Vector, F: Format>(columns: &Columns, product: &Product
     let mut row = 0;
     // SAFETY: the caller's.
     unsafe {
-        while V::WIDE && row + ROWS <= rows {
+        // Eight rows are better cut in two fours than in six and two.
+        while V::WIDE && row + ROWS <= rows && row + 8 != rows {
             for c in (0..whole).step_by(COLUMNS) {
                 columns.write(row, c, product.tile::<V, ROWS, COLUMNS>(row, c));
             }
             row += ROWS;
+        }
+        while V::WIDE && row + 4 <= rows {
+            for c in (0..whole).step_by(COLUMNS) {
+                columns.write(row, c, product.tile::<V, 4, COLUMNS>(row, c));
+            }
+            row += 4;
         }
         while row + 2 <= rows {
             for c in (0..whole).step_by(COLUMNS) {
