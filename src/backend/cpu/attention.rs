@@ -8,6 +8,7 @@
 //! The order: a score adds its products in four chains of every fourth number; a value's sum goes through
 //! the tokens one by one; the sum of the softmax is kept in 16 lanes, one for each place in a block.
 #![allow(unsafe_code)]
+#![allow(clippy::needless_range_loop)] // tiles of registers: indices say more than iterators
 
 use std::ops::Range;
 
@@ -16,7 +17,7 @@ use super::{
     batch::{Batch, Tile},
     kv::Kv,
     memory::{Scratch, Shared, prefix, prefix_mut, with_scratch},
-    simd::{Kernel, LANES, Vector, exp, load_as, widen},
+    simd::{Kernel, LANES, Vector, exp, widen},
 };
 use crate::{
     backend::{AttentionShape, DType, HeadShape},
@@ -121,16 +122,10 @@ impl Queries<'_> {
         self.job.shape.heads.head_dim.next_multiple_of(LANES)
     }
 
-    /// Widening a block to memory pays if it is used several times.
-    #[inline(always)]
-    fn widens(&self) -> bool {
-        self.job.kv.shape.dtype != DType::F32 && self.len() > QUERIES
-    }
-
     /// Numbers of scratch: those of `Sums`, and a widened block's keys and values.
     fn room(&self) -> usize {
         let block = KV_BLOCK * self.job.shape.heads.head_dim;
-        self.len() * (self.stride() + LANES + 1) + if self.widens() { 2 * block + LANES } else { 0 }
+        self.len() * (self.stride() + LANES + 1) + 2 * block + LANES
     }
 }
 
@@ -153,8 +148,8 @@ struct Sums<'a> {
 /// One head's part of a block.
 #[derive(Clone, Copy)]
 struct Block {
-    keys: *const u8,   // [head_dim, KV_BLOCK]
-    values: *const u8, // [KV_BLOCK, head_dim], and a vector more
+    keys: *const f32,   // [head_dim, KV_BLOCK]
+    values: *const f32, // [KV_BLOCK, head_dim], and a vector more
     /// The first token's.
     position: usize,
 }
@@ -174,63 +169,52 @@ impl Kernel for Run<'_> {
         let mut sums = Sums { values, weights, largest };
         let tokens = queries.sees(0).start..queries.sees(queries.len() - 1).end;
         for i in tokens.start / KV_BLOCK..tokens.end.div_ceil(KV_BLOCK) {
-            let block = queries.block(i);
-            // SAFETY: a block, or its copy, of this task's head. The type is a constant in each arm, and
-            // with it the loads.
-            unsafe {
-                match queries.job.kv.shape.dtype {
-                    dtype if queries.widens() => {
-                        let block = widen_block::<V>(dtype, block, wide);
-                        queries.add_block::<V>(DType::F32, block, &mut sums);
-                    }
-                    DType::F32 => queries.add_block::<V>(DType::F32, block, &mut sums),
-                    DType::F16 => queries.add_block::<V>(DType::F16, block, &mut sums),
-                    DType::BF16 => queries.add_block::<V>(DType::BF16, block, &mut sums),
-                }
-            }
+            let block = queries.block::<V>(i, wide);
+            // SAFETY: a block of this head's.
+            unsafe { queries.add_block::<V>(block, &mut sums) }
         }
         queries.finish::<V>(&mut sums);
     }
 }
 
-/// SAFETY: the block is of this type and of `wide`'s size.
-#[inline(always)]
-unsafe fn widen_block<V: Vector>(dtype: DType, block: Block, wide: &mut [f32]) -> Block {
-    let len = (wide.len() - LANES) / 2;
-    let (keys, values) = wide.split_at_mut(len);
-    // SAFETY: the caller's.
-    unsafe {
-        widen::<V>(dtype, block.keys, keys);
-        widen::<V>(dtype, block.values, &mut values[..len]);
-    }
-    Block { keys: keys.as_ptr().cast(), values: values.as_ptr().cast(), position: block.position }
-}
-
 impl Queries<'_> {
-    /// The sequence's `i`th block.
+    /// The sequence's `i`th block, widened to `wide` unless it is f32.
     #[inline(always)]
-    fn block(&self, i: usize) -> Block {
+    fn block<V: Vector>(&self, i: usize, wide: &mut [f32]) -> Block {
         let kv = self.job.kv;
+        let (dtype, position) = (kv.shape.dtype, i * KV_BLOCK);
         let start = kv.start(self.job.batch.blocks[self.tile.seq][i], self.kv_head);
-        let (keys, values) = (&kv.keys[start..][..kv.head_bytes()], &kv.values[start..]);
-        Block { keys: keys.as_ptr(), values: values.as_ptr(), position: i * KV_BLOCK }
+        let keys = &kv.keys[start..][..kv.head_bytes()];
+        let values = &kv.values[start..][..kv.head_bytes() + LANES * dtype.size()];
+        if dtype == DType::F32 {
+            return Block { keys: keys.as_ptr().cast(), values: values.as_ptr().cast(), position };
+        }
+        let len = KV_BLOCK * self.job.shape.heads.head_dim;
+        let (wide_keys, wide_values) = wide.split_at_mut(len);
+        // SAFETY: a block has `len` numbers of each.
+        unsafe {
+            widen::<V>(dtype, keys.as_ptr(), wide_keys);
+            widen::<V>(dtype, values.as_ptr(), &mut wide_values[..len]);
+        }
+        Block { keys: wide_keys.as_ptr(), values: wide_values.as_ptr(), position }
     }
 
-    /// SAFETY: the block is one of this head's, of this type.
+    /// SAFETY: the block is one of this head's.
     #[inline(always)]
-    unsafe fn add_block<V: Vector>(&self, dtype: DType, block: Block, sums: &mut Sums) {
+    unsafe fn add_block<V: Vector>(&self, block: Block, sums: &mut Sums) {
         let mut query = 0;
         // SAFETY: the caller's.
         unsafe {
             while query + QUERIES <= self.len() {
-                self.add_to::<V, QUERIES>(dtype, block, sums, query);
+                self.add_to::<V, QUERIES>(block, sums, query);
                 query += QUERIES;
             }
-            match self.len() - query {
-                3 => self.add_to::<V, 3>(dtype, block, sums, query),
-                2 => self.add_to::<V, 2>(dtype, block, sums, query),
-                1 => self.add_to::<V, 1>(dtype, block, sums, query),
-                _ => (),
+            if query + 2 <= self.len() {
+                self.add_to::<V, 2>(block, sums, query);
+                query += 2;
+            }
+            if query < self.len() {
+                self.add_to::<V, 1>(block, sums, query);
             }
         }
     }
@@ -239,13 +223,7 @@ impl Queries<'_> {
     ///
     /// SAFETY: as for `add_block`.
     #[inline(always)]
-    unsafe fn add_to<V: Vector, const R: usize>(
-        &self,
-        dtype: DType,
-        block: Block,
-        sums: &mut Sums,
-        first: usize,
-    ) {
+    unsafe fn add_to<V: Vector, const R: usize>(&self, block: Block, sums: &mut Sums, first: usize) {
         let mut seen = [(0, 0); R];
         for (r, seen) in seen.iter_mut().enumerate() {
             let Range { start, end } = self.sees(first + r);
@@ -258,17 +236,17 @@ impl Queries<'_> {
         let mut weights = [[0f32; KV_BLOCK]; R];
         // SAFETY: the caller's.
         unsafe {
-            let scores = self.scores::<V, R>(dtype, block, first);
+            let scores = self.scores::<V, R>(block, first);
             for r in 0..R {
                 if seen[r].0 < seen[r].1 {
                     self.weigh::<V>(scores[r], seen[r], &mut weights[r], sums, first + r);
                 }
             }
             if seen.iter().all(|s| *s == seen[0]) {
-                self.add_values::<V, R>(dtype, block, &weights, seen[0], sums, first);
+                self.add_values::<V, R>(block, &weights, seen[0], sums, first);
             } else {
                 for r in 0..R {
-                    self.add_values::<V, 1>(dtype, block, &[weights[r]], seen[r], sums, first + r);
+                    self.add_values::<V, 1>(block, &[weights[r]], seen[r], sums, first + r);
                 }
             }
         }
@@ -278,7 +256,7 @@ impl Queries<'_> {
     ///
     /// SAFETY: as for `add_block`.
     #[inline(always)]
-    unsafe fn scores<V: Vector, const R: usize>(&self, dtype: DType, block: Block, first: usize) -> [V; R] {
+    unsafe fn scores<V: Vector, const R: usize>(&self, block: Block, first: usize) -> [V; R] {
         const CHAINS: usize = 4;
         let head_dim = self.job.shape.heads.head_dim;
         let mut numbers = [self.numbers(first); R];
@@ -296,7 +274,7 @@ impl Queries<'_> {
                     if c == 2 && d + 2 == head_dim {
                         break;
                     }
-                    let key = load_as::<V>(dtype, block.keys.add((d + c) * KV_BLOCK * dtype.size()));
+                    let key = V::load(block.keys.add((d + c) * KV_BLOCK));
                     for r in 0..R {
                         chains[r][c] = V::splat(*numbers[r].add(d + c)).fma(key, chains[r][c]);
                     }
@@ -312,10 +290,8 @@ impl Queries<'_> {
     }
 
     /// Scores to weights: a softmax that is not yet divided by its sum.
-    ///
-    /// SAFETY: none is asked of the caller but that the query exists.
     #[inline(always)]
-    unsafe fn weigh<V: Vector>(
+    fn weigh<V: Vector>(
         &self,
         scores: V,
         (start, end): (usize, usize),
@@ -358,7 +334,6 @@ impl Queries<'_> {
     #[inline(always)]
     unsafe fn add_values<V: Vector, const R: usize>(
         &self,
-        dtype: DType,
         block: Block,
         weights: &[[f32; KV_BLOCK]; R],
         seen: (usize, usize),
@@ -371,11 +346,11 @@ impl Queries<'_> {
         // SAFETY: the caller's.
         unsafe {
             while V::WIDE && d + 4 * LANES <= stride {
-                self.add_chunk::<V, R, 4>(dtype, block, weights, seen, sums, d);
+                self.add_chunk::<V, R, 4>(block, weights, seen, sums, d);
                 d += 4 * LANES;
             }
             while d < stride {
-                self.add_chunk::<V, R, 1>(dtype, block, weights, seen, sums, d);
+                self.add_chunk::<V, R, 1>(block, weights, seen, sums, d);
                 d += LANES;
             }
         }
@@ -387,7 +362,6 @@ impl Queries<'_> {
     #[inline(always)]
     unsafe fn add_chunk<V: Vector, const R: usize, const C: usize>(
         &self,
-        dtype: DType,
         block: Block,
         weights: &[[f32; KV_BLOCK]; R],
         (start, end): (usize, usize),
@@ -405,8 +379,7 @@ impl Queries<'_> {
             }
             for token in start..end {
                 for c in 0..C {
-                    let at = (token * head_dim + d + c * LANES) * dtype.size();
-                    let value = load_as::<V>(dtype, block.values.add(at));
+                    let value = V::load(block.values.add(token * head_dim + d + c * LANES));
                     for r in 0..R {
                         chunk[r][c] = V::splat(weights[r][token]).fma(value, chunk[r][c]);
                     }

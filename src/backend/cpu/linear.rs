@@ -2,12 +2,15 @@
 //!
 //! Every number is one dot product with one order of summation, whatever the number of rows, the tile it is
 //! computed in and the thread: 16 lanes go along `k` in steps of 16, the last step filled with zeros, and
-//! [`Vector::sum`] adds the lanes. With bf16 weights the input is rounded to bf16, a step is 32 numbers, and
+//! `Vector::sum` adds the lanes. With bf16 weights the input is rounded to bf16, a step is 32 numbers, and
 //! a lane takes the odd one of its two first. The bias comes last.
 #![allow(unsafe_code)]
 
-use std::ops::Range;
+mod tile;
 
+use std::{marker::PhantomData, ops::Range};
+
+use self::tile::{BF16, COLUMNS, F16, F32, Format, Product, ROWS};
 use super::{
     Cpu, GRAIN,
     matrix::{Matrix, Part},
@@ -24,13 +27,11 @@ thread_local! {
 }
 
 /// From this many rows on it pays to widen weights to memory (a panel) before use.
-const PANEL_ROWS: usize = 8;
+const PANEL_ROWS: usize = 5;
 /// Panels stay well within a core's second cache.
 const PANEL_BYTES: usize = 192 << 10;
 /// Weights that one task reads at least: below, taking a task costs more than it evens out.
 const TASK_BYTES: usize = 32 << 10;
-/// Columns of a tile.
-const COLUMNS: usize = 4;
 
 pub(super) fn linear(cpu: &Cpu, out: &mut [f32], x: &[f32], w: &Matrix, rows: usize) -> Result<()> {
     let (x, out) = (prefix(x, rows * w.k), prefix_mut(out, rows * w.n));
@@ -47,7 +48,8 @@ pub(super) fn linear(cpu: &Cpu, out: &mut [f32], x: &[f32], w: &Matrix, rows: us
     })
 }
 
-/// A multiple of a tile's columns that keeps all threads busy and a panel small.
+/// Columns that keep all threads busy. With few rows they are many: memory is fastest at long runs. With
+/// many rows they are few: a panel of them stays in the cache.
 fn columns_per_task(w: &Matrix, rows: usize, threads: usize) -> usize {
     let column_bytes = (4 * w.k).max(1);
     let columns = if rows < PANEL_ROWS {
@@ -60,9 +62,9 @@ fn columns_per_task(w: &Matrix, rows: usize, threads: usize) -> usize {
 
 /// Rounds the input to bf16.
 fn round(cpu: &Cpu, x: &[f32], rounded: &mut [u16], k: usize) {
-    let run = GRAIN.div_ceil(k.max(1)) * k;
+    let run = (GRAIN.div_ceil(k.max(1)) * k).max(1);
     let rounded = Shared::new(rounded);
-    cpu.pool.run(x.len().div_ceil(run.max(1)), &|i| {
+    cpu.pool.run(x.len().div_ceil(run), &|i| {
         let x = &x[i * run..x.len().min((i + 1) * run)];
         // SAFETY: the runs of different tasks do not overlap.
         let to = unsafe { rounded.part(i * run, x.len()) };
@@ -104,20 +106,27 @@ impl Job<'_> {
             if start == end {
                 continue;
             }
-            let columns = PartColumns { job: self, part, start, len: end - start };
-            if self.rows >= PANEL_ROWS {
-                let room = (end - start) * self.w.k.next_multiple_of(2 * LANES);
-                with_scratch(&PANEL, room, |panel| simd.run(InPanel { columns, panel }))
-                    .expect("no memory for a few columns of weights");
-            } else {
-                simd.run(columns);
+            let columns = Columns { job: self, part, start, len: end - start };
+            if self.rows < PANEL_ROWS {
+                match part.weights.dtype {
+                    DType::F32 => simd.run(FewRows::<F32>(columns, PhantomData)),
+                    DType::F16 => simd.run(FewRows::<F16>(columns, PhantomData)),
+                    DType::BF16 => simd.run(FewRows::<BF16>(columns, PhantomData)),
+                }
+                continue;
             }
+            let room = columns.len * self.w.k.next_multiple_of(2 * LANES);
+            with_scratch(&PANEL, room, |panel| match part.weights.dtype {
+                DType::F32 | DType::F16 => simd.run(ManyRows { columns, panel }),
+                DType::BF16 => simd.run(ManyBf16Rows { columns, panel }),
+            })
+            .expect("no memory for a few columns of weights");
         }
     }
 }
 
 /// Columns of one part: rows of its weights.
-struct PartColumns<'a> {
+struct Columns<'a> {
     job: &'a Job<'a>,
     part: &'a Part,
     /// The first one's place in the matrix.
@@ -125,257 +134,29 @@ struct PartColumns<'a> {
     len: usize,
 }
 
-impl PartColumns<'_> {
+impl Columns<'_> {
     /// The first column's weights.
     #[inline(always)]
     fn weights(&self) -> *const u8 {
         let bytes = self.job.w.k * self.part.weights.dtype.size();
         self.part.weights.bytes()[(self.start - self.part.start) * bytes..][..self.len * bytes].as_ptr()
     }
-}
 
-/// Weights from where they are, each read once for all rows.
-impl Kernel for PartColumns<'_> {
-    type Output = ();
-
+    /// The inputs as a format has them.
     #[inline(always)]
-    fn run<V: Vector>(self) {
-        let w = self.weights();
-        let k = self.job.w.k;
-        // SAFETY: `weights` has checked the columns, `linear` has cut x to rows * k numbers.
-        unsafe {
-            match self.part.weights.dtype {
-                DType::F32 => {
-                    Product::<F32> { x: self.job.x.as_ptr(), w: w.cast(), stride: k }.run::<V>(&self)
-                }
-                DType::F16 => {
-                    Product::<F16> { x: self.job.x.as_ptr(), w: w.cast(), stride: k }.run::<V>(&self)
-                }
-                DType::BF16 => {
-                    Product::<BF16> { x: self.job.rounded.as_ptr(), w: w.cast(), stride: k }.run::<V>(&self)
-                }
-            }
-        }
-    }
-}
-
-/// Weights widened once (or copied: to be in the cache, and aligned) for many rows.
-struct InPanel<'a> {
-    columns: PartColumns<'a>,
-    panel: &'a mut [f32], // [len, stride]
-}
-
-impl Kernel for InPanel<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector>(self) {
-        let InPanel { columns, panel } = self;
-        let k = columns.job.w.k;
-        let stride = k.next_multiple_of(2 * LANES);
-        let dtype = columns.part.weights.dtype;
-        let from = columns.weights();
-        let column = |c: usize| from.wrapping_add(c * k * dtype.size());
-        let (x, rounded) = (columns.job.x.as_ptr(), columns.job.rounded.as_ptr());
-        // SAFETY: `weights` has checked the columns, the panel has room for them, `linear` has cut x to
-        // rows * k numbers.
-        unsafe {
-            if dtype == DType::BF16 {
-                let panel = panel.as_mut_ptr().cast::<u16>();
-                for c in 0..columns.len {
-                    let to = panel.add(c * stride).cast::<u8>();
-                    std::ptr::copy_nonoverlapping(column(c), to, k * dtype.size());
-                }
-                return Product::<BF16> { x: rounded, w: panel, stride }.run::<V>(&columns);
-            }
-            for (c, to) in panel.chunks_exact_mut(stride.max(1)).take(columns.len).enumerate() {
-                widen::<V>(dtype, column(c), &mut to[..k]);
-            }
-            Product::<F32> { x, w: panel.as_ptr(), stride }.run::<V>(&columns)
-        }
-    }
-}
-
-/// How numbers are kept and multiplied.
-trait Format {
-    /// Inputs.
-    type X: Copy;
-    /// Weights.
-    type W: Copy;
-    /// Either, in registers.
-    type Reg<V: Vector>: Copy;
-    /// Numbers a step.
-    const STEP: usize;
-    const ZERO: (Self::X, Self::W);
-
-    /// SAFETY: `STEP` numbers can be read.
-    unsafe fn x<V: Vector>(from: *const Self::X) -> Self::Reg<V>;
-    /// SAFETY: `STEP` numbers can be read.
-    unsafe fn w<V: Vector>(from: *const Self::W) -> Self::Reg<V>;
-    fn fma<V: Vector>(sum: V, x: Self::Reg<V>, w: Self::Reg<V>) -> V;
-}
-
-struct F32;
-struct F16;
-struct BF16;
-
-impl Format for F32 {
-    type X = f32;
-    type W = f32;
-    type Reg<V: Vector> = V;
-    const STEP: usize = LANES;
-    const ZERO: (f32, f32) = (0.0, 0.0);
-
-    #[inline(always)]
-    unsafe fn x<V: Vector>(from: *const f32) -> V {
-        // SAFETY: the caller's.
-        unsafe { V::load(from) }
-    }
-    #[inline(always)]
-    unsafe fn w<V: Vector>(from: *const f32) -> V {
-        // SAFETY: the caller's.
-        unsafe { V::load(from) }
-    }
-    #[inline(always)]
-    fn fma<V: Vector>(sum: V, x: V, w: V) -> V {
-        x.fma(w, sum)
-    }
-}
-
-impl Format for F16 {
-    type X = f32;
-    type W = u16;
-    type Reg<V: Vector> = V;
-    const STEP: usize = LANES;
-    const ZERO: (f32, u16) = (0.0, 0);
-
-    #[inline(always)]
-    unsafe fn x<V: Vector>(from: *const f32) -> V {
-        // SAFETY: the caller's.
-        unsafe { V::load(from) }
-    }
-    #[inline(always)]
-    unsafe fn w<V: Vector>(from: *const u16) -> V {
-        // SAFETY: the caller's.
-        unsafe { V::load_f16(from) }
-    }
-    #[inline(always)]
-    fn fma<V: Vector>(sum: V, x: V, w: V) -> V {
-        x.fma(w, sum)
-    }
-}
-
-impl Format for BF16 {
-    type X = u16;
-    type W = u16;
-    type Reg<V: Vector> = V::Pairs;
-    const STEP: usize = 2 * LANES;
-    const ZERO: (u16, u16) = (0, 0);
-
-    #[inline(always)]
-    unsafe fn x<V: Vector>(from: *const u16) -> V::Pairs {
-        // SAFETY: the caller's.
-        unsafe { V::load_pairs(from) }
-    }
-    #[inline(always)]
-    unsafe fn w<V: Vector>(from: *const u16) -> V::Pairs {
-        // SAFETY: the caller's.
-        unsafe { V::load_pairs(from) }
-    }
-    #[inline(always)]
-    fn fma<V: Vector>(sum: V, x: V::Pairs, w: V::Pairs) -> V {
-        sum.add_products(x, w)
-    }
-}
-
-/// The numbers of a product: rows of x, `k` long, with columns of weights, `stride` apart.
-struct Product<F: Format> {
-    x: *const F::X,
-    w: *const F::W,
-    stride: usize,
-}
-
-impl<F: Format> Product<F> {
-    /// Few rows: the columns one by one, so that weights are read once and from one end to the other, which
-    /// is what memory is fastest at. Many rows: their runs outside; the columns are few and in the cache.
-    ///
-    /// SAFETY: x has all rows, w has all columns of `at`.
-    #[inline(always)]
-    unsafe fn run<V: Vector>(&self, at: &PartColumns) {
-        const RUN: usize = 6;
-        let all = at.job.rows;
-        // SAFETY: the caller's.
-        unsafe {
-            if all < PANEL_ROWS {
-                for c in 0..at.len {
-                    self.rows::<V, 1>(at, 0..all, c);
-                }
-                return;
-            }
-            for row in (0..all).step_by(RUN) {
-                let rows = row..all.min(row + RUN);
-                let whole = at.len / COLUMNS * COLUMNS;
-                for c in (0..whole).step_by(COLUMNS) {
-                    self.rows::<V, COLUMNS>(at, rows.clone(), c);
-                }
-                for c in whole..at.len {
-                    self.rows::<V, 1>(at, rows.clone(), c);
-                }
-            }
-        }
+    fn x<F: Format>(&self) -> *const F::X {
+        F::pick_x(self.job.x, self.job.rounded).as_ptr()
     }
 
-    /// Rows with `C` columns from `c` on, in tiles that fit the registers.
-    ///
-    /// SAFETY: as for `run`.
+    /// Writes the results of a tile.
     #[inline(always)]
-    unsafe fn rows<V: Vector, const C: usize>(&self, at: &PartColumns, rows: Range<usize>, c: usize) {
-        let Range { start: mut row, end } = rows;
-        // SAFETY: the caller's.
-        unsafe {
-            while V::WIDE && row + 6 <= end {
-                self.tile::<V, 6, C>(at, row, c);
-                row += 6;
-            }
-            while V::WIDE && row + 4 <= end {
-                self.tile::<V, 4, C>(at, row, c);
-                row += 4;
-            }
-            while row + 2 <= end {
-                self.tile::<V, 2, C>(at, row, c);
-                row += 2;
-            }
-            if row < end {
-                self.tile::<V, 1, C>(at, row, c);
-            }
-        }
-    }
-
-    /// `R` rows with `C` columns.
-    ///
-    /// SAFETY: as for `run`.
-    #[inline(always)]
-    unsafe fn tile<V: Vector, const R: usize, const C: usize>(&self, at: &PartColumns, row: usize, c: usize) {
-        let (k, n) = (at.job.w.k, at.job.w.n);
-        let mut sums = [[V::splat(0.0); C]; R];
-        // SAFETY: the caller's.
-        unsafe {
-            let (x, w) = (self.x.add(row * k), self.w.add(c * self.stride));
-            let mut i = 0;
-            while i + F::STEP <= k {
-                step::<V, F, R, C>(&mut sums, x.add(i), k, w.add(i), self.stride);
-                i += F::STEP;
-            }
-            if i < k {
-                last_step::<V, F, R, C>(&mut sums, x.add(i), k, w.add(i), self.stride, k - i);
-            }
-        }
-        let column = at.start + c;
-        let bias = at.job.w.bias.get(column..column + C);
-        for (r, sums) in totals(&sums).iter().enumerate() {
+    fn write<const R: usize, const C: usize>(&self, row: usize, c: usize, totals: [[f32; C]; R]) {
+        let column = self.start + c;
+        let bias = self.job.w.bias.get(column..column + C);
+        for (r, totals) in totals.iter().enumerate() {
             // SAFETY: a task's columns are its own.
-            let out = unsafe { at.job.out.part((row + r) * n + column, C) };
-            out.copy_from_slice(sums);
+            let out = unsafe { self.job.out.part((row + r) * self.job.w.n + column, C) };
+            out.copy_from_slice(totals);
             for (out, bias) in out.iter_mut().zip(bias.unwrap_or(&[])) {
                 *out += bias;
             }
@@ -383,77 +164,132 @@ impl<F: Format> Product<F> {
     }
 }
 
-/// The sum of each vector's lanes, four vectors at a time.
-#[inline(always)]
-fn totals<V: Vector, const R: usize, const C: usize>(sums: &[[V; C]; R]) -> [[f32; C]; R] {
-    let mut totals = [[0.0; C]; R];
-    let whole = R * C / 4 * 4;
-    for i in (0..whole).step_by(4) {
-        let at = |i: usize| (i / C, i % C);
-        let [a, b, c, d] = [at(i), at(i + 1), at(i + 2), at(i + 3)];
-        let four = [sums[a.0][a.1], sums[b.0][b.1], sums[c.0][c.1], sums[d.0][d.1]];
-        let four = V::sum4(four);
-        totals[a.0][a.1] = four[0];
-        totals[b.0][b.1] = four[1];
-        totals[c.0][c.1] = four[2];
-        totals[d.0][d.1] = four[3];
-    }
-    for i in whole..R * C {
-        totals[i / C][i % C] = sums[i / C][i % C].sum();
-    }
-    totals
-}
+/// Weights straight from where they are, column by column: they are read once and from one end to the
+/// other. On an EPYC with Zen 4 cores this reads as fast as memory gives, and tiles of 4 columns half as fast.
+struct FewRows<'a, F>(Columns<'a>, PhantomData<F>);
 
-/// Adds the products of `STEP` numbers.
-///
-/// SAFETY: they can be read, for all rows and columns.
-#[inline(always)]
-unsafe fn step<V: Vector, F: Format, const R: usize, const C: usize>(
-    sums: &mut [[V; C]; R],
-    x: *const F::X,
-    x_stride: usize,
-    w: *const F::W,
-    w_stride: usize,
-) {
-    // SAFETY: the caller's.
-    unsafe {
-        let mut columns = [F::w::<V>(w); C];
-        for c in 1..C {
-            columns[c] = F::w::<V>(w.add(c * w_stride));
-        }
-        for r in 0..R {
-            let x = F::x::<V>(x.add(r * x_stride));
-            for c in 0..C {
-                sums[r][c] = F::fma(sums[r][c], x, columns[c]);
+impl<F: Format> Kernel for FewRows<'_, F> {
+    type Output = ();
+    const BF16: bool = F::BF16;
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let columns = self.0;
+        let (k, rows) = (columns.job.w.k, columns.job.rows);
+        let product = Product::<F> { x: columns.x::<F>(), w: columns.weights().cast(), k, stride: k };
+        for c in 0..columns.len {
+            let mut row = 0;
+            // SAFETY: `weights` has checked the columns, `linear` has cut x to rows * k numbers.
+            unsafe {
+                while V::WIDE && row + 4 <= rows {
+                    columns.write(row, c, product.tile::<V, 4, 1>(row, c));
+                    row += 4;
+                }
+                while row + 2 <= rows {
+                    columns.write(row, c, product.tile::<V, 2, 1>(row, c));
+                    row += 2;
+                }
+                if row < rows {
+                    columns.write(row, c, product.tile::<V, 1, 1>(row, c));
+                }
             }
         }
     }
 }
 
-/// The same for fewer than `STEP` numbers.
+/// Weights widened once (or copied: to be in the cache, and aligned).
+struct ManyRows<'a> {
+    columns: Columns<'a>,
+    panel: &'a mut [f32], // [len, stride]
+}
+
+impl Kernel for ManyRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let ManyRows { columns, panel } = self;
+        let (k, dtype) = (columns.job.w.k, columns.part.weights.dtype);
+        let stride = k.next_multiple_of(2 * LANES);
+        let from = columns.weights();
+        for c in 0..columns.len {
+            let to = &mut panel[c * stride..][..k];
+            // SAFETY: `weights` has checked the columns.
+            unsafe { widen::<V>(dtype, from.add(c * k * dtype.size()), to) };
+        }
+        let product = Product::<F32> { x: columns.x::<F32>(), w: panel.as_ptr(), k, stride };
+        // SAFETY: the panel has all columns, `linear` has cut x to rows * k numbers.
+        unsafe { run_by_rows::<V, F32>(&columns, &product) }
+    }
+}
+
+/// Weights copied: to be in the cache, and aligned.
+struct ManyBf16Rows<'a> {
+    columns: Columns<'a>,
+    panel: &'a mut [f32], // room for [len, stride] of u16
+}
+
+impl Kernel for ManyBf16Rows<'_> {
+    type Output = ();
+    const BF16: bool = true;
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let ManyBf16Rows { columns, panel } = self;
+        let k = columns.job.w.k;
+        let stride = k.next_multiple_of(2 * LANES);
+        assert!(columns.len * stride <= panel.len(), "a panel without room; this is a bug");
+        let (from, panel) = (columns.weights(), panel.as_mut_ptr().cast::<u16>());
+        for c in 0..columns.len {
+            // SAFETY: `weights` has checked the columns, the panel has room for twice as many.
+            unsafe {
+                std::ptr::copy_nonoverlapping(from.add(c * k * 2), panel.add(c * stride).cast(), k * 2)
+            };
+        }
+        let product = Product::<BF16> { x: columns.x::<BF16>(), w: panel, k, stride };
+        // SAFETY: the panel has all columns, `linear` has cut x to rows * k numbers.
+        unsafe { run_by_rows::<V, BF16>(&columns, &product) }
+    }
+}
+
+/// Runs of rows with all columns, which are few enough to stay in the cache.
 ///
-/// SAFETY: `len < STEP` numbers can be read, for all rows and columns.
+/// SAFETY: the product has the columns, and all rows.
 #[inline(always)]
-unsafe fn last_step<V: Vector, F: Format, const R: usize, const C: usize>(
-    sums: &mut [[V; C]; R],
-    x: *const F::X,
-    x_stride: usize,
-    w: *const F::W,
-    w_stride: usize,
-    len: usize,
-) {
-    const ROOM: usize = 2 * LANES;
-    let (mut xs, mut ws) = ([[F::ZERO.0; ROOM]; R], [[F::ZERO.1; ROOM]; C]);
-    // SAFETY: the caller's; len < STEP <= ROOM.
+unsafe fn run_by_rows<V: Vector, F: Format>(columns: &Columns, product: &Product<F>) {
+    let rows = columns.job.rows;
+    let whole = columns.len / COLUMNS * COLUMNS;
+    let mut row = 0;
+    // SAFETY: the caller's.
     unsafe {
-        for (r, to) in xs.iter_mut().enumerate() {
-            std::ptr::copy_nonoverlapping(x.add(r * x_stride), to.as_mut_ptr(), len);
+        // Eight rows are better cut in two fours than in six and two.
+        while V::WIDE && row + ROWS <= rows && row + 8 != rows {
+            for c in (0..whole).step_by(COLUMNS) {
+                columns.write(row, c, product.tile::<V, ROWS, COLUMNS>(row, c));
+            }
+            row += ROWS;
         }
-        for (c, to) in ws.iter_mut().enumerate() {
-            // Weights may lie at any address: they are copied as bytes.
-            let (from, to) = (w.add(c * w_stride).cast::<u8>(), to.as_mut_ptr().cast::<u8>());
-            std::ptr::copy_nonoverlapping(from, to, len * size_of::<F::W>());
+        while V::WIDE && row + 4 <= rows {
+            for c in (0..whole).step_by(COLUMNS) {
+                columns.write(row, c, product.tile::<V, 4, COLUMNS>(row, c));
+            }
+            row += 4;
         }
-        step::<V, F, R, C>(sums, xs.as_ptr().cast(), ROOM, ws.as_ptr().cast(), ROOM);
+        while row + 2 <= rows {
+            for c in (0..whole).step_by(COLUMNS) {
+                columns.write(row, c, product.tile::<V, 2, COLUMNS>(row, c));
+            }
+            row += 2;
+        }
+        if row < rows {
+            for c in (0..whole).step_by(COLUMNS) {
+                columns.write(row, c, product.tile::<V, 1, COLUMNS>(row, c));
+            }
+        }
+        for c in whole..columns.len {
+            for row in 0..rows {
+                columns.write(row, c, product.tile::<V, 1, 1>(row, c));
+            }
+        }
     }
 }

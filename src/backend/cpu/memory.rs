@@ -17,7 +17,9 @@ const LINE_BYTES: usize = 64;
 
 /// Numbers for which any bits are a value.
 ///
-/// SAFETY: plain numbers, for which zeroed memory is valid.
+/// # Safety
+///
+/// Plain numbers, for which zeroed memory is valid.
 pub unsafe trait Number: Copy + 'static {}
 // SAFETY: plain numbers.
 unsafe impl Number for f32 {}

@@ -90,10 +90,10 @@ impl Simd {
             Simd::Avx2 => unsafe { avx2::run(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 => unsafe { avx512::run(kernel) },
+            Simd::Avx512Bf16 if K::BF16 => unsafe { avx512::run_bf16(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512Bf16 => unsafe { avx512::run_bf16(kernel) },
+            Simd::Avx512 | Simd::Avx512Bf16 => unsafe { avx512::run(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "aarch64")]
             Simd::Neon => unsafe { neon::run(kernel) },
@@ -106,6 +106,9 @@ impl Simd {
 /// `#[inline(always)]`: only what is inlined into the instruction set's own function may use it.
 pub(super) trait Kernel {
     type Output;
+    /// Whether it multiplies bf16 numbers: the others need not be compiled for `Avx512Bf16` again.
+    const BF16: bool = false;
+
     fn run<V: Vector>(self) -> Self::Output;
 }
 
@@ -213,7 +216,7 @@ pub(super) fn exp<V: Vector>(x: V) -> V {
 ///
 /// SAFETY: they can be read.
 #[inline(always)]
-pub(super) unsafe fn load_as<V: Vector>(dtype: DType, from: *const u8) -> V {
+unsafe fn load_as<V: Vector>(dtype: DType, from: *const u8) -> V {
     // SAFETY: the caller's.
     unsafe {
         match dtype {

@@ -122,7 +122,8 @@ impl Vector for Lanes {
     fn div(self, o: Self) -> Self {
         self.zip(o, |a, b| a / b)
     }
-    #[inline(always)]
+    // Too long to stand wherever it is used.
+    #[inline(never)]
     fn fma(mut self, b: Self, c: Self) -> Self {
         for ((a, b), c) in self.0.iter_mut().zip(b.0).zip(c.0) {
             *a = fma(*a, b, c);
