@@ -90,7 +90,7 @@ fn micro_batch(cached: usize, len: usize) -> MicroBatch {
 
 fn attention(c: &mut Criterion) {
     let cpu = cpu();
-    let limits = Limits { rows_max: 512, seqs_max: 1, context_max: 4096 };
+    let limits = Limits { rows_max: 512, seqs_max: 1, outputs_max: 1, context_max: 4096 };
     let mut batch = cpu.batch(limits, &[0.1; 32], 1.0).unwrap();
     let shape = AttentionShape { heads: HEADS, scale: 0.125, window: None };
     let mut group = c.benchmark_group("attention");
@@ -129,7 +129,7 @@ fn small(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("silu_mul", rows), |b| {
             b.iter(|| cpu.silu_mul(&mut out, &gate_up, rows, FFN).unwrap());
         });
-        let limits = Limits { rows_max: rows, seqs_max: 1, context_max: 4096 };
+        let limits = Limits { rows_max: rows, seqs_max: 1, outputs_max: 1, context_max: 4096 };
         let mut batch = cpu.batch(limits, &[0.1; 32], 1.0).unwrap();
         let micro = micro_batch(0, rows);
         group.throughput(Throughput::Elements(rows as u64));

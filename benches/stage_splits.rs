@@ -11,7 +11,9 @@ use pipeline_infer::{Engine, Layout, Prompt, Request, engine::WeightSource};
 const SPLITS: &[&str] = &["1", "2", "4", "uneven"];
 
 fn engine(split: &str) -> Engine {
-    let real = std::env::var_os("PIPELINE_INFER_SMOLLM2").map(PathBuf::from).filter(|dir| dir.is_dir());
+    let real = std::env::var_os("PIPELINE_INFER_SMOLLM2")
+        .map(PathBuf::from)
+        .filter(|dir| dir.join("model.safetensors").exists());
     let small = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("benches/small-llama");
     let builder = match &real {
         Some(dir) => Engine::builder().model(dir),

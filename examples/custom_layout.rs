@@ -33,12 +33,14 @@ fn main() -> pipeline_infer::Result<()> {
         answers.push(engine.submit(request)?);
     }
     for (i, events) in answers.into_iter().enumerate() {
-        let ids: Vec<u32> = events
-            .filter_map(|event| match event {
-                Event::Token { id, .. } => Some(id),
-                _ => None,
-            })
-            .collect();
+        let mut ids = Vec::new();
+        for event in events {
+            match event {
+                Event::Token { id, .. } => ids.push(id),
+                Event::Error(error) => return Err(error),
+                _ => (),
+            }
+        }
         println!("request {i}: {ids:?}");
     }
     for stage in engine.stats() {

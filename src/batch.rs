@@ -35,6 +35,15 @@ impl MicroBatch {
     }
 }
 
+/// A step: one micro-batch on its way through all stages.
+#[derive(Debug, Clone)]
+pub struct Step {
+    /// Counts up from 0.
+    pub step: u64,
+    /// Its rows.
+    pub batch: Arc<MicroBatch>,
+}
+
 /// Consecutive rows of one sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SeqRows {

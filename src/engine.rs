@@ -268,7 +268,6 @@ impl FinishReason {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",
             FinishReason::Cancelled => "cancelled",
-            FinishReason::Error => "error",
         }
     }
 }

@@ -187,8 +187,6 @@ pub enum FinishReason {
     Length,
     /// The client went away or asked to stop.
     Cancelled,
-    /// The engine failed; the error was in the event before.
-    Error,
 }
 
 /// A chosen token's log-probability, and those of the most likely tokens.

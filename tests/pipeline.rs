@@ -1,4 +1,4 @@
-//! Any split, chunk, number of slots or company gives the same bits; cancelling and failing leave nothing behind.
+//! Any split, chunk, number of slots or company gives the same bits; cancelling leaves nothing behind.
 
 mod common;
 
@@ -8,9 +8,9 @@ use common::{chat_llama, collect, logprob_bits, request};
 use pipeline_infer::{
     Engine, Error, Event, FinishReason, Layout,
     backend::{Backend, cpu::Cpu},
-    batch::MicroBatch,
+    batch::{MicroBatch, Step},
     engine::EngineBuilder,
-    pipeline::Packet,
+    model::open_model,
     transport::{Closed, transports},
 };
 
@@ -68,12 +68,9 @@ fn a_request_alone_gives_what_it_gives_in_company() {
 
 #[test]
 fn more_requests_than_blocks_wait_their_turn_and_all_end() {
-    let engine = build(|b| b.stages(2).max_context(64));
-    let small = {
-        let spec = engine.spec();
-        let token = spec.kv_bytes_per_token(pipeline_infer::backend::DType::BF16) * spec.layers.len();
-        build(move |b| b.stages(2).max_context(64).kv_memory(token * 64))
-    };
+    let model = open_model(&chat_llama(), false).unwrap();
+    let token = model.spec.kv_bytes_per_token(model.dtype) * model.spec.layers.len();
+    let small = build(|b| b.stages(2).max_context(64).kv_memory(token * 64));
     assert_eq!(small.kv_tokens(), 64);
     let events: Vec<_> = (0..20).map(|i| small.submit(request(&[i, i + 1, i + 2], 40)).unwrap()).collect();
     for events in events {
@@ -152,6 +149,8 @@ fn builders_values_are_checked() {
     assert!(said(|b| b.max_context(1)).contains("--max-context"));
     assert!(said(|b| b.max_context(1 << 40)).contains("--max-context"));
     assert!(said(|b| b.kv_memory(3)).contains("--kv-memory"));
+    // More memory than there is: no more is taken than can ever be used.
+    assert!(build(|b| b.kv_memory(usize::MAX)).kv_tokens() <= 64 * 256);
     assert!(said(|b| b.device(pipeline_infer::layout::Device::Cuda(0))).contains("cuda:0"));
 }
 
@@ -179,7 +178,7 @@ fn every_transport_brings_what_was_sent_in_order_and_waits_for_room() {
                 let numbers: Vec<f32> = (0..len).map(|i| step as f32 + i as f32 / 64.0).collect();
                 theirs.write(&mut hidden, &numbers).unwrap();
                 sender.wait_for_room().unwrap();
-                let packet = Packet { step, batch: Arc::new(MicroBatch::default()) };
+                let packet = Step { step, batch: Arc::new(MicroBatch::default()) };
                 sender.send(packet, &hidden, len).unwrap();
                 // What was sent must not change with the buffer.
                 theirs.write(&mut hidden, &[f32::NAN; 64]).unwrap();
@@ -206,7 +205,7 @@ fn a_sender_without_a_receiver_is_told() {
         let (mut sender, receiver) = transport.connect(backend.clone(), backend.clone(), 1, 4).unwrap();
         drop(receiver);
         let hidden = backend.buf(4).unwrap();
-        let packet = Packet { step: 0, batch: Arc::new(MicroBatch::default()) };
+        let packet = Step { step: 0, batch: Arc::new(MicroBatch::default()) };
         let sent = sender
             .wait_for_room()
             .map_err(|_| ())

@@ -5,8 +5,8 @@ use std::{collections::HashMap, sync::Arc};
 
 use pipeline_infer::{
     SamplingParams,
-    batch::{KV_BLOCK, MicroBatch, Sampled, SeqId},
-    schedule::{BlockPool, NewSequence, Scheduler, SchedulerConfig, StepPlan},
+    batch::{KV_BLOCK, MicroBatch, Sampled, SeqId, Step},
+    schedule::{BlockPool, NewSequence, Scheduler, SchedulerConfig},
 };
 use proptest::prelude::*;
 
@@ -27,7 +27,7 @@ struct World {
     pool: BlockPool,
     config: SchedulerConfig,
     wanted: HashMap<SeqId, Wanted>,
-    flying: std::collections::VecDeque<StepPlan>,
+    flying: std::collections::VecDeque<Step>,
     ended: usize,
 }
 

@@ -23,8 +23,8 @@ const RANKS: &[(&str, u32)] = &[
     ("error", 0),
 ];
 
-/// Pairs of the same rank, and one back edge of a type, that are meant.
-const ALLOWED: &[(&str, &str)] = &[("transport", "pipeline"), ("batch", "request")];
+/// Pairs of the same rank that are meant.
+const ALLOWED: &[(&str, &str)] = &[("batch", "request")];
 
 const UNSAFE_ROOMS: &[&str] =
     &["src/backend/cpu/", "src/backend/cuda/", "src/transport/peer", "src/model/mapped.rs"];

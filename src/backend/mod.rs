@@ -119,7 +119,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Makes a buffer of activations, zeroed.
     fn buf(&self, len: usize) -> Result<Self::Buf>;
-    /// Loads a vector: a norm's weights.
+    /// Loads a vector, widened: a norm's weights.
     fn vector(&self, tensor: &Tensor) -> Result<Self::Buf>;
     /// Loads tensors `[n_i, k]`, stacked to `[sum n_i, k]`, with their biases `[n_i]` (all or none).
     fn matrix(&self, parts: &[Tensor], biases: &[Tensor]) -> Result<Self::Matrix>;

@@ -81,7 +81,8 @@ impl Answer {
         };
         if let Some(reason) = reason {
             // After a stop string nothing of the text is wanted any more.
-            let rest = if stopped && !eos { String::new() } else { self.rest()? };
+            let (rest, hit) = if stopped && !eos { (String::new(), true) } else { self.rest()? };
+            let reason = if hit { FinishReason::Stop } else { reason };
             events.push(self.finished(reason, rest));
         }
         Ok(Told { events, ended: reason.is_some() })
@@ -90,16 +91,17 @@ impl Answer {
     /// Ends it from outside.
     pub(super) fn cancel(&mut self) -> Event {
         match self.rest() {
-            Ok(rest) => self.finished(FinishReason::Cancelled, rest),
+            Ok((rest, _)) => self.finished(FinishReason::Cancelled, rest),
             Err(error) => Event::Error(error),
         }
     }
 
-    /// Text that was held back. It may itself complete a stop string.
-    fn rest(&mut self) -> Result<String> {
-        let Some(part) = &mut self.text else { return Ok(String::new()) };
+    /// Text that was held back, and whether it completes a stop string.
+    fn rest(&mut self) -> Result<(String, bool)> {
+        let Some(part) = &mut self.text else { return Ok((String::new(), false)) };
         let step = part.stops.push(&part.detokenizer.finish()?);
-        Ok(if step.hit { step.text } else { step.text + &part.stops.finish() })
+        let rest = if step.hit { String::new() } else { part.stops.finish() };
+        Ok((step.text + &rest, step.hit))
     }
 
     fn finished(&mut self, reason: FinishReason, text: String) -> Event {

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     backend::{Backend, DType, Limits, cpu::Cpu},
-    batch::KV_BLOCK,
+    batch::{KV_BLOCK, Step},
     error::{Error, Result},
     layout::{Device, Layout},
     model::{
@@ -21,7 +21,7 @@ use crate::{
         open_model,
         spec::ModelSpec,
     },
-    pipeline::{self, Input, Outcome, Output, Packet, Stage, StageHandle, StageMetrics},
+    pipeline::{self, Input, Outcome, Output, Stage, StageHandle, StageMetrics},
     schedule::{BlockPool, Scheduler, SchedulerConfig},
     text::{Template, Tokenizer},
     transport::{Host, Transport},
@@ -195,7 +195,8 @@ impl EngineBuilder {
             Some(bytes) => bytes / block_bytes,
             None => wanted.min(memory_free() / 4 / block_bytes),
         };
-        let blocks = blocks.min(u32::MAX as usize);
+        // More could never be leased.
+        let blocks = blocks.min(RUNNING_MAX * BlockPool::blocks_for(context));
         let room = blocks * KV_BLOCK;
         if room < context && (self.kv_memory.is_some() && self.max_context.is_some() || room < 2) {
             let (need, have) = (BlockPool::blocks_for(context) * block_bytes, blocks * block_bytes);
@@ -250,7 +251,7 @@ fn memory_free() -> usize {
 /// Threads that have been started, and the channels to them.
 struct Wired {
     stages: Vec<(StageFacts, StageHandle)>,
-    steps: channel::Sender<Packet>,
+    steps: channel::Sender<Step>,
     results: channel::Receiver<Outcome>,
 }
 

@@ -10,9 +10,9 @@ use crossbeam_channel as channel;
 
 use super::{Facts, answer::Answer};
 use crate::{
-    batch::{Sampled, SeqId},
+    batch::{Sampled, SeqId, Step},
     error::{Error, Result},
-    pipeline::{Outcome, Packet},
+    pipeline::Outcome,
     request::{Event, Request},
     schedule::{NewSequence, Scheduler},
 };
@@ -38,7 +38,7 @@ pub(super) struct Worker {
     pub(super) scheduler: Scheduler,
     pub(super) commands: channel::Receiver<Command>,
     /// To the first stage. It has room for every step that may be in flight.
-    pub(super) steps: channel::Sender<Packet>,
+    pub(super) steps: channel::Sender<Step>,
     pub(super) results: channel::Receiver<Outcome>,
     pub(super) running: Running,
 }
@@ -95,12 +95,11 @@ impl Worker {
                     }
                 }
             }
-            while let Some(plan) = self.scheduler.plan() {
-                for start in &plan.batch.starts {
+            while let Some(step) = self.scheduler.plan() {
+                for start in &step.batch.starts {
                     self.running.started(start.seq);
                 }
-                let packet = Packet { step: plan.step, batch: plan.batch };
-                if self.steps.send(packet).is_err() {
+                if self.steps.send(step).is_err() {
                     // The first stage tells why it ended through the results.
                     break;
                 }
@@ -215,5 +214,71 @@ impl Running {
             let _ = client.events.send(Event::Error(error.clone()));
         }
         self.answers.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        layout::{Device, Layout},
+        model::open_model,
+        request::Prompt,
+        schedule::{BlockPool, SchedulerConfig},
+    };
+
+    fn submission(request: u64) -> (Box<Submission>, channel::Receiver<Event>) {
+        let (events, received) = channel::unbounded();
+        let params = Request::new(Prompt::Ids(vec![1, 2]));
+        (Box::new(Submission { request, prompt: [1, 2].into(), params, events }), received)
+    }
+
+    /// Open requests get the stage's error, later ones get it at once, and the thread ends when told to.
+    #[test]
+    fn a_failed_stage_ends_open_requests_and_refuses_new_ones() {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat-llama");
+        let model = open_model(&dir, false).unwrap();
+        let facts = Facts {
+            layout: Layout::even(1, model.spec.layers.len(), Device::Cpu).unwrap(),
+            spec: Arc::new(model.spec),
+            generation: model.generation,
+            tokenizer: None,
+            template: None,
+            context_max: 32,
+            kv_tokens: 32,
+        };
+        let (commands, commands_out) = channel::unbounded();
+        let (steps, steps_out) = channel::bounded(1);
+        let (results_in, results) = channel::unbounded();
+        let config = SchedulerConfig { slots: 1, chunk: 8, running_max: 1 };
+        let worker = Worker {
+            facts: Arc::new(facts),
+            scheduler: Scheduler::new(config, BlockPool::new(2)),
+            commands: commands_out,
+            steps,
+            results,
+            running: Running::default(),
+        };
+        let thread = std::thread::spawn(|| worker.run());
+        // One runs, one waits for its blocks.
+        let open: Vec<_> = (0..2)
+            .map(|i| {
+                let (submission, events) = submission(i);
+                commands.send(Command::Submit(submission)).unwrap();
+                events
+            })
+            .collect();
+        let step: Step = steps_out.recv().unwrap();
+        let error = Error::Device { device: "cpu".into(), why: "made to fail".into() };
+        results_in.send((step.step, Err(error.clone()))).unwrap();
+        for events in open {
+            assert_eq!(events.iter().collect::<Vec<_>>(), [Event::Error(error.clone())]);
+        }
+        assert!(steps_out.recv().is_err(), "the stages are let go");
+        let (late, events) = submission(2);
+        commands.send(Command::Submit(late)).unwrap();
+        assert_eq!(events.iter().collect::<Vec<_>>(), [Event::Error(error)]);
+        commands.send(Command::End).unwrap();
+        thread.join().unwrap();
     }
 }

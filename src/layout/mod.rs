@@ -69,10 +69,10 @@ impl Layout {
                 next = end;
                 continue;
             };
-            return Err(Error::usage("layout", why));
+            return Err(Error::usage("--layout", why));
         }
         if stages.is_empty() {
-            return Err(Error::usage("layout", "it has no stages"));
+            return Err(Error::usage("--layout", "it has no stages"));
         }
         Ok(Layout { stages })
     }
@@ -120,7 +120,7 @@ impl Layout {
         } else {
             format!("layer {} does not exist: the model has {layers} layers", have - 1)
         };
-        Err(Error::usage("layout", why))
+        Err(Error::usage("--layout", why))
     }
 }
 

@@ -241,8 +241,9 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn vector(&mut self, role: Role) -> Result<B::Buf> {
-        // Norm weights stay as they are: rounding them would cost bits and save nothing.
+        // Norm weights and biases are widened: rounding them would cost bits and save nothing.
         let tensor = self.tensor(role)?;
+        self.bytes += tensor.len() * DType::F32.size();
         self.backend.vector(&tensor)
     }
 
@@ -252,13 +253,13 @@ impl<B: Backend> Loader<'_, B> {
         let parts: Vec<Tensor> =
             roles.iter().map(|&role| self.tensor(role)?.to_dtype(dtype)).collect::<Result<_>>()?;
         let biases: Vec<Tensor> = biases.iter().map(|&role| self.tensor(role)).collect::<Result<_>>()?;
+        self.bytes += parts.iter().map(|part| part.bytes().len()).sum::<usize>();
+        self.bytes += biases.iter().map(|bias| bias.len() * DType::F32.size()).sum::<usize>();
         self.backend.matrix(&parts, &biases)
     }
 
-    fn tensor(&mut self, role: Role) -> Result<Tensor> {
+    fn tensor(&self, role: Role) -> Result<Tensor> {
         let DecoderConfig { arch, spec, weights, .. } = self.config;
-        let tensor = weights.tensor(&arch.tensor(role), &spec.shape(role))?;
-        self.bytes += tensor.len() * self.config.dtype.size();
-        Ok(tensor)
+        weights.tensor(&arch.tensor(role), &spec.shape(role))
     }
 }

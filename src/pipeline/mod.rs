@@ -1,9 +1,7 @@
 //! Stages: a thread each, a channel or a boundary between them.
 
 mod metrics;
-mod packet;
 mod stage;
 
 pub use metrics::{StageMetrics, StageTimes};
-pub use packet::Packet;
 pub use stage::{Input, Load, Outcome, Output, Stage, StageHandle, spawn};

@@ -10,10 +10,10 @@ use std::{
 
 use crossbeam_channel as channel;
 
-use super::{Packet, StageMetrics, metrics::Spent};
+use super::{StageMetrics, metrics::Spent};
 use crate::{
     backend::Backend,
-    batch::Sampled,
+    batch::{Sampled, Step},
     error::{Error, Result},
     model::decoder::Decoder,
     transport::{Closed, Receiver, Sender},
@@ -22,7 +22,7 @@ use crate::{
 /// Where a stage's micro-batches come from.
 pub enum Input<B: Backend> {
     /// The scheduler: token ids, for the stage that holds the embedding.
-    Steps(channel::Receiver<Packet>),
+    Steps(channel::Receiver<Step>),
     /// The stage before.
     Boundary(Box<dyn Receiver<B>>),
 }
@@ -95,15 +95,15 @@ fn run<B: Backend>(stage: Stage<B>, loaded: &channel::Sender<Result<usize>>) {
     };
     let mut running = Running { backend, decoder, input, output, turn, metrics, since: Instant::now() };
     loop {
-        let Ok(packet) = running.receive() else { return };
-        let outcome = match guard(index, || running.step(&packet)) {
+        let Ok(step) = running.receive() else { return };
+        let outcome = match guard(index, || running.step(&step)) {
             Ok(None) => continue,
             Ok(Some(sampled)) => Ok(sampled),
             Err(e) => Err(e),
         };
         let failed = outcome.is_err();
         // After a failure the numbers of later packets cannot be trusted: the stage ends.
-        if results.send((packet.step, outcome)).is_err() || failed {
+        if results.send((step.step, outcome)).is_err() || failed {
             return;
         }
     }
@@ -132,17 +132,17 @@ struct Running<B: Backend> {
 }
 
 impl<B: Backend> Running<B> {
-    fn receive(&mut self) -> Result<Packet, Closed> {
-        let packet = match &mut self.input {
+    fn receive(&mut self) -> Result<Step, Closed> {
+        let step = match &mut self.input {
             Input::Steps(steps) => steps.recv().map_err(|_| Closed),
             Input::Boundary(boundary) => boundary.wait(),
         };
         self.metrics.add(Spent::WaitInput, &mut self.since);
-        packet
+        step
     }
 
     /// One micro-batch; the chosen tokens if this stage holds the head, `None` if it has been passed on.
-    fn step(&mut self, packet: &Packet) -> Result<Option<Vec<Sampled>>> {
+    fn step(&mut self, step: &Step) -> Result<Option<Vec<Sampled>>> {
         if let Input::Boundary(boundary) = &mut self.input {
             boundary.take(self.decoder.hidden_mut())?;
             self.metrics.add(Spent::Copy, &mut self.since);
@@ -150,20 +150,20 @@ impl<B: Backend> Running<B> {
         let sampled = {
             let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             self.metrics.add(Spent::WaitDevice, &mut self.since);
-            self.decoder.forward(&*self.backend, &packet.batch)?;
+            self.decoder.forward(&*self.backend, &step.batch)?;
             match self.output {
-                Output::Results => Some(self.decoder.sample(&*self.backend, &packet.batch)?),
+                Output::Results => Some(self.decoder.sample(&*self.backend, &step.batch)?),
                 Output::Boundary(_) => None,
             }
         };
         self.metrics.add(Spent::Busy, &mut self.since);
-        self.metrics.count(packet.batch.rows());
+        self.metrics.count(step.batch.rows());
         if let Output::Boundary(boundary) = &mut self.output {
             let gone = |Closed| Error::Engine("the next stage is gone".into());
             boundary.wait_for_room().map_err(gone)?;
             self.metrics.add(Spent::WaitOutput, &mut self.since);
-            let (hidden, len) = self.decoder.hidden(packet.batch.rows());
-            boundary.send(packet.clone(), hidden, len)?;
+            let (hidden, len) = self.decoder.hidden(step.batch.rows());
+            boundary.send(step.clone(), hidden, len)?;
             self.metrics.add(Spent::Copy, &mut self.since);
         }
         Ok(sampled)

@@ -1,9 +1,7 @@
 //! What runs next: no device, no thread, no clock. `plan` decides, `apply` records.
 
 mod blocks;
-mod plan;
 mod scheduler;
 
 pub use blocks::{BlockPool, Lease};
-pub use plan::StepPlan;
 pub use scheduler::{NewSequence, Scheduler, SchedulerConfig};

@@ -5,9 +5,9 @@ use std::{
     sync::Arc,
 };
 
-use super::{BlockPool, Lease, StepPlan};
+use super::{BlockPool, Lease};
 use crate::{
-    batch::{MicroBatch, OutputRow, Sampled, SeqId, SeqRows, SeqStart},
+    batch::{MicroBatch, OutputRow, Sampled, SeqId, SeqRows, SeqStart, Step},
     request::SamplingParams,
 };
 
@@ -118,7 +118,7 @@ impl Scheduler {
     }
 
     /// Decides the next step; `None` if nothing can start now.
-    pub fn plan(&mut self) -> Option<StepPlan> {
+    pub fn plan(&mut self) -> Option<Step> {
         if self.steps.len() >= self.config.slots {
             return None;
         }
@@ -137,7 +137,7 @@ impl Scheduler {
             return None;
         }
         batch.ends = std::mem::take(&mut self.ends);
-        let plan = StepPlan { step: self.next_step, batch: Arc::new(batch) };
+        let plan = Step { step: self.next_step, batch: Arc::new(batch) };
         self.next_step += 1;
         self.steps.insert(plan.step, plan.batch.clone());
         Some(plan)

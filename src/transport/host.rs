@@ -7,8 +7,8 @@ use crossbeam_channel as channel;
 use super::{Closed, Ends, Receiver, Sender, Transport};
 use crate::{
     backend::Backend,
+    batch::Step,
     error::{Error, Result},
-    pipeline::Packet,
 };
 
 /// A boundary through host memory: works between any two devices.
@@ -44,7 +44,7 @@ fn buffer(len_max: usize) -> Result<Vec<f32>> {
 
 struct HostSender<B> {
     backend: Arc<B>,
-    full: channel::Sender<(Packet, Vec<f32>)>,
+    full: channel::Sender<(Step, Vec<f32>)>,
     free: channel::Receiver<Vec<f32>>,
     room: Option<Vec<f32>>,
 }
@@ -57,27 +57,27 @@ impl<B: Backend> Sender<B> for HostSender<B> {
         Ok(())
     }
 
-    fn send(&mut self, packet: Packet, hidden: &B::Buf, len: usize) -> Result<()> {
+    fn send(&mut self, step: Step, hidden: &B::Buf, len: usize) -> Result<()> {
         let mut numbers = self.room.take().expect("nothing was waited for before a send; this is a bug");
         assert!(len <= numbers.capacity(), "a packet larger than the boundary; this is a bug");
         numbers.resize(len, 0.0);
         self.backend.read(&mut numbers, hidden)?;
-        self.full.send((packet, numbers)).map_err(|_| Error::Engine("the next stage is gone".into()))
+        self.full.send((step, numbers)).map_err(|_| Error::Engine("the next stage is gone".into()))
     }
 }
 
 struct HostReceiver<B> {
     backend: Arc<B>,
-    full: channel::Receiver<(Packet, Vec<f32>)>,
+    full: channel::Receiver<(Step, Vec<f32>)>,
     free: channel::Sender<Vec<f32>>,
     came: Option<Vec<f32>>,
 }
 
 impl<B: Backend> Receiver<B> for HostReceiver<B> {
-    fn wait(&mut self) -> Result<Packet, Closed> {
-        let (packet, numbers) = self.full.recv().map_err(|_| Closed)?;
+    fn wait(&mut self) -> Result<Step, Closed> {
+        let (step, numbers) = self.full.recv().map_err(|_| Closed)?;
         self.came = Some(numbers);
-        Ok(packet)
+        Ok(step)
     }
 
     fn take(&mut self, hidden: &mut B::Buf) -> Result<()> {

@@ -9,7 +9,7 @@ pub use host::Host;
 
 use std::sync::Arc;
 
-use crate::{backend::Backend, error::Result, pipeline::Packet};
+use crate::{backend::Backend, batch::Step, error::Result};
 
 /// The other side is gone: the pipeline is ending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,17 +28,17 @@ pub type Ends<B> = (Box<dyn Sender<B>>, Box<dyn Receiver<B>>);
 
 /// The end that a stage writes to.
 pub trait Sender<B: Backend>: Send {
-    /// Waits until there is room for one packet.
+    /// Waits until there is room for one step.
     fn wait_for_room(&mut self) -> Result<(), Closed>;
     /// Sends the first `len` numbers of `hidden`. There must be room.
-    fn send(&mut self, packet: Packet, hidden: &B::Buf, len: usize) -> Result<()>;
+    fn send(&mut self, step: Step, hidden: &B::Buf, len: usize) -> Result<()>;
 }
 
 /// The end that a stage reads from.
 pub trait Receiver<B: Backend>: Send {
-    /// Waits for a packet.
-    fn wait(&mut self) -> Result<Packet, Closed>;
-    /// Copies the numbers of the packet that came last.
+    /// Waits for a step.
+    fn wait(&mut self) -> Result<Step, Closed>;
+    /// Copies the numbers of the step that came last.
     fn take(&mut self, hidden: &mut B::Buf) -> Result<()>;
 }
 

@@ -1,0 +1,144 @@
+//! A stage that fails says so once, with its place, and ends; the stages around it end too.
+
+mod common;
+
+use std::{
+    sync::{Arc, Mutex},
+    thread::JoinHandle,
+};
+
+use common::chat_llama;
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use pipeline_infer::{
+    Error, SamplingParams,
+    backend::{Limits, cpu::Cpu},
+    batch::{MicroBatch, OutputRow, SeqId, SeqRows, SeqStart, Step},
+    model::{
+        decoder::{Decoder, DecoderConfig},
+        open_model,
+    },
+    pipeline::{Input, Outcome, Output, Stage, StageMetrics, spawn},
+    transport::{Host, Transport},
+};
+
+struct Pipeline {
+    steps: Sender<Step>,
+    results: Receiver<Outcome>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+fn config() -> DecoderConfig {
+    let model = open_model(&chat_llama(), false).unwrap();
+    let spec = Arc::new(model.spec);
+    DecoderConfig {
+        layers: 0..spec.layers.len(),
+        spec,
+        arch: model.arch,
+        weights: Arc::new(model.weights),
+        dtype: model.dtype,
+        limits: Limits { rows_max: 8, seqs_max: 4, outputs_max: 4, context_max: 64 },
+        kv_blocks: 8,
+    }
+}
+
+/// Two stages over the small checkpoint, without an engine.
+fn two_stages() -> Pipeline {
+    let (cpu, config) = (Arc::new(Cpu::new(Some(1))), config());
+    let (steps, steps_out) = bounded(4);
+    let (results_in, results) = unbounded();
+    let (sender, receiver) =
+        Host.connect(cpu.clone(), cpu.clone(), 2, config.limits.rows_max * config.spec.dim).unwrap();
+    let ends = [
+        (Input::Steps(steps_out), Output::Boundary(sender), 0..1),
+        (Input::Boundary(receiver), Output::Results, 1..config.spec.layers.len()),
+    ];
+    let mut threads = Vec::new();
+    for (index, (input, output, layers)) in ends.into_iter().enumerate() {
+        let own = DecoderConfig { layers, ..config.clone() };
+        let stage = Stage {
+            index,
+            backend: cpu.clone(),
+            load: Box::new(move |cpu| Decoder::load(cpu, &own)),
+            input,
+            output,
+            results: results_in.clone(),
+            turn: Arc::new(Mutex::new(())),
+            metrics: Arc::new(StageMetrics::default()),
+        };
+        let handle = spawn(stage).unwrap();
+        assert!(handle.loaded.recv().unwrap().unwrap() > 0);
+        threads.push(handle.thread);
+    }
+    Pipeline { steps, results, threads }
+}
+
+fn step(step: u64, id: u32, output_row: usize) -> Step {
+    let seq = SeqId(step);
+    let start = SeqStart { seq, sampling: Arc::new(SamplingParams::default()), seed: 0, prompt: [id].into() };
+    let batch = MicroBatch {
+        ids: vec![id],
+        positions: vec![0],
+        seqs: vec![SeqRows { seq, row: 0, len: 1, cached: 0, blocks: [step as u32].into() }],
+        outputs: vec![OutputRow { row: output_row, seq }],
+        starts: vec![start],
+        ends: vec![],
+    };
+    Step { step, batch: Arc::new(batch) }
+}
+
+/// A good step, then a bad one: the first gives a token, the second an error, and then all is over.
+fn fails_at(bad: Step) -> Error {
+    let pipeline = two_stages();
+    pipeline.steps.send(step(0, 5, 0)).unwrap();
+    let (number, sampled) = pipeline.results.recv().unwrap();
+    assert_eq!((number, sampled.unwrap().len()), (0, 1));
+    pipeline.steps.send(bad).unwrap();
+    let (number, sampled) = pipeline.results.recv().unwrap();
+    assert_eq!(number, 1);
+    let error = sampled.unwrap_err();
+    drop(pipeline.steps);
+    for thread in pipeline.threads {
+        thread.join().unwrap();
+    }
+    assert!(pipeline.results.recv().is_err(), "it is said once");
+    error
+}
+
+#[test]
+fn an_error_in_the_first_stage_is_the_steps_outcome() {
+    let vocab = config().spec.vocab as u32;
+    let error = fails_at(step(1, vocab, 0));
+    assert!(error.to_string().contains(&vocab.to_string()), "{error}");
+}
+
+#[test]
+fn a_panic_in_the_last_stage_is_the_steps_outcome_and_names_the_stage() {
+    let error = fails_at(step(1, 5, 7));
+    let Error::Engine(why) = &error else { panic!("{error:?}") };
+    assert!(why.starts_with("stage 1 panicked: "), "{why}");
+}
+
+#[test]
+fn a_stage_that_cannot_be_loaded_says_why_and_ends() {
+    let (cpu, config) = (Arc::new(Cpu::new(Some(1))), config());
+    let (_steps, steps) = bounded(1);
+    let (results, _) = unbounded();
+    let stage = Stage {
+        index: 0,
+        backend: cpu,
+        load: Box::new(move |cpu: &Cpu| {
+            let decoder = Decoder::load(cpu, &config)?;
+            assert!(decoder.weight_bytes() == 0, "made to fail");
+            Ok(decoder)
+        }),
+        input: Input::Steps(steps),
+        output: Output::Results,
+        results,
+        turn: Arc::new(Mutex::new(())),
+        metrics: Arc::new(StageMetrics::default()),
+    };
+    let handle = spawn(stage).unwrap();
+    let error = handle.loaded.recv().unwrap().unwrap_err();
+    assert_eq!(error, Error::Engine("stage 0 panicked: made to fail".into()));
+    handle.thread.join().unwrap();
+}
