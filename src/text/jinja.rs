@@ -9,7 +9,7 @@ use minijinja::{
     value::{Kwargs, ValueKind},
 };
 
-use super::jinja_limits::{DEPTH_MAX, OUTPUT_MAX};
+use super::jinja_limits::{DEPTH_MAX, OUTPUT_MAX, charge};
 
 /// How model makers' tools set Jinja up: a block's line leaves nothing behind.
 pub(super) fn syntax() -> SyntaxConfig {
@@ -75,6 +75,7 @@ fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     kwargs.assert_all_used()?;
     let mut json = Json { out: String::new(), indent, item, key, sort, ascii };
     json.write(value, 0)?;
+    charge(json.out.len())?;
     Ok(Value::from(json.out))
 }
 

@@ -1,16 +1,21 @@
 //! Bounds on what a chat template can take: steps, text, and the size of what it remembers.
 //!
-//! The engine itself counts steps, and refuses long ranges (100,000) and long repetitions of a text (100 MB).
-//! Added here: what is assigned, printed, joined, replaced, indented or formatted has a bounded size. What is not
-//! bounded is growth without assignment, in the nesting of `{% with %}` blocks or of a macro's arguments.
+//! The engine itself counts steps, and refuses long ranges (100,000) and long repetitions (100,000,000).
+//! Added here: what an operator makes, and what is assigned, listed, printed, joined, replaced, indented or
+//! formatted, has a bounded size, and so have all such texts of a render together, kept or not.
 
-use std::{cell::Cell, fmt::Write};
+use std::{
+    cell::{Cell, RefCell},
+    fmt::Write,
+};
 
 use minijinja::{
     Environment, Error, ErrorKind, Output, State, Value, escape_formatter, filters,
     value::{Rest, ValueKind},
 };
 use minijinja_contrib::pycompat;
+
+use super::jinja_guard::{GUARD, assignment, guard_expression};
 
 /// The longest text that a template can make, in bytes.
 pub(super) const OUTPUT_MAX: usize = 64 << 20;
@@ -20,21 +25,37 @@ const FUEL: u64 = 10_000_000;
 const PLAIN_MAX: u64 = 2 << 30;
 /// The size of a remembered value: bytes of its texts, and `ITEM_SIZE` for each item.
 const VALUE_MAX: usize = 32 << 20;
+/// Bytes of the texts that a render makes, beyond some copies of the conversation.
+const MADE_MAX: usize = 128 << 20;
+const MADE_COPIES: usize = 16;
 const ITEM_SIZE: usize = 16;
+/// The room that an item of a list takes.
+const ITEM_BYTES: usize = 24;
 /// How deep lists may lie in lists: walking and freeing them takes stack.
 pub(super) const DEPTH_MAX: usize = 64;
-/// The filter that `guard_source` puts around what is assigned.
-const GUARD: &str = "__bounded";
+
+const WRITES: &str = "writing to a String cannot fail; this is a bug";
 
 thread_local! {
     /// Bytes printed by this thread's render so far, to the text or to a `{% set %}` block.
     static PRINTED: Cell<usize> = const { Cell::new(0) };
+    /// Bytes of text that this thread's render may still make.
+    static LEFT: Cell<usize> = const { Cell::new(MADE_MAX) };
+    /// The chains of operators under way: what their operands make so far.
+    static CHAINS: RefCell<Vec<Chain>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Adds the bounds.
 pub(super) fn add_to(env: &mut Environment<'_>) {
     env.set_formatter(print);
     env.add_filter(GUARD, |value: Value| bounded(&value).map(|()| value));
+    for (place, first, last) in [("first", true, false), ("next", false, false), ("last", false, true)] {
+        for kind in [Kind::Add, Kind::Join, Kind::Times] {
+            let name = format!("__{place}_{}", kind.name());
+            env.add_filter(name, move |value: Value| operand(&value, kind, first, last).map(|()| value));
+        }
+    }
+    add_copying(env);
     env.add_filter("__join", filters::join);
     env.add_filter("__replace", filters::replace);
     env.add_filter("__indent", filters::indent);
@@ -63,15 +84,115 @@ pub(super) fn add_to(env: &mut Environment<'_>) {
             "join" => check_join(args.first(), Some(value))?,
             "replace" => check_replace(Some(value), args.first(), args.get(1))?,
             "format" => check_format(&[std::slice::from_ref(value), args].concat())?,
-            _ => {}
+            _ => charge(copy_size(value, args.first()))?,
         }
         pycompat::unknown_method_callback(state, value, method, args)
     });
 }
 
-/// A render begins on this thread.
-pub(super) fn begin() {
+/// A render begins on this thread, of a conversation of so many bytes.
+pub(super) fn begin(size: usize) {
     PRINTED.set(0);
+    LEFT.set(size.saturating_mul(MADE_COPIES).saturating_add(MADE_MAX));
+    CHAINS.take();
+}
+
+/// Counts a text that is about to be made.
+pub(super) fn charge(size: usize) -> Result<(), Error> {
+    let left = LEFT.get().checked_sub(size).ok_or_else(too_large)?;
+    LEFT.set(left);
+    Ok(())
+}
+
+/// The engine's filters that copy their text, or make a list of it.
+fn add_copying(env: &mut Environment<'_>) {
+    macro_rules! copying {
+        ($($name:ident)*) => {$(
+            env.add_filter(concat!("__", stringify!($name)), filters::$name);
+            env.add_filter(stringify!($name), |state: &mut State, args: Rest<Value>| {
+                if let Some(value) = args.first() {
+                    size_of(value, 0, VALUE_MAX)?;
+                    let lists = matches!(stringify!($name), "list" | "split" | "lines");
+                    charge(copy_size(value, args.get(1).filter(|_| lists)))?;
+                    if let (true, Some(text)) = (stringify!($name) == "list", value.as_str()) {
+                        charge(text.len().saturating_mul(ITEM_BYTES))?;
+                    }
+                }
+                state.apply_filter(concat!("__", stringify!($name)), &args)
+            });
+        )*};
+    }
+    copying!(upper lower title capitalize trim escape string list split lines pprint);
+}
+
+/// The room that a copy of a text takes, in pieces if it is split.
+fn copy_size(value: &Value, separator: Option<&Value>) -> usize {
+    let Some(text) = value.as_str() else { return 0 };
+    let pieces = match separator.and_then(Value::as_str) {
+        Some(separator) => text.matches(separator).count(),
+        None => text.split_ascii_whitespace().count(),
+    };
+    pieces.saturating_mul(ITEM_BYTES).saturating_add(text.len())
+}
+
+/// Which operators a chain has.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Add,
+    Join,
+    Times,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Add => "add",
+            Kind::Join => "join",
+            Kind::Times => "times",
+        }
+    }
+}
+
+/// What a chain of operators makes so far: its size, and whether it is text or a list, rather than a number.
+#[derive(Clone, Copy)]
+struct Chain {
+    size: f64,
+    text: bool,
+    list: bool,
+}
+
+/// An operand, before the operator takes it.
+fn operand(value: &Value, kind: Kind, first: bool, last: bool) -> Result<(), Error> {
+    let text = value.as_str().is_some() || kind == Kind::Join;
+    let list = !text && matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable);
+    let size = match value.as_str() {
+        Some(text) => text.len() as f64,
+        None if kind == Kind::Join => size_of(value, 0, VALUE_MAX)? as f64,
+        None if list => value.len().unwrap_or(0).max(1) as f64 * ITEM_SIZE as f64,
+        // A chain of factors may divide, too.
+        None if kind == Kind::Times => {
+            let number = f64::try_from(value.clone()).unwrap_or(1.0).abs();
+            if number > 0.0 { number.max(1.0 / number) } else { 1.0 }
+        }
+        None => ITEM_SIZE as f64,
+    };
+    let before = if first { None } else { CHAINS.with_borrow_mut(Vec::pop) };
+    let mut chain = Chain { size, text, list };
+    if let Some(before) = before {
+        chain.size = if kind == Kind::Times { before.size * size.max(1.0) } else { before.size + size };
+        chain.text |= before.text;
+        chain.list |= before.list;
+    }
+    if (chain.text || chain.list) && chain.size > VALUE_MAX as f64 {
+        return Err(too_large());
+    }
+    if !first && chain.text {
+        charge(chain.size as usize)?;
+    }
+    if !last {
+        CHAINS.with_borrow_mut(|chains| chains.push(chain));
+    }
+    Ok(())
 }
 
 /// The template with `{% set name = … %}` guarded against values that grow without bound, and without the
@@ -100,6 +221,10 @@ pub(super) fn guard_source(source: &str) -> (String, u64) {
                 longest = longest.max(raw);
                 rest = &rest[raw..];
             }
+        } else if tag.starts_with("{{") {
+            let (open, _, _, close) = tag_words(tag);
+            let inner = &tag[open.len()..tag.len() - close.len()];
+            write!(out, "{open}{}{close}", guard_expression(inner)).expect(WRITES);
         } else {
             out.push_str(tag);
         }
@@ -152,15 +277,17 @@ fn push_block_tag(out: &mut String, tag: &str) {
     let (open, word, rest, close) = tag_words(tag);
     let space = &tag[open.len()..tag.len() - close.len() - word.len() - rest.len()];
     // What comes before the assignment's sign is a name, names, or a namespace's attribute.
-    let pushed = match (word, rest.split_once('=')) {
-        ("set", Some((target, value))) if !value.trim().is_empty() => {
-            write!(out, "{open}{space}set{target}=({value})|{GUARD} {close}")
+    let pushed = match (word, assignment(rest)) {
+        ("set", Some(at)) if !rest[at..].trim().is_empty() => {
+            let (target, value) = (&rest[..at], guard_expression(&rest[at..]));
+            write!(out, "{open}{space}set{target}({value})|{GUARD} {close}")
         }
         ("generation", _) => write!(out, "{open}{space}if true{rest}{close}"),
         ("endgeneration", _) => write!(out, "{open}{space}endif{rest}{close}"),
-        _ => write!(out, "{tag}"),
+        ("raw", _) => write!(out, "{tag}"),
+        _ => write!(out, "{open}{space}{word}{}{close}", guard_expression(rest)),
     };
-    pushed.expect("writing to a String cannot fail; this is a bug");
+    pushed.expect(WRITES);
 }
 
 /// Where the text of a `raw` block ends.
@@ -229,14 +356,14 @@ fn check_join(items: Option<&Value>, separator: Option<&Value>) -> Result<(), Er
             }
         }
     }
-    Ok(())
+    charge(size)
 }
 
 fn check_replace(text: Option<&Value>, from: Option<&Value>, to: Option<&Value>) -> Result<(), Error> {
     let str = |value: Option<&Value>| value.and_then(Value::as_str).map(str::to_owned);
     if let (Some(text), Some(from), Some(to)) = (str(text), str(from), str(to)) {
         let size = text.len().saturating_add(text.matches(&from).count().saturating_mul(to.len()));
-        return if size > VALUE_MAX { Err(too_large()) } else { Ok(()) };
+        return if size > VALUE_MAX { Err(too_large()) } else { charge(size) };
     }
     Ok(())
 }
@@ -247,7 +374,7 @@ fn check_indent(args: &[Value]) -> Result<(), Error> {
     let named = args.iter().filter_map(|arg| arg.get_attr("width").ok()?.as_usize()).max();
     let width = args[1..].iter().filter_map(Value::as_usize).max().max(named).unwrap_or(4);
     let size = (text.matches('\n').count() + 1).saturating_mul(width).saturating_add(text.len());
-    if size > VALUE_MAX { Err(too_large()) } else { Ok(()) }
+    if size > VALUE_MAX { Err(too_large()) } else { charge(size) }
 }
 
 /// Widths of five digits and more, and widths from arguments, are refused.
@@ -260,5 +387,9 @@ fn check_format(args: &[Value]) -> Result<(), Error> {
         size = size.saturating_add(size_of(arg, 0, VALUE_MAX)?.saturating_mul(marks));
     }
     size = size.saturating_add(marks.saturating_mul(10_000));
-    if longest > 4 || format.contains("*") || size > VALUE_MAX { Err(too_large()) } else { Ok(()) }
+    if longest > 4 || format.contains("*") || size > VALUE_MAX {
+        Err(too_large())
+    } else {
+        charge(format.len())
+    }
 }

@@ -4,6 +4,7 @@ pub mod detokenizer;
 #[cfg(test)]
 mod fixtures;
 mod jinja;
+mod jinja_guard;
 mod jinja_limits;
 pub mod stop;
 pub mod template;

@@ -62,6 +62,7 @@ impl Template {
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let failed = |e: minijinja::Error| describe(&self.path, &e);
         let template = self.env.get_template(NAME).map_err(failed)?;
+        let size = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
         let messages = messages
             .iter()
             .map(|m| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())]));
@@ -73,7 +74,7 @@ impl Template {
         ];
         variables.extend(self.tokens.iter().map(|(name, token)| (*name, Value::from(token.as_str()))));
         let mut out = Limited(Vec::new());
-        jinja_limits::begin();
+        jinja_limits::begin(size);
         template.render_captured_to(Value::from_pairs(variables), &mut out).map_err(failed)?;
         String::from_utf8(out.0).map_err(|e| Error::data(&self.path, e.to_string()))
     }
@@ -377,6 +378,70 @@ mod tests {
         assert!(error(&plain).contains("too many steps"));
         let captured = "{% set s %}{% for a in range(100000) %}{{ 'x' * 1000 }}{% endfor %}{% endset %}";
         assert!(error(captured).contains("more than 64 MiB"));
+    }
+
+    #[test]
+    fn growth_without_assignment_is_stopped() {
+        let nest = |open: &str, body: &str, close: &str| {
+            let opened: String = (0..60)
+                .map(|i| open.replace("NEW", &format!("a{}", i + 1)).replace("OLD", &format!("a{i}")))
+                .collect();
+            format!("{{% set a0 = 'x' * 1000 %}}{opened}{body}{}", close.repeat(60))
+        };
+        for source in [
+            "{% with a0='x'*90000000 %}{% with a1=a0~a0 %}{{ a1 | length }}{% endwith %}{% endwith %}"
+                .to_owned(),
+            nest("{% with NEW=OLD~OLD %}", "1", "{% endwith %}"),
+            nest("{% with NEW=OLD+OLD %}", "1", "{% endwith %}"),
+            nest("{% with NEW=OLD*9 %}", "1", "{% endwith %}"),
+            nest("{% with NEW=[OLD,OLD] %}", "1", "{% endwith %}"),
+            nest("{% for NEW in [OLD~OLD] %}", "1", "{% endfor %}"),
+            "{% macro m(x) %}{{ m(x ~ x) }}{% endmacro %}{{ m('x' * 1000) }}".into(),
+            "{% macro m(x) %}{{ m(x + x) }}{% endmacro %}{{ m(['x'] * 1000) }}".into(),
+            "{{ ('x' * 10**8) | length }}".into(),
+            "{{ (10**8 // 1 * 'x') | length }}".into(),
+            "{{ (1 / 0.00000001 * 'x') | length }}".into(),
+            format!("{{{{ [{}] | length }}}}", "'x' * 9000000, ".repeat(40)),
+            format!(
+                "{{% with x = 'x' * 9000000 %}}{{{{ [{}] | length }}}}{{% endwith %}}",
+                "x.upper(), ".repeat(40)
+            ),
+            format!(
+                "{{% with x = 'x' * 9000000 %}}{{{{ [{}] | length }}}}{{% endwith %}}",
+                "x | upper, ".repeat(40)
+            ),
+        ] {
+            let error = error(&source);
+            assert!(error.contains("beyond all bounds"), "{error}: {source:.200}");
+        }
+    }
+
+    #[test]
+    fn guarded_expressions_mean_what_they_meant() {
+        let ok = |source: &str| render(source).unwrap_or_else(|e| panic!("{source}: {e}"));
+        for (source, expected) in [
+            (
+                "{{ 1 + 2 * 3 - 4 }}|{{ 7 - 2 + 1 }}|{{ 2 * 3 ** 2 }}|{{ -2 * -3 }}|{{ 9 // 2 * 2 }}",
+                "3|6|18|6|8",
+            ),
+            ("{{ 'a' ~ 1 + 2 if false else 'b' ~ 'c' * 2 }}", "bcc"),
+            (
+                "{% set x = 3 %}{{ x * x + x }}|{{ x is odd and (x - 1) is eq 2 }}|{{ x is eq -3 }}",
+                "12|True|False",
+            ),
+            ("{{ 'a' ~ x is defined }}|{{ 'a' ~ 'b' | upper ~ 'c' }}", "aFalse|aBc"),
+            ("{{ ([1] + [2, 3])[1:][0] }}|{{ [bos_token, 'b'][0] ~ {'k': bos_token}.k }}", "2|<s><s>"),
+            ("{% set x | replace(\"=\", \"-\") %}a=b{% endset %}{{ x }}", "a-b"),
+            ("{% set x = 'a' if 1 == 1 else 'b' %}{{ x }}", "a"),
+            (
+                "{% macro m(a, b='=' * 3) %}{{ a ~ b }}{% endmacro %}{{ m(*['x']) }}{{ m(a='y' + 'z') }}",
+                "x===yz===",
+            ),
+            ("{% for k, v in {'a': 1, 'b': 2}.items() if v + 1 > 2 %}{{ k ~ v }}{% endfor %}", "b2"),
+            ("{{ (messages | length) * 'é' ~ (1, bos_token)[1] }}", "éé<s>"),
+        ] {
+            assert_eq!(ok(source), expected, "{source}");
+        }
     }
 
     #[test]
