@@ -162,7 +162,8 @@ impl Kernel for Run<'_> {
         let Run { room, queries } = self;
         let (values, room) = room.split_at_mut(queries.len() * queries.stride());
         let (weights, room) = room.split_at_mut(queries.len() * LANES);
-        let (largest, wide) = room.split_at_mut(queries.len());
+        // Whole vectors up to here, so that all of them lie on cache lines.
+        let (wide, largest) = room.split_at_mut(room.len() - queries.len());
         values.fill(0.0);
         weights.fill(0.0);
         largest.fill(f32::NEG_INFINITY);

@@ -10,7 +10,7 @@ mod tile;
 
 use std::{marker::PhantomData, ops::Range};
 
-use self::tile::{BF16, COLUMNS, F16, F32, Format, Product, ROWS};
+use self::tile::{BF16, F16, F32, Format, Product};
 use super::{
     Cpu, GRAIN,
     matrix::{Matrix, Part},
@@ -32,6 +32,8 @@ const PANEL_ROWS: usize = 5;
 const PANEL_BYTES: usize = 192 << 10;
 /// Weights that one task reads at least: below, taking a task costs more than it evens out.
 const TASK_BYTES: usize = 32 << 10;
+/// Columns of a task are a multiple of these, as far as there are enough: those of the largest tile.
+const COLUMNS: usize = 4;
 
 pub(super) fn linear(cpu: &Cpu, out: &mut [f32], x: &[f32], w: &Matrix, rows: usize) -> Result<()> {
     let (x, out) = (prefix(x, rows * w.k), prefix_mut(out, rows * w.n));
@@ -258,38 +260,45 @@ impl Kernel for ManyBf16Rows<'_> {
 #[inline(always)]
 unsafe fn run_by_rows<V: Vector, F: Format>(columns: &Columns, product: &Product<F>) {
     let rows = columns.job.rows;
-    let whole = columns.len / COLUMNS * COLUMNS;
     let mut row = 0;
     // SAFETY: the caller's.
     unsafe {
         // Eight rows are better cut in two fours than in six and two.
-        while V::WIDE && row + ROWS <= rows && row + 8 != rows {
-            for c in (0..whole).step_by(COLUMNS) {
-                columns.write(row, c, product.tile::<V, ROWS, COLUMNS>(row, c));
-            }
-            row += ROWS;
+        while V::WIDE && row + 6 <= rows && row + 8 != rows {
+            row += rows_by_columns::<V, F, 6, 4>(columns, product, row);
         }
         while V::WIDE && row + 4 <= rows {
-            for c in (0..whole).step_by(COLUMNS) {
-                columns.write(row, c, product.tile::<V, 4, COLUMNS>(row, c));
-            }
-            row += 4;
+            row += rows_by_columns::<V, F, 4, 4>(columns, product, row);
+        }
+        while !V::WIDE && row + 3 <= rows {
+            row += rows_by_columns::<V, F, 3, 2>(columns, product, row);
         }
         while row + 2 <= rows {
-            for c in (0..whole).step_by(COLUMNS) {
-                columns.write(row, c, product.tile::<V, 2, COLUMNS>(row, c));
-            }
-            row += 2;
+            row += rows_by_columns::<V, F, 2, 2>(columns, product, row);
         }
         if row < rows {
-            for c in (0..whole).step_by(COLUMNS) {
-                columns.write(row, c, product.tile::<V, 1, COLUMNS>(row, c));
-            }
+            rows_by_columns::<V, F, 1, 4>(columns, product, row);
         }
-        for c in whole..columns.len {
+        for c in columns.len / COLUMNS * COLUMNS..columns.len {
             for row in 0..rows {
                 columns.write(row, c, product.tile::<V, 1, 1>(row, c));
             }
         }
     }
+}
+
+/// `R` rows with all columns but those that are no multiple of `COLUMNS`.
+///
+/// SAFETY: the product has the columns, and these rows.
+#[inline(always)]
+unsafe fn rows_by_columns<V: Vector, F: Format, const R: usize, const C: usize>(
+    columns: &Columns,
+    product: &Product<F>,
+    row: usize,
+) -> usize {
+    for c in (0..columns.len / COLUMNS * COLUMNS).step_by(C) {
+        // SAFETY: the caller's.
+        columns.write(row, c, unsafe { product.tile::<V, R, C>(row, c) });
+    }
+    R
 }

@@ -116,7 +116,7 @@ pub(super) trait Kernel {
 pub(super) trait Vector: Copy {
     /// 32 bf16 numbers.
     type Pairs: Copy;
-    /// Whether there are registers for a tile of 6 x 4 sums.
+    /// Whether there are registers for 6 x 4 sums and what is added to them (AVX-512 has 32), not only for 3 x 2.
     const WIDE: bool;
 
     fn splat(v: f32) -> Self;
@@ -212,7 +212,7 @@ pub(super) fn exp<V: Vector>(x: V) -> V {
     p.mul(shifted.bits_to_exponent()).zero_where_less(x, V::splat(LOWEST))
 }
 
-/// 16 numbers of a type that is known when the program runs.
+/// 16 numbers of a type.
 ///
 /// SAFETY: they can be read.
 #[inline(always)]
@@ -258,6 +258,19 @@ pub(super) unsafe fn store_part<V: Vector>(v: V, to: *mut f32, n: usize) {
 /// SAFETY: they can be read from `from` on.
 #[inline(always)]
 pub(super) unsafe fn widen<V: Vector>(dtype: DType, from: *const u8, to: &mut [f32]) {
+    // SAFETY: the caller's. The type is a constant in each arm, and no question in the loops.
+    unsafe {
+        match dtype {
+            DType::F32 => widen_from::<V>(DType::F32, from, to),
+            DType::F16 => widen_from::<V>(DType::F16, from, to),
+            DType::BF16 => widen_from::<V>(DType::BF16, from, to),
+        }
+    }
+}
+
+/// SAFETY: as for `widen`.
+#[inline(always)]
+unsafe fn widen_from<V: Vector>(dtype: DType, from: *const u8, to: &mut [f32]) {
     let whole = to.len() / LANES * LANES;
     let mut last = [0u8; 4 * LANES];
     // SAFETY: the caller's; the last, incomplete 16 are copied to a place that has room for all.

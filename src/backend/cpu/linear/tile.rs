@@ -3,11 +3,6 @@
 
 use super::super::simd::{LANES, Vector};
 
-/// Rows and columns of the largest tile: its sums, four columns of weights and an input fill 29 of
-/// AVX-512's 32 registers.
-pub(super) const ROWS: usize = 6;
-pub(super) const COLUMNS: usize = 4;
-
 /// How numbers are kept and multiplied.
 pub(super) trait Format {
     /// Inputs.
