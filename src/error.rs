@@ -1,6 +1,11 @@
 //! One error type: what went wrong, with the file, tensor, flag or request it happened in.
 
-use std::path::{Path, PathBuf};
+use std::{
+    cell::Cell,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    thread,
+};
 
 /// A `Result` whose error is [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -94,6 +99,26 @@ impl Error {
     }
 }
 
+thread_local! {
+    /// Whether a panic of this thread becomes an error.
+    static PANICS_ARE_EXPECTED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs what may panic. The panic becomes an error of the caller's, which says it once: a panic hook should
+/// print nothing.
+pub(crate) fn quiet_panic<T>(run: impl FnOnce() -> T) -> thread::Result<T> {
+    let before = PANICS_ARE_EXPECTED.replace(true);
+    let outcome = catch_unwind(AssertUnwindSafe(run));
+    PANICS_ARE_EXPECTED.set(before);
+    outcome
+}
+
+/// Whether this thread is within [`quiet_panic`].
+pub(crate) fn panics_are_expected() -> bool {
+    // Where the thread is ending, it is not.
+    PANICS_ARE_EXPECTED.try_with(Cell::get).unwrap_or(false)
+}
+
 /// Text out of a file as an error may show it: one line, not long, nothing that a terminal obeys.
 pub(crate) fn shown(text: &str) -> String {
     const CHARS_MAX: usize = 200;
@@ -113,4 +138,20 @@ pub(crate) fn shown(text: &str) -> String {
 /// Messages of libraries can span lines; an error here is one line.
 fn one_line(text: String) -> String {
     if text.contains(['\n', '\r']) { text.split_whitespace().collect::<Vec<_>>().join(" ") } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panics_are_expected_within_alone() {
+        assert!(!panics_are_expected());
+        let inner = quiet_panic(|| {
+            quiet_panic(|| panic!("expected")).unwrap_err();
+            panics_are_expected()
+        });
+        assert!(inner.unwrap());
+        assert!(!panics_are_expected());
+    }
 }

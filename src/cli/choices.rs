@@ -23,7 +23,7 @@ pub(super) struct Choices {
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
     /// 0 takes the most likely token [default: 0, or generation_config.json's if that says do_sample; so
-    /// for top-k, top-p, min-p and the repetition penalty]
+    /// for top-k, top-p and min-p]
     #[arg(long, value_name = "T")]
     temperature: Option<f32>,
     /// Keeps the K most likely tokens; 0 keeps all
@@ -36,6 +36,7 @@ pub(super) struct Choices {
     #[arg(long, value_name = "P")]
     min_p: Option<f32>,
     /// Divides positive and multiplies negative logits of tokens in prompt and answer; 1 is none
+    /// [default: generation_config.json's, or 1]
     #[arg(long, value_name = "X")]
     repetition_penalty: Option<f32>,
     /// Subtracted from the logits of tokens already in the answer
@@ -145,9 +146,10 @@ impl Choices {
     }
 }
 
-/// Greedy, unless the model's folder says `do_sample`.
+/// Greedy, unless the model's folder says `do_sample`. Its penalty holds either way, as in transformers.
 fn model_default(model: &GenerationConfig) -> SamplingParams {
-    let greedy = SamplingParams::default();
+    let mut greedy = SamplingParams::default();
+    greedy.repetition_penalty = model.repetition_penalty.unwrap_or(greedy.repetition_penalty);
     if !model.do_sample {
         return greedy;
     }
@@ -156,7 +158,6 @@ fn model_default(model: &GenerationConfig) -> SamplingParams {
         top_k: model.top_k.unwrap_or(greedy.top_k),
         top_p: model.top_p.unwrap_or(greedy.top_p),
         min_p: model.min_p.unwrap_or(greedy.min_p),
-        repetition_penalty: model.repetition_penalty.unwrap_or(greedy.repetition_penalty),
         ..greedy
     }
 }
@@ -237,6 +238,17 @@ mod tests {
         assert_eq!(temperature(&line(r#"{"temperature": 0}"#), &sampling_model()), 0.0);
         let unnamed = GenerationConfig { do_sample: true, ..GenerationConfig::default() };
         assert_eq!(temperature(&none, &unnamed), 1.0);
+    }
+
+    #[test]
+    fn the_models_penalty_holds_for_greedy_decoding_too() {
+        let model =
+            GenerationConfig { do_sample: false, top_k: Some(5), min_p: Some(0.1), ..sampling_model() };
+        let want = SamplingParams { repetition_penalty: 1.1, ..SamplingParams::default() };
+        assert_eq!(model_default(&model), want);
+        let flag = line(r#"{"repetition_penalty": 1}"#);
+        let request = flag.request(Prompt::Ids(vec![1]), &model, &Choices::default());
+        assert_eq!(request.sampling, SamplingParams::default());
     }
 
     #[test]

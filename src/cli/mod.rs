@@ -24,7 +24,7 @@ use clap::{
 };
 
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, panics_are_expected},
     telemetry::{self, LogFormat},
 };
 
@@ -72,7 +72,10 @@ static VERSION: LazyLock<String> = LazyLock::new(|| {
 /// Parses, runs, and tells the exit code: 0; 1 for data that is wrong; 2 for wrong usage; 101 for a bug;
 /// 130 after a signal.
 pub fn main() -> ExitCode {
-    panic::set_hook(Box::new(|info| complain(&bug(info))));
+    panic::set_hook(Box::new(|info| match panics_are_expected() {
+        true => tracing::debug!("caught: {}", bug(info)),
+        false => complain(&bug(info)),
+    }));
     let matches = match command().try_get_matches() {
         Ok(matches) => matches,
         Err(e) => return ExitCode::from(answer_clap(&e)),
@@ -168,8 +171,17 @@ fn bug(info: &panic::PanicHookInfo<'_>) -> String {
     let text = payload.downcast_ref::<&str>().copied();
     let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic");
     let message = text.replace("; this is a bug", "");
-    let place = info.location().map_or(String::new(), |l| format!(" at {}:{}", l.file(), l.line()));
+    let place = info.location().map_or(String::new(), |l| format!(" at {}:{}", source(l.file()), l.line()));
     format!("this is a bug: {}{place}", one_line(&message))
+}
+
+/// A source file without the folders of the machine that it was built on.
+fn source(file: &str) -> &str {
+    match file.rfind("/src/") {
+        Some(at) => &file[at + 1..],
+        None if file.starts_with("src/") => file,
+        None => file.rsplit('/').next().unwrap_or(file),
+    }
 }
 
 /// One `error:` line on stderr, which may be gone.
@@ -210,6 +222,17 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         command().debug_assert();
+    }
+
+    #[test]
+    fn places_are_within_the_crate() {
+        for (file, place) in [
+            ("src/cli/mod.rs", "src/cli/mod.rs"),
+            ("/home/me/registry/src/index-1/crate-1.0/src/a/b.rs", "src/a/b.rs"),
+            ("/build/x/lib.rs", "lib.rs"),
+        ] {
+            assert_eq!(source(file), place);
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::{
     request::Message,
 };
 
-/// Bytes of a line at most; a longer one is no line of prompts.
+/// Bytes of a line, or of stdin as one prompt, at most; more is no prompt.
 const LINE_BYTES_MAX: u64 = 64 << 20;
 
 /// A prompt, before it is known what the model can do with it.
@@ -50,13 +50,24 @@ pub(super) fn file(path: &Path) -> Result<Prompts> {
         return Ok(Box::new(Lines::new("stdin".into(), BufReader::new(io::stdin()))));
     }
     let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    // A folder opens, but cannot be read.
+    if file.metadata().map_err(|e| Error::io(path, e))?.is_dir() {
+        return Err(Error::io(path, "it is a folder, not a file of prompts"));
+    }
     Ok(Box::new(Lines::new(path.display().to_string(), BufReader::new(file))))
 }
 
 /// All of stdin as one prompt, less the line end that `echo` adds.
 pub(super) fn stdin() -> Result<Content> {
+    whole(io::stdin().lock())
+}
+
+fn whole(from: impl Read) -> Result<Content> {
     let mut bytes = Vec::new();
-    io::stdin().lock().read_to_end(&mut bytes).map_err(|e| Error::io("stdin", e))?;
+    from.take(LINE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|e| Error::io("stdin", e))?;
+    if bytes.len() as u64 > LINE_BYTES_MAX {
+        return Err(Error::data("stdin", format!("it is longer than {} MiB", LINE_BYTES_MAX >> 20)));
+    }
     let mut text = String::from_utf8(bytes).map_err(|_| Error::data("stdin", "it is not UTF-8"))?;
     if text.ends_with('\n') {
         text.pop();
@@ -200,6 +211,13 @@ mod tests {
         let lines = Lines::new("p".into(), &b"\"\xff\"\n\"b\""[..]).collect::<Vec<_>>();
         assert_eq!(lines[0].as_ref().unwrap_err().to_string(), "p: line 1: it is not UTF-8");
         assert!(lines[1].is_ok());
+    }
+
+    #[test]
+    fn stdin_is_read_up_to_a_limit() {
+        assert_eq!(whole(&b"a\nb\r\n"[..]).unwrap(), Content::Text("a\nb".into()));
+        let why = whole(io::repeat(b'a')).unwrap_err().to_string();
+        assert_eq!(why, "stdin: it is longer than 64 MiB");
     }
 
     #[test]

@@ -10,6 +10,8 @@ use crate::engine::StageStats;
 pub(super) struct Totals {
     prompts: usize,
     samples: usize,
+    /// Samples with a token: the others have no times.
+    begun: usize,
     prompt_tokens: u64,
     new_tokens: u64,
     first_token_s: f64,
@@ -30,6 +32,10 @@ impl Totals {
         for usage in answer.samples.iter().filter_map(|s| s.end.map(|(_, usage)| usage)) {
             self.samples += 1;
             self.new_tokens += u64::from(usage.completion_tokens);
+            if usage.completion_tokens == 0 {
+                continue;
+            }
+            self.begun += 1;
             self.first_token_s += usage.first_token_s;
             self.prefill_s += usage.first_token_s - usage.queued_s;
             self.decode_s += usage.total_s - usage.first_token_s;
@@ -50,7 +56,7 @@ pub(super) fn report(totals: &Totals, wall: Duration, before: &[StageStats], aft
         vec!["prompt tokens".into(), totals.prompt_tokens.to_string()],
         vec!["new tokens".into(), totals.new_tokens.to_string()],
     ];
-    let first = totals.first_token_s / totals.samples.max(1) as f64;
+    let first = totals.first_token_s / totals.begun.max(1) as f64;
     if totals.samples > 1 {
         rows.insert(0, vec!["prompts".into(), totals.prompts.to_string()]);
         rows.insert(1, vec!["answers".into(), totals.samples.to_string()]);
@@ -134,6 +140,18 @@ mod tests {
             ..StageTimes::default()
         };
         StageStats { device: "cpu".into(), layers: "0-1".into(), weight_bytes: 1_500_000, times }
+    }
+
+    #[test]
+    fn a_sample_without_tokens_has_no_times() {
+        let usage =
+            Usage { prompt_tokens: 4, completion_tokens: 0, queued_s: 0.5, first_token_s: 0.0, total_s: 0.7 };
+        let mut answer = Answer::new(vec![1, 2, 3, 4], 1);
+        answer.samples[0].end = Some((FinishReason::Cancelled, usage));
+        let mut totals = Totals::default();
+        totals.add(&answer);
+        assert_eq!((totals.samples, totals.begun), (1, 0));
+        assert_eq!((totals.first_token_s, totals.prefill_s, totals.decode_s), (0.0, 0.0, 0.0));
     }
 
     #[test]

@@ -65,7 +65,7 @@ impl Worker {
         let Some(error) = self.serve() else {
             return self.running.fail_all(&Error::Engine("it has ended".into()));
         };
-        tracing::error!(%error, "the pipeline has failed");
+        tracing::info!(%error, "the pipeline has failed");
         self.running.fail_all(&error);
         drop(self.steps);
         // Clients that submit now are told why.

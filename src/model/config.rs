@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use crate::{
     backend::DType,
     error::{Error, Result, shown},
+    request::SamplingParams,
 };
 
 /// A config.json is a few KiB; parsed, hostile JSON takes some thirty times its size.
@@ -180,7 +181,7 @@ pub struct GenerationConfig {
     pub bos: Option<u32>,
     /// Tokens that end an answer.
     pub eos: Vec<u32>,
-    /// `false` asks for greedy decoding.
+    /// `false` asks for greedy decoding, whose only parameter is the repetition penalty.
     pub do_sample: bool,
     /// As in [`crate::SamplingParams`], where the file says so.
     pub temperature: Option<f32>,
@@ -218,19 +219,32 @@ impl GenerationConfig {
             ..GenerationConfig::default()
         };
         let Some(own) = own else { return Ok(out) };
-        let within = |key: &str, max: f64| match own.number(key)? {
-            Some(x) if !(0.0..=max).contains(&x) => {
-                Err(own.error(key, format!("{x} is not between 0 and {max}")))
-            }
-            x => Ok(x.map(|x| x as f32)),
-        };
+        let number = |key: &str| Ok::<_, Error>(own.number(key)?.map(|x| x as f32));
         out.do_sample = own.flag("do_sample")?.unwrap_or(false);
-        out.temperature = within("temperature", 1e6)?;
+        out.temperature = number("temperature")?;
         out.top_k = own.count("top_k", u32::MAX as usize)?.map(|k| k as u32);
-        out.top_p = within("top_p", 1.0)?;
-        out.min_p = within("min_p", 1.0)?;
-        out.repetition_penalty = own.positive("repetition_penalty")?.map(|x| x as f32);
+        out.top_p = number("top_p")?;
+        out.min_p = number("min_p")?;
+        out.repetition_penalty = number("repetition_penalty")?;
+        out.check(own)?;
         Ok(out)
+    }
+
+    /// What a request may not ask for, the file may not either.
+    fn check(&self, own: &Config) -> Result<()> {
+        let mut sampling = SamplingParams::default();
+        for (to, from) in [
+            (&mut sampling.temperature, self.temperature),
+            (&mut sampling.top_p, self.top_p),
+            (&mut sampling.min_p, self.min_p),
+            (&mut sampling.repetition_penalty, self.repetition_penalty),
+        ] {
+            *to = from.unwrap_or(*to);
+        }
+        sampling.check(usize::MAX).map_err(|e| match e {
+            Error::Request(why) => Error::data(own.path(), why),
+            other => other,
+        })
     }
 }
 
@@ -334,6 +348,21 @@ mod tests {
                 assert!(message.starts_with(&format!("config.json: {key}: ")), "{message}");
             }
         }
-        assert!(GenerationConfig::from_configs(Some(&config(r#"{"top_p": 1.1}"#)), &config("{}")).is_err());
+        let read = |text: &str| {
+            let own = Config::parse("generation_config.json", text.as_bytes()).unwrap();
+            GenerationConfig::from_configs(Some(&own), &config("{}"))
+        };
+        for (key, value) in [
+            ("top_p", "0.0"),
+            ("top_p", "1.1"),
+            ("min_p", "1.5"),
+            ("repetition_penalty", "0"),
+            ("repetition_penalty", "1e-60"),
+        ] {
+            let e = read(&format!("{{\"{key}\": {value}}}")).unwrap_err();
+            assert!(matches!(e, Error::Data { .. }), "{e:?}");
+            assert!(e.to_string().starts_with(&format!("generation_config.json: {key}: ")), "{e}");
+        }
+        read(r#"{"temperature": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1.05}"#).unwrap();
     }
 }

@@ -4,7 +4,6 @@ use std::{
     env,
     fmt::Display,
     fs,
-    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
 
@@ -17,7 +16,7 @@ use hf_hub::{
 };
 use indicatif::ProgressBar;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, quiet_panic};
 
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
@@ -282,7 +281,7 @@ fn reason(error: &ApiError) -> String {
 
 /// The library panics at some answers that a hub would not give.
 fn guard<T>(call: impl FnOnce() -> T) -> std::result::Result<T, Failure> {
-    catch_unwind(AssertUnwindSafe(call)).map_err(|_| Failure::Unreachable("its answer makes no sense".into()))
+    quiet_panic(call).map_err(|_| Failure::Unreachable("its answer makes no sense".into()))
 }
 
 /// Whether a folder has configuration and all weights.

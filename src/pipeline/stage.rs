@@ -2,7 +2,6 @@
 
 use std::{
     any::Any,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex},
     thread::JoinHandle,
     time::Instant,
@@ -14,7 +13,7 @@ use super::{StageMetrics, metrics::Spent};
 use crate::{
     backend::Backend,
     batch::{Sampled, Step},
-    error::{Error, Result},
+    error::{Error, Result, quiet_panic},
     model::decoder::Decoder,
     transport::{Closed, Receiver, Sender},
 };
@@ -111,7 +110,7 @@ fn run<B: Backend>(stage: Stage<B>, loaded: &channel::Sender<Result<usize>>) {
 
 /// Turns a panic into an error that names the stage.
 fn guard<T>(stage: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+    quiet_panic(work).unwrap_or_else(|panic| {
         Err(Error::Engine(format!("stage {stage} panicked: {}", panic_text(&*panic))))
     })
 }

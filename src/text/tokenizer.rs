@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashSet,
-    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
 
@@ -10,7 +9,7 @@ use serde::{Deserialize, Deserializer, de::IgnoredAny};
 use serde_json::Value;
 
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, quiet_panic},
     text::read_file,
 };
 
@@ -241,7 +240,7 @@ fn token_content<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Opti
 
 /// Runs the library's code, which panics on some hostile files.
 fn guard<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(run)) {
+    match quiet_panic(run) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(e)) => Err(e.to_string()),
         Err(panic) => {
