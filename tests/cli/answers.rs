@@ -65,9 +65,7 @@ fn stages_and_layouts_change_nothing_but_the_report() {
 #[test]
 fn a_device_that_is_not_there_is_one_line() {
     let output = ask(&["--prompt", "a", "--device", "cuda"]);
-    assert!(stderr(&output).contains("cuda"));
-    error(&output, output.status.code().unwrap());
-    assert_ne!(output.status.code(), Some(0));
+    assert!(error(&output, 1).contains("cuda"));
 }
 
 #[test]
@@ -174,7 +172,30 @@ fn many_prompts_run_together_and_keep_their_order() {
     for (i, line) in lines.iter().enumerate() {
         assert_eq!(line["prompt_ids"], json!([3 + i % 300, 9]));
     }
-    assert!(error(&ask(&["--prompt-file", "/no/such/file"]), 1).contains("/no/such/file"));
+}
+
+#[test]
+fn a_file_of_prompts_that_cannot_be_read_is_refused_before_the_model_is_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    for path in ["/no/such/file", folder.path().to_str().unwrap()] {
+        let told = error(&run(&["--model", "/no/such/model", "--prompt-file", path]), 1);
+        assert!(told.starts_with(&format!("error: {path}: ")), "{told}");
+    }
+}
+
+#[test]
+fn a_tokenizer_that_makes_the_library_panic_is_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(model()).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), folder.path().join(file.file_name())).unwrap();
+    }
+    let path = folder.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    tokenizer["model"]["continuing_subword_prefix"] = json!("#".repeat(40));
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let told = error(&run(&["--model", folder.path().to_str().unwrap(), "--prompt", "Hello"]), 1);
+    assert!(told.contains("tokenizer.json: ") && !told.contains("bug"), "{told}");
 }
 
 #[test]
