@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Mutex};
 
 use common::{collect, data, logprob_bits};
 use pipeline_infer::{Engine, Message, Prompt, Request, backend::DType};
@@ -20,6 +20,9 @@ struct GoldenPrompt {
     ids: Vec<u32>,
     greedy: Vec<u32>,
 }
+
+/// Each test uses every core; two at a time would wait for each other's threads at every op.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn model() -> Option<PathBuf> {
     let dir = std::env::var_os("PIPELINE_INFER_SMOLLM2").map(PathBuf::from);
@@ -56,6 +59,7 @@ fn answers(engine: &Engine, golden: &Golden) -> Vec<(Vec<u32>, Vec<u32>)> {
 
 #[test]
 fn greedy_tokens_in_f32_are_transformers_own_in_one_stage_and_in_several() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let Some(dir) = model() else { return };
     let golden = golden();
     let mut first = None;
@@ -72,6 +76,7 @@ fn greedy_tokens_in_f32_are_transformers_own_in_one_stage_and_in_several() {
 
 #[test]
 fn in_16_bits_any_split_gives_the_same_bits() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let Some(dir) = model() else { return };
     let golden = golden();
     for dtype in [DType::F16, DType::BF16] {
