@@ -90,7 +90,7 @@ impl Pool {
     }
 
     /// Calls `task` with every number below `tasks`, on all threads, and returns when all is done.
-    /// Panics if one of them does.
+    /// Panics if one of them does. Not to be called from within a task.
     pub(super) fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         if tasks <= 1 || self.workers.is_empty() {
             return (0..tasks).for_each(task);
@@ -201,6 +201,8 @@ impl State {
                 }
                 std::hint::spin_loop();
             }
+            // On a busy machine the caller may be waiting for this very core.
+            std::thread::yield_now();
             if since.get_or_insert_with(Instant::now).elapsed() > AWAKE {
                 let mut bed = lock(&self.bed);
                 self.asleep.fetch_add(1, SeqCst);

@@ -107,6 +107,7 @@ impl Simd {
 pub(super) trait Kernel {
     type Output;
     /// Whether it multiplies bf16 numbers: the others need not be compiled for `Avx512Bf16` again.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     const BF16: bool = false;
 
     fn run<V: Vector>(self) -> Self::Output;

@@ -14,6 +14,7 @@ pub(super) trait Format {
     /// Numbers a step.
     const STEP: usize;
     /// See `Kernel::BF16`.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     const BF16: bool;
 
     fn pick_x<'a>(x: &'a [f32], rounded: &'a [u16]) -> &'a [Self::X];
