@@ -89,7 +89,9 @@ impl Vector for Lanes {
         fn min(self, o: Self) -> Self {
             each!(I => vbslq_f32(vcltq_f32(self.0[I], o.0[I]), self.0[I], o.0[I]))
         }
-        fn max(self, o: Self) -> Self { each!(I => larger(self.0[I], o.0[I])) }
+        fn max(self, o: Self) -> Self {
+            each!(I => vbslq_f32(vcgtq_f32(self.0[I], o.0[I]), self.0[I], o.0[I]))
+        }
         fn zero_where_less(self, x: Self, bound: Self) -> Self {
             each!(I => vbslq_f32(vcltq_f32(x.0[I], bound.0[I]), vdupq_n_f32(0.0), self.0[I]))
         }
