@@ -150,8 +150,8 @@ impl EngineBuilder {
             running_max: RUNNING_MAX.min(blocks),
         };
         let limits = Limits {
-            rows_max: scheduling.chunk + scheduling.running_max,
-            seqs_max: 2 * scheduling.running_max,
+            rows_max: Scheduler::rows_max(scheduling),
+            seqs_max: scheduling.running_max,
             outputs_max: scheduling.running_max,
             context_max,
         };

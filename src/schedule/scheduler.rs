@@ -193,11 +193,6 @@ impl Scheduler {
         self.running
     }
 
-    /// Steps planned and not applied.
-    pub fn in_flight(&self) -> usize {
-        self.steps.len()
-    }
-
     fn admit(&mut self) {
         while self.running < self.config.running_max
             && let Some(&seq) = self.waiting.front()
