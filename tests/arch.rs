@@ -86,7 +86,7 @@ fn logits(dir: &std::path::Path, dtype: DType, ids: &[u32], chunk: usize) -> Vec
         };
         decoder.forward(&cpu, &batch).unwrap();
         let mut chunk_logits = vec![f32::NAN; part.len() * spec.vocab];
-        cpu.read(&mut chunk_logits, decoder.logits(&cpu, &batch).unwrap()).unwrap();
+        cpu.read(&mut chunk_logits, decoder.logits()).unwrap();
         all.extend(chunk_logits);
     }
     all

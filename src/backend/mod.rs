@@ -80,6 +80,14 @@ impl HeadShape {
     }
 }
 
+/// An RMS norm of whole rows.
+pub struct Norm<'a, B: Backend> {
+    /// Its weights.
+    pub w: &'a B::Buf, // [dim]
+    /// What it goes over.
+    pub shape: NormShape,
+}
+
 /// RMS norms of single heads, before the rotation (Qwen3).
 pub struct QkNorm<'a, B: Backend> {
     /// Weights of the queries' norm.
@@ -117,8 +125,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// The device's name in messages and layouts: `cpu`, `cuda:1`.
     fn name(&self) -> String;
 
-    /// Makes a buffer of activations, zeroed.
+    /// Makes a buffer of f32, zeroed: the residual stream, logits.
     fn buf(&self, len: usize) -> Result<Self::Buf>;
+    /// Makes a buffer for what matrix products read, in the type that the device wants there.
+    fn working_buf(&self, len: usize) -> Result<Self::Buf>;
     /// Loads a vector, widened: a norm's weights.
     fn vector(&self, tensor: &Tensor) -> Result<Self::Buf>;
     /// Loads tensors `[n_i, k]`, stacked to `[sum n_i, k]`, with their biases `[n_i]` (all or none).
@@ -133,6 +143,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Brings a micro-batch to the device.
     fn set_batch(&self, batch: &mut Self::Batch, from: &MicroBatch) -> Result<()>;
+    /// Rows that the ops of a pass go over: those of the micro-batch, or more, the rest being padding.
+    fn rows(&self, batch: &Self::Batch) -> usize;
+    /// Output rows likewise.
+    fn outputs(&self, batch: &Self::Batch) -> usize;
+    /// Carries out the ops of a pass. A device may record them once and repeat them for every batch with the same
+    /// numbers of rows: they must depend on nothing else, and always be given the same buffers.
+    fn pass(&self, batch: &Self::Batch, ops: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     /// Copies to the host.
     fn read(&self, out: &mut [f32], from: &Self::Buf) -> Result<()>;
     /// Copies from the host.
@@ -140,21 +157,27 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// `out[row] = table[id of row]`.
     fn embed(&self, out: &mut Self::Buf, table: &Self::Matrix, batch: &Self::Batch) -> Result<()>;
-    /// `out = x / sqrt(mean(x²) + eps) * w`, row by row.
-    fn rms_norm(&self, out: &mut Self::Buf, x: &Self::Buf, w: &Self::Buf, shape: NormShape) -> Result<()>;
-    /// `x += delta`, then `out = rms_norm(x)`.
-    fn add_rms_norm(
+    /// `out = norm(x) · wᵀ + bias`. `normed` is scratch for the rows in between.
+    fn norm_linear(
         &self,
         out: &mut Self::Buf,
-        x: &mut Self::Buf,
-        delta: &Self::Buf,
-        w: &Self::Buf,
-        shape: NormShape,
+        normed: &mut Self::Buf,
+        x: &Self::Buf,
+        norm: Norm<'_, Self>,
+        w: &Self::Matrix,
     ) -> Result<()>;
-    /// `x += delta`, for the first `len` numbers.
-    fn add(&self, x: &mut Self::Buf, delta: &Self::Buf, len: usize) -> Result<()>;
-    /// `out = x · wᵀ + bias`, for `rows` rows.
-    fn linear(&self, out: &mut Self::Buf, x: &Self::Buf, w: &Self::Matrix, rows: usize) -> Result<()>;
+    /// `out = silu(gate) * up`, where a row of `norm(x) · wᵀ + bias` is all gates, then all ups. `normed` and
+    /// `gate_up` are scratch for the rows in between.
+    fn norm_gate_up(
+        &self,
+        out: &mut Self::Buf,
+        scratch: (&mut Self::Buf, &mut Self::Buf),
+        x: &Self::Buf,
+        norm: Norm<'_, Self>,
+        w: &Self::Matrix,
+    ) -> Result<()>;
+    /// `x += y · wᵀ + bias`, for `rows` rows.
+    fn linear_add(&self, x: &mut Self::Buf, y: &Self::Buf, w: &Self::Matrix, rows: usize) -> Result<()>;
     /// Normalises (if asked) and rotates queries and keys in place, by halves, and writes keys and values
     /// to the sequences' pages.
     fn rope_kv(
@@ -174,8 +197,6 @@ pub trait Backend: Send + Sync + Sized + 'static {
         batch: &Self::Batch,
         shape: AttentionShape,
     ) -> Result<()>;
-    /// `out[i] = silu(gate) * up`; a row of `gate_up` is `dim` gates, then `dim` ups.
-    fn silu_mul(&self, out: &mut Self::Buf, gate_up: &Self::Buf, rows: usize, dim: usize) -> Result<()>;
     /// Copies the micro-batch's output rows of `dim` numbers together.
     fn gather_outputs(
         &self,

@@ -8,7 +8,7 @@ use super::{
     weights::Weights,
 };
 use crate::{
-    backend::{AttentionShape, Backend, DType, KvShape, Limits, NormShape, QkNorm, Tensor},
+    backend::{self, AttentionShape, Backend, DType, KvShape, Limits, NormShape, QkNorm, Tensor},
     batch::{MicroBatch, Sampled},
     error::Result,
 };
@@ -70,7 +70,6 @@ struct Scratch<B: Backend> {
     normed: B::Buf,  // [rows, dim]
     qkv: B::Buf,     // [rows, (heads + 2 * kv_heads) * head_dim]
     attn: B::Buf,    // [rows, heads * head_dim]
-    delta: B::Buf,   // [rows, dim]: what a half of a layer adds
     gate_up: B::Buf, // [rows, 2 * ffn]
     act: B::Buf,     // [rows, ffn]
 }
@@ -91,15 +90,14 @@ impl<B: Backend> Decoder<B> {
             false => None,
         };
         let Limits { rows_max, .. } = config.limits;
-        let buf = |dim: usize| backend.buf(rows_max * dim);
+        let working = |dim: usize| backend.working_buf(rows_max * dim);
         let scratch = Scratch {
-            hidden: buf(spec.dim)?,
-            normed: buf(spec.dim)?,
-            qkv: buf(spec.heads.qkv_dim())?,
-            attn: buf(spec.heads.q_dim())?,
-            delta: buf(spec.dim)?,
-            gate_up: buf(2 * spec.ffn)?,
-            act: buf(spec.ffn)?,
+            hidden: backend.buf(rows_max * spec.dim)?,
+            normed: working(spec.dim)?,
+            qkv: working(spec.heads.qkv_dim())?,
+            attn: working(spec.heads.q_dim())?,
+            gate_up: working(2 * spec.ffn)?,
+            act: working(spec.ffn)?,
         };
         let batch = backend.batch(config.limits, &spec.rope.inv_freq, spec.rope.scale)?;
         let weight_bytes = loader.bytes;
@@ -121,67 +119,66 @@ impl<B: Backend> Decoder<B> {
         (&self.scratch.hidden, rows * self.spec.dim)
     }
 
-    /// Takes a micro-batch through the layers: from its ids if the embedding is here, else from the hidden rows.
+    /// Takes a micro-batch through the layers: from its ids if the embedding is here, else from the hidden rows;
+    /// to its output rows' logits if the head is here.
     pub fn forward(&mut self, backend: &B, batch: &MicroBatch) -> Result<()> {
-        let rows = batch.rows();
-        backend.set_batch(&mut self.batch, batch)?;
-        if let Some(embed) = &self.embed {
-            backend.embed(&mut self.scratch.hidden, embed, &self.batch)?;
-        }
-        for (i, layer) in self.layers.iter_mut().enumerate() {
-            layer.forward(backend, &self.spec, &self.batch, &mut self.scratch, rows, i == 0)?;
-        }
-        backend.add(&mut self.scratch.hidden, &self.scratch.delta, rows * self.spec.dim)
+        let Decoder { spec, embed, layers, head, batch: on_device, scratch, .. } = self;
+        backend.set_batch(on_device, batch)?;
+        let on_device = &*on_device;
+        backend.pass(on_device, &mut || {
+            if let Some(embed) = embed {
+                backend.embed(&mut scratch.hidden, embed, on_device)?;
+            }
+            for layer in &mut *layers {
+                layer.forward(backend, spec, on_device, scratch)?;
+            }
+            match head {
+                Some(head) if backend.outputs(on_device) > 0 => {
+                    head.forward(backend, spec, on_device, &scratch.hidden)
+                }
+                _ => Ok(()),
+            }
+        })
     }
 
     /// The logits of the micro-batch's output rows, after [`Decoder::forward`]. The head must be here.
-    pub fn logits(&mut self, backend: &B, batch: &MicroBatch) -> Result<&B::Buf> {
-        let Decoder { spec, head, scratch, .. } = self;
-        let head = head.as_mut().expect("logits of a stage without the head; this is a bug");
-        let Norm::Rms { eps } = spec.norm;
-        let shape = NormShape { rows: batch.outputs.len(), dim: spec.dim, eps };
-        backend.gather_outputs(&mut head.rows, &scratch.hidden, &self.batch, spec.dim)?;
-        backend.rms_norm(&mut head.normed, &head.rows, &head.norm, shape)?;
-        backend.linear(&mut head.logits, &head.normed, &head.matrix, shape.rows)?;
-        Ok(&head.logits)
+    pub fn logits(&self) -> &B::Buf {
+        &self.head.as_ref().expect("logits of a stage without the head; this is a bug").logits
     }
 
     /// Chooses the output rows' tokens, after [`Decoder::forward`]. The head must be here.
     pub fn sample(&mut self, backend: &B, batch: &MicroBatch) -> Result<Vec<Sampled>> {
-        self.logits(backend, batch)?;
-        let head = self.head.as_mut().expect("a head that has just been used; this is a bug");
+        let head = self.head.as_mut().expect("sampling in a stage without the head; this is a bug");
         backend.sample(&head.logits, &mut head.sampler, batch)
     }
 }
 
 impl<B: Backend> Layer<B> {
-    /// `first`: nothing is to be added to the hidden rows yet. Leaves in `delta` what the MLP adds.
-    fn forward(
-        &mut self,
-        backend: &B,
-        spec: &ModelSpec,
-        batch: &B::Batch,
-        s: &mut Scratch<B>,
-        rows: usize,
-        first: bool,
-    ) -> Result<()> {
+    fn forward(&mut self, backend: &B, spec: &ModelSpec, batch: &B::Batch, s: &mut Scratch<B>) -> Result<()> {
         let Norm::Rms { eps } = spec.norm;
-        let norm = NormShape { rows, dim: spec.dim, eps };
-        match first {
-            true => backend.rms_norm(&mut s.normed, &s.hidden, &self.attn_norm, norm)?,
-            false => backend.add_rms_norm(&mut s.normed, &mut s.hidden, &s.delta, &self.attn_norm, norm)?,
-        }
-        backend.linear(&mut s.qkv, &s.normed, &self.qkv, rows)?;
+        let shape = NormShape { rows: backend.rows(batch), dim: spec.dim, eps };
+        let norm = backend::Norm { w: &self.attn_norm, shape };
+        backend.norm_linear(&mut s.qkv, &mut s.normed, &s.hidden, norm, &self.qkv)?;
         let qk_norm = self.qk_norm.as_ref().map(|(q, k)| QkNorm { q, k, eps });
         backend.rope_kv(&mut s.qkv, &mut self.kv, batch, spec.heads, qk_norm)?;
         let scale = 1.0 / (spec.heads.head_dim as f32).sqrt();
-        let shape = AttentionShape { heads: spec.heads, scale, window: self.window };
-        backend.attention(&mut s.attn, &s.qkv, &self.kv, batch, shape)?;
-        backend.linear(&mut s.delta, &s.attn, &self.out, rows)?;
-        backend.add_rms_norm(&mut s.normed, &mut s.hidden, &s.delta, &self.mlp_norm, norm)?;
-        backend.linear(&mut s.gate_up, &s.normed, &self.gate_up, rows)?;
-        backend.silu_mul(&mut s.act, &s.gate_up, rows, spec.ffn)?;
-        backend.linear(&mut s.delta, &s.act, &self.down, rows)
+        let attention = AttentionShape { heads: spec.heads, scale, window: self.window };
+        backend.attention(&mut s.attn, &s.qkv, &self.kv, batch, attention)?;
+        backend.linear_add(&mut s.hidden, &s.attn, &self.out, shape.rows)?;
+        let norm = backend::Norm { w: &self.mlp_norm, shape };
+        let scratch = (&mut s.normed, &mut s.gate_up);
+        backend.norm_gate_up(&mut s.act, scratch, &s.hidden, norm, &self.gate_up)?;
+        backend.linear_add(&mut s.hidden, &s.act, &self.down, shape.rows)
+    }
+}
+
+impl<B: Backend> Head<B> {
+    fn forward(&mut self, backend: &B, spec: &ModelSpec, batch: &B::Batch, hidden: &B::Buf) -> Result<()> {
+        let Norm::Rms { eps } = spec.norm;
+        let shape = NormShape { rows: backend.outputs(batch), dim: spec.dim, eps };
+        backend.gather_outputs(&mut self.rows, hidden, batch, spec.dim)?;
+        let norm = backend::Norm { w: &self.norm, shape };
+        backend.norm_linear(&mut self.logits, &mut self.normed, &self.rows, norm, &self.matrix)
     }
 }
 
@@ -235,7 +232,7 @@ impl<B: Backend> Loader<'_, B> {
             matrix,
             sampler: self.backend.sampler(spec.vocab)?,
             rows: self.backend.buf(outputs_max * spec.dim)?,
-            normed: self.backend.buf(outputs_max * spec.dim)?,
+            normed: self.backend.working_buf(outputs_max * spec.dim)?,
             logits: self.backend.buf(outputs_max * spec.vocab)?,
         })
     }

@@ -37,7 +37,20 @@ impl Linear {
         let w = cpu.matrix(&weights, &biases).unwrap();
         let mut out = poisoned(cpu, rows * self.n());
         cpu.linear(&mut out, &buf(cpu, x), &w, rows).unwrap();
-        read(cpu, &out, rows * self.n())
+        let out = read(cpu, &out, rows * self.n());
+        self.check_add(cpu, x, rows, &out);
+        out
+    }
+
+    /// `linear_add` adds exactly what `linear` gives.
+    fn check_add(&self, cpu: &Cpu, x: &[f32], rows: usize, product: &[f32]) {
+        let (weights, biases) = self.tensors();
+        let w = cpu.matrix(&weights, &biases).unwrap();
+        let before = numbers(77, product.len());
+        let mut out = buf(cpu, &before);
+        cpu.linear_add(&mut out, &buf(cpu, x), &w, rows).unwrap();
+        let want: Vec<f32> = before.iter().zip(product).map(|(a, b)| a + b).collect();
+        assert_bits(&self.what(cpu, rows), &read(cpu, &out, want.len()), &want);
     }
 
     /// In f64; x is rounded to bf16 first if the weights are.

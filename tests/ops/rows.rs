@@ -14,34 +14,16 @@ fn norms_are_near_the_reference_and_alike_on_all_devices() {
     for (rows, dim) in [(1, 1), (1, 16), (2, 5), (3, 31), (9, 64), (7, 576), (60, 1000)] {
         let len = rows * dim;
         let shape = NormShape { rows, dim, eps: 1e-5 };
-        let (x, delta, w) = (numbers(1, len), numbers(2, len), numbers(3, dim));
-        let sum: Vec<f32> = x.iter().zip(&delta).map(|(a, b)| a + b).collect();
-        let mut first: Option<[Vec<f32>; 2]> = None;
+        let (x, w) = (numbers(1, len), numbers(3, dim));
+        let mut first: Option<Vec<f32>> = None;
         for cpu in devices(1).into_iter().chain(devices(3)) {
-            let (mut plain, mut added) = (poisoned(&cpu, len), poisoned(&cpu, len));
-            let (mut xs, w_buf) = (buf(&cpu, &x), buf(&cpu, &w));
-            cpu.rms_norm(&mut plain, &xs, &w_buf, shape).unwrap();
-            cpu.add_rms_norm(&mut added, &mut xs, &buf(&cpu, &delta), &w_buf, shape).unwrap();
-            let got = [&plain, &added].map(|b| read(&cpu, b, len));
+            let mut out = poisoned(&cpu, len);
+            cpu.rms_norm(&mut out, &buf(&cpu, &x), &buf(&cpu, &w), shape);
+            let got = read(&cpu, &out, len);
             let what = format!("norm {rows}x{dim} {}", cpu.simd().name());
-            assert_near(&what, &got[0], &reference::rms_norm(&x, &w, shape), 1.0);
-            assert_near(&what, &got[1], &reference::rms_norm(&sum, &w, shape), 1.0);
-            assert_bits(&what, &read(&cpu, &xs, len), &sum);
-            let first = first.get_or_insert_with(|| got.clone());
-            assert_bits(&what, &got[0], &first[0]);
-            assert_bits(&what, &got[1], &first[1]);
+            assert_near(&what, &got, &reference::rms_norm(&x, &w, shape), 1.0);
+            assert_bits(&what, &got, first.get_or_insert_with(|| got.clone()));
         }
-    }
-}
-
-#[test]
-fn add_touches_only_what_is_asked_for() {
-    for cpu in devices(2) {
-        let mut x = buf(&cpu, &numbers(1, 40_000));
-        cpu.add(&mut x, &buf(&cpu, &numbers(2, 40_000)), 39_999).unwrap();
-        let mut want = numbers(1, 40_000);
-        want[..39_999].iter_mut().zip(numbers(2, 39_999)).for_each(|(x, d)| *x += d);
-        assert_bits("add", &read(&cpu, &x, 40_000), &want);
     }
 }
 
@@ -53,7 +35,7 @@ fn silu_mul_is_near_the_reference_and_alike_on_all_devices() {
         let mut first = None;
         for cpu in devices(1).into_iter().chain(devices(3)) {
             let mut out = poisoned(&cpu, rows * dim);
-            cpu.silu_mul(&mut out, &buf(&cpu, &x), rows, dim).unwrap();
+            cpu.silu_mul(&mut out, &buf(&cpu, &x), rows, dim);
             let got = read(&cpu, &out, rows * dim);
             let what = format!("silu_mul {rows}x{dim} {}", cpu.simd().name());
             assert_near(&what, &got, &reference::silu_mul(&x, dim), 1.0);

@@ -66,6 +66,11 @@ impl Batch {
         self.ids.len()
     }
 
+    /// How many output rows there are.
+    pub(super) fn outputs(&self) -> usize {
+        self.outputs.len()
+    }
+
     /// The row's cosines and sines.
     pub(super) fn rotation(&self, row: usize) -> (&[f32], &[f32]) {
         let range = row * self.half..(row + 1) * self.half;

@@ -1,4 +1,4 @@
-//! `out = x · wᵀ + bias`.
+//! `out = x · wᵀ + bias`, or `out += x · wᵀ + bias`.
 //!
 //! Every number is one dot product with one order of summation, whatever the number of rows, the tile it is
 //! computed in and the thread: 16 lanes go along `k` in steps of 16, the last step filled with zeros, and
@@ -35,14 +35,24 @@ const TASK_BYTES: usize = 32 << 10;
 /// Columns of a task are a multiple of these, as far as there are enough: those of the largest tile.
 const COLUMNS: usize = 4;
 
-pub(super) fn linear(cpu: &Cpu, out: &mut [f32], x: &[f32], w: &Matrix, rows: usize) -> Result<()> {
+/// Where results go.
+pub(super) enum Out<'a> {
+    Set(&'a mut [f32]),
+    Add(&'a mut [f32]),
+}
+
+pub(super) fn linear(cpu: &Cpu, out: Out, x: &[f32], w: &Matrix, rows: usize) -> Result<()> {
+    let (out, add) = match out {
+        Out::Set(out) => (out, false),
+        Out::Add(out) => (out, true),
+    };
     let (x, out) = (prefix(x, rows * w.k), prefix_mut(out, rows * w.n));
     let bf16 = w.parts.iter().any(|p| p.weights.dtype == DType::BF16);
     with_scratch(&ROUNDED, if bf16 { x.len() } else { 0 }, |rounded| {
         if bf16 {
             round(cpu, x, rounded, w.k);
         }
-        let job = Job { x, rounded, w, rows, out: Shared::new(out) };
+        let job = Job { x, rounded, w, rows, out: Shared::new(out), add };
         let columns = columns_per_task(w, rows, cpu.pool.threads());
         cpu.pool.run(w.n.div_ceil(columns), &|i| {
             job.columns(cpu.simd, i * columns..w.n.min((i + 1) * columns));
@@ -97,6 +107,7 @@ struct Job<'a> {
     w: &'a Matrix,      // [n, k]
     rows: usize,
     out: Shared<'a, f32>, // [rows, n]
+    add: bool,
 }
 
 impl Job<'_> {
@@ -155,12 +166,15 @@ impl Columns<'_> {
     fn write<const R: usize, const C: usize>(&self, row: usize, c: usize, totals: [[f32; C]; R]) {
         let column = self.start + c;
         let bias = self.job.w.bias.get(column..column + C);
-        for (r, totals) in totals.iter().enumerate() {
+        for (r, mut totals) in totals.into_iter().enumerate() {
+            for (total, bias) in totals.iter_mut().zip(bias.unwrap_or(&[])) {
+                *total += bias;
+            }
             // SAFETY: a task's columns are its own.
             let out = unsafe { self.job.out.part((row + r) * self.job.w.n + column, C) };
-            out.copy_from_slice(totals);
-            for (out, bias) in out.iter_mut().zip(bias.unwrap_or(&[])) {
-                *out += bias;
+            match self.job.add {
+                true => out.iter_mut().zip(totals).for_each(|(out, total)| *out += total),
+                false => out.copy_from_slice(&totals),
             }
         }
     }

@@ -32,7 +32,7 @@ use self::{
     pool::Pool,
 };
 use crate::{
-    backend::{AttentionShape, Backend, HeadShape, KvShape, Limits, NormShape, QkNorm, Tensor},
+    backend::{AttentionShape, Backend, HeadShape, KvShape, Limits, Norm, NormShape, QkNorm, Tensor},
     batch::{MicroBatch, Sampled},
     error::{Error, Result},
 };
@@ -75,6 +75,21 @@ impl Cpu {
     pub fn threads(&self) -> usize {
         self.pool.threads()
     }
+
+    /// `out = x / sqrt(mean(x²) + eps) * w`, row by row.
+    pub fn rms_norm(&self, out: &mut Memory<f32>, x: &Memory<f32>, w: &Memory<f32>, shape: NormShape) {
+        norm::rms_norm(self, out, x, w, shape);
+    }
+
+    /// `out = x · wᵀ + bias`, for `rows` rows.
+    pub fn linear(&self, out: &mut Memory<f32>, x: &Memory<f32>, w: &Matrix, rows: usize) -> Result<()> {
+        linear::linear(self, linear::Out::Set(out), x, w, rows)
+    }
+
+    /// `out[i] = silu(gate) * up`; a row of `gate_up` is `dim` gates, then `dim` ups.
+    pub fn silu_mul(&self, out: &mut Memory<f32>, gate_up: &Memory<f32>, rows: usize, dim: usize) {
+        act::silu_mul(self, out, gate_up, rows, dim);
+    }
 }
 
 /// What this device cannot do.
@@ -94,6 +109,10 @@ impl Backend for Cpu {
     }
 
     fn buf(&self, len: usize) -> Result<Self::Buf> {
+        Memory::new(len)
+    }
+
+    fn working_buf(&self, len: usize) -> Result<Self::Buf> {
         Memory::new(len)
     }
 
@@ -123,6 +142,18 @@ impl Backend for Cpu {
         batch.set(&self.pool, from)
     }
 
+    fn rows(&self, batch: &Self::Batch) -> usize {
+        batch.rows()
+    }
+
+    fn outputs(&self, batch: &Self::Batch) -> usize {
+        batch.outputs()
+    }
+
+    fn pass(&self, _: &Self::Batch, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        ops()
+    }
+
     fn read(&self, out: &mut [f32], from: &Self::Buf) -> Result<()> {
         out.copy_from_slice(prefix(from, out.len()));
         Ok(())
@@ -137,30 +168,34 @@ impl Backend for Cpu {
         embed::embed(self, out, table, batch)
     }
 
-    fn rms_norm(&self, out: &mut Self::Buf, x: &Self::Buf, w: &Self::Buf, shape: NormShape) -> Result<()> {
-        norm::rms_norm(self, out, x, w, shape);
-        Ok(())
-    }
-
-    fn add_rms_norm(
+    fn norm_linear(
         &self,
         out: &mut Self::Buf,
-        x: &mut Self::Buf,
-        delta: &Self::Buf,
-        w: &Self::Buf,
-        shape: NormShape,
+        normed: &mut Self::Buf,
+        x: &Self::Buf,
+        norm: Norm<'_, Self>,
+        w: &Self::Matrix,
     ) -> Result<()> {
-        norm::add_rms_norm(self, out, x, delta, w, shape);
+        self.rms_norm(normed, x, norm.w, norm.shape);
+        self.linear(out, normed, w, norm.shape.rows)
+    }
+
+    fn norm_gate_up(
+        &self,
+        out: &mut Self::Buf,
+        (normed, gate_up): (&mut Self::Buf, &mut Self::Buf),
+        x: &Self::Buf,
+        norm: Norm<'_, Self>,
+        w: &Self::Matrix,
+    ) -> Result<()> {
+        let rows = norm.shape.rows;
+        self.norm_linear(gate_up, normed, x, norm, w)?;
+        self.silu_mul(out, gate_up, rows, w.n / 2);
         Ok(())
     }
 
-    fn add(&self, x: &mut Self::Buf, delta: &Self::Buf, len: usize) -> Result<()> {
-        norm::add(self, x, delta, len);
-        Ok(())
-    }
-
-    fn linear(&self, out: &mut Self::Buf, x: &Self::Buf, w: &Self::Matrix, rows: usize) -> Result<()> {
-        linear::linear(self, out, x, w, rows)
+    fn linear_add(&self, x: &mut Self::Buf, y: &Self::Buf, w: &Self::Matrix, rows: usize) -> Result<()> {
+        linear::linear(self, linear::Out::Add(x), y, w, rows)
     }
 
     fn rope_kv(
@@ -183,11 +218,6 @@ impl Backend for Cpu {
         shape: AttentionShape,
     ) -> Result<()> {
         attention::attention(self, out, qkv, kv, batch, shape)
-    }
-
-    fn silu_mul(&self, out: &mut Self::Buf, gate_up: &Self::Buf, rows: usize, dim: usize) -> Result<()> {
-        act::silu_mul(self, out, gate_up, rows, dim);
-        Ok(())
     }
 
     fn gather_outputs(

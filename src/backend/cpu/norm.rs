@@ -1,9 +1,9 @@
-//! RMS norms, and the sums before them.
+//! RMS norms.
 #![allow(unsafe_code)]
 
 use super::{
     Cpu, GRAIN,
-    memory::{Shared, prefix, prefix_mut},
+    memory::{prefix, prefix_mut},
     simd::{Kernel, LANES, Vector, load_part, store_part},
 };
 use crate::backend::NormShape;
@@ -15,36 +15,6 @@ pub(super) fn rms_norm(cpu: &Cpu, out: &mut [f32], x: &[f32], w: &[f32], shape: 
         let x = &x[row * dim..][..out.len()];
         cpu.simd.run(Rms { out, x, w, eps });
     });
-}
-
-pub(super) fn add_rms_norm(
-    cpu: &Cpu,
-    out: &mut [f32],
-    x: &mut [f32],
-    delta: &[f32],
-    w: &[f32],
-    shape: NormShape,
-) {
-    let NormShape { rows, dim, eps } = shape;
-    let x = Shared::new(prefix_mut(x, rows * dim));
-    let (delta, w) = (prefix(delta, rows * dim), prefix(w, dim));
-    cpu.pool.rows(prefix_mut(out, rows * dim), dim, GRAIN, |row, out| {
-        // SAFETY: the same rows as those of `out`, which are this task's own.
-        let x = unsafe { x.part(row * dim, out.len()) };
-        add_all(x, &delta[row * dim..][..out.len()]);
-        cpu.simd.run(Rms { out, x, w, eps });
-    });
-}
-
-pub(super) fn add(cpu: &Cpu, x: &mut [f32], delta: &[f32], len: usize) {
-    let delta = prefix(delta, len);
-    cpu.pool.rows(prefix_mut(x, len), 1, GRAIN, |start, x| add_all(x, &delta[start..][..x.len()]));
-}
-
-fn add_all(x: &mut [f32], delta: &[f32]) {
-    for (x, delta) in x.iter_mut().zip(delta) {
-        *x += delta;
-    }
 }
 
 /// Whole rows as long as `w`.
