@@ -83,7 +83,7 @@ fn micro_batch(cached: usize, len: usize) -> MicroBatch {
     MicroBatch {
         ids: vec![0; len],
         positions: (cached..cached + len).map(|p| p as u32).collect(),
-        seqs: vec![SeqRows { seq: SeqId(0), row: 0, len, cached, blocks }],
+        seqs: vec![SeqRows { seq: SeqId(0), seat: 0, row: 0, len, cached, blocks }],
         ..MicroBatch::default()
     }
 }

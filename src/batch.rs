@@ -7,6 +7,10 @@ use crate::request::{Logprobs, SamplingParams};
 /// Tokens in one block of the KV cache.
 pub const KV_BLOCK: usize = 16;
 
+/// In place of a row's token that the host does not know yet: what the sequence's last output row brought, at its
+/// seat in the device's table of last tokens.
+pub const ON_DEVICE: u32 = u32::MAX;
+
 /// A sequence: one sample of one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SeqId(pub u64);
@@ -14,7 +18,7 @@ pub struct SeqId(pub u64);
 /// Rows of several sequences that go through the stages together: prompt chunks and single steps.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct MicroBatch {
-    /// The tokens, all sequences' rows one after another.
+    /// The tokens, all sequences' rows one after another; [`ON_DEVICE`] for one that only the device knows.
     pub ids: Vec<u32>, // [rows]
     /// Each token's place in its sequence.
     pub positions: Vec<u32>, // [rows]
@@ -24,7 +28,7 @@ pub struct MicroBatch {
     pub outputs: Vec<OutputRow>,
     /// Sequences that have their first rows here.
     pub starts: Vec<SeqStart>,
-    /// Sequences that have ended: what a stage keeps of them can go.
+    /// Sequences that have ended: what a stage keeps of them can go, before `starts`, which may have their seats.
     pub ends: Vec<SeqId>,
 }
 
@@ -40,6 +44,8 @@ impl MicroBatch {
 pub struct Step {
     /// Counts up from 0.
     pub step: u64,
+    /// The latest step that brings a token which rows of this one have [`ON_DEVICE`].
+    pub after: Option<u64>,
     /// Its rows.
     pub batch: Arc<MicroBatch>,
 }
@@ -49,6 +55,8 @@ pub struct Step {
 pub struct SeqRows {
     /// Whose.
     pub seq: SeqId,
+    /// Its seat.
+    pub seat: u32,
     /// The first row.
     pub row: usize,
     /// How many rows.
@@ -66,6 +74,8 @@ pub struct OutputRow {
     pub row: usize,
     /// Its sequence.
     pub seq: SeqId,
+    /// Its sequence's seat.
+    pub seat: u32,
 }
 
 /// What the sampler has to know about a sequence from its first rows on.
@@ -73,6 +83,8 @@ pub struct OutputRow {
 pub struct SeqStart {
     /// Which.
     pub seq: SeqId,
+    /// Its place in tables of what is kept of running sequences: its own until its last step has come back.
+    pub seat: u32,
     /// How to choose its tokens.
     pub sampling: Arc<SamplingParams>,
     /// The seed, drawn if the request named none.

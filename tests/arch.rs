@@ -76,12 +76,12 @@ fn logits(dir: &std::path::Path, dtype: DType, ids: &[u32], chunk: usize) -> Vec
     let mut all = Vec::new();
     for (i, part) in ids.chunks(chunk).enumerate() {
         let (seq, cached) = (SeqId(0), i * chunk);
-        let rows = SeqRows { seq, row: 0, len: part.len(), cached, blocks: blocks.clone() };
+        let rows = SeqRows { seq, seat: 0, row: 0, len: part.len(), cached, blocks: blocks.clone() };
         let batch = MicroBatch {
             ids: part.to_vec(),
             positions: (cached..cached + part.len()).map(|p| p as u32).collect(),
             seqs: vec![rows],
-            outputs: (0..part.len()).map(|row| OutputRow { row, seq }).collect(),
+            outputs: (0..part.len()).map(|row| OutputRow { row, seq, seat: 0 }).collect(),
             ..MicroBatch::default()
         };
         decoder.forward(&cpu, &batch).unwrap();

@@ -17,7 +17,7 @@ use pipeline_infer::{
         decoder::{Decoder, DecoderConfig},
         open_model,
     },
-    pipeline::{Input, Outcome, Output, Stage, StageMetrics, spawn},
+    pipeline::{Input, Outcome, Output, Stage, StageMetrics, spawn, token_edge},
     transport::{Host, Transport},
 };
 
@@ -48,9 +48,10 @@ fn two_stages() -> Pipeline {
     let (results_in, results) = unbounded();
     let (sender, receiver) =
         Host.connect(cpu.clone(), cpu.clone(), 2, config.limits.rows_max * config.spec.dim).unwrap();
+    let (enqueued, await_enqueued) = token_edge();
     let ends = [
-        (Input::Steps(steps_out), Output::Boundary(sender), 0..1),
-        (Input::Boundary(receiver), Output::Results, 1..config.spec.layers.len()),
+        (Input::Steps(steps_out, await_enqueued), Output::Boundary(sender), 0..1),
+        (Input::Boundary(receiver), Output::Results(enqueued), 1..config.spec.layers.len()),
     ];
     let mut threads = Vec::new();
     for (index, (input, output, layers)) in ends.into_iter().enumerate() {
@@ -74,17 +75,23 @@ fn two_stages() -> Pipeline {
 
 fn step(step: u64, id: u32, started: bool) -> Step {
     let seq = SeqId(step);
-    let start = SeqStart { seq, sampling: Arc::new(SamplingParams::default()), seed: 0, prompt: [id].into() };
+    let start = SeqStart {
+        seq,
+        seat: 0,
+        sampling: Arc::new(SamplingParams::default()),
+        seed: 0,
+        prompt: [id].into(),
+    };
     let batch = MicroBatch {
         ids: vec![id],
         positions: vec![0],
-        seqs: vec![SeqRows { seq, row: 0, len: 1, cached: 0, blocks: [step as u32].into() }],
-        outputs: vec![OutputRow { row: 0, seq }],
+        seqs: vec![SeqRows { seq, seat: 0, row: 0, len: 1, cached: 0, blocks: [step as u32].into() }],
+        outputs: vec![OutputRow { row: 0, seq, seat: 0 }],
         // The sampler, in the last stage, relies on it.
         starts: if started { vec![start] } else { vec![] },
         ends: vec![],
     };
-    Step { step, batch: Arc::new(batch) }
+    Step { step, after: None, batch: Arc::new(batch) }
 }
 
 /// A good step, then a bad one: the first gives a token, the second an error, and then all is over.
@@ -123,6 +130,7 @@ fn a_panic_in_the_last_stage_is_the_steps_outcome_and_names_the_stage() {
 fn a_stage_that_cannot_be_loaded_says_why_and_ends() {
     let (cpu, config) = (Arc::new(Cpu::new(Some(1))), config());
     let (_steps, steps) = bounded(1);
+    let (enqueued, await_enqueued) = token_edge();
     let (results, _) = unbounded();
     let stage = Stage {
         index: 0,
@@ -132,8 +140,8 @@ fn a_stage_that_cannot_be_loaded_says_why_and_ends() {
             assert!(decoder.weight_bytes() == 0, "made to fail");
             Ok(decoder)
         }),
-        input: Input::Steps(steps),
-        output: Output::Results,
+        input: Input::Steps(steps, await_enqueued),
+        output: Output::Results(enqueued),
         results,
         turn: Arc::new(Mutex::new(())),
         metrics: Arc::new(StageMetrics::default()),

@@ -99,7 +99,14 @@ impl Sequences {
         for &(seq, len) in parts {
             let cached = self.cached[seq];
             let row = batch.rows();
-            batch.seqs.push(SeqRows { seq: SeqId(seq as u64), row, len, cached, blocks: blocks(seq).into() });
+            batch.seqs.push(SeqRows {
+                seq: SeqId(seq as u64),
+                seat: seq as u32,
+                row,
+                len,
+                cached,
+                blocks: blocks(seq).into(),
+            });
             batch.ids.extend((0..len).map(|_| 0));
             batch.positions.extend((cached..cached + len).map(|p| p as u32));
             self.cached[seq] += len;

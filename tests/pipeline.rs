@@ -178,7 +178,7 @@ fn every_transport_brings_what_was_sent_in_order_and_waits_for_room() {
                 let numbers: Vec<f32> = (0..len).map(|i| step as f32 + i as f32 / 64.0).collect();
                 theirs.write(&mut hidden, &numbers).unwrap();
                 sender.wait_for_room().unwrap();
-                let packet = Step { step, batch: Arc::new(MicroBatch::default()) };
+                let packet = Step { step, after: None, batch: Arc::new(MicroBatch::default()) };
                 sender.send(packet, &hidden, len).unwrap();
                 // What was sent must not change with the buffer.
                 theirs.write(&mut hidden, &[f32::NAN; 64]).unwrap();
@@ -205,7 +205,7 @@ fn a_sender_without_a_receiver_is_told() {
         let (mut sender, receiver) = transport.connect(backend.clone(), backend.clone(), 1, 4).unwrap();
         drop(receiver);
         let hidden = backend.buf(4).unwrap();
-        let packet = Step { step: 0, batch: Arc::new(MicroBatch::default()) };
+        let packet = Step { step: 0, after: None, batch: Arc::new(MicroBatch::default()) };
         let sent = sender
             .wait_for_room()
             .map_err(|_| ())

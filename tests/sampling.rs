@@ -10,11 +10,17 @@ use pipeline_infer::{
 use proptest::prelude::*;
 
 fn start(seq: u64, seed: u64, sampling: &SamplingParams, prompt: &[u32]) -> SeqStart {
-    SeqStart { seq: SeqId(seq), sampling: Arc::new(sampling.clone()), seed, prompt: prompt.into() }
+    SeqStart {
+        seq: SeqId(seq),
+        seat: seq as u32,
+        sampling: Arc::new(sampling.clone()),
+        seed,
+        prompt: prompt.into(),
+    }
 }
 
 fn outputs(seqs: &[u64]) -> Vec<OutputRow> {
-    seqs.iter().enumerate().map(|(row, &seq)| OutputRow { row, seq: SeqId(seq) }).collect()
+    seqs.iter().enumerate().map(|(row, &seq)| OutputRow { row, seq: SeqId(seq), seat: seq as u32 }).collect()
 }
 
 /// A sampler that knows one sequence, 1.

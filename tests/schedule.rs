@@ -141,7 +141,7 @@ proptest! {
         sequences in prop::collection::vec((1usize..90, 1usize..12), 1..20),
         events in prop::collection::vec((0u8..4, 0u64..20), 0..120),
     ) {
-        let mut world = World::new(SchedulerConfig { slots, chunk, running_max }, blocks);
+        let mut world = World::new(SchedulerConfig { slots, chunk, running_max, ahead: false }, blocks);
         let mut next = 0;
         for (kind, which) in events {
             match kind {
@@ -176,7 +176,7 @@ proptest! {
 
 #[test]
 fn decoding_sequences_are_shared_out_over_the_slots() {
-    let config = SchedulerConfig { slots: 4, chunk: 64, running_max: 16 };
+    let config = SchedulerConfig { slots: 4, chunk: 64, running_max: 16, ahead: false };
     let mut world = World::new(config, 64);
     for id in 0..8 {
         world.add(id, 1, 50);
@@ -192,7 +192,7 @@ fn decoding_sequences_are_shared_out_over_the_slots() {
 
 #[test]
 fn a_long_prompt_fills_the_pipeline_by_itself() {
-    let mut world = World::new(SchedulerConfig { slots: 3, chunk: 10, running_max: 4 }, 16);
+    let mut world = World::new(SchedulerConfig { slots: 3, chunk: 10, running_max: 4, ahead: false }, 16);
     world.add(0, 35, 2);
     world.plan_all();
     let rows: Vec<usize> = world.flying.iter().map(|p| p.batch.rows()).collect();
@@ -201,7 +201,7 @@ fn a_long_prompt_fills_the_pipeline_by_itself() {
 
 #[test]
 fn single_steps_and_prompt_chunks_share_a_micro_batch() {
-    let mut world = World::new(SchedulerConfig { slots: 1, chunk: 8, running_max: 4 }, 16);
+    let mut world = World::new(SchedulerConfig { slots: 1, chunk: 8, running_max: 4, ahead: false }, 16);
     world.add(0, 3, 20);
     world.plan_all();
     world.finish_step();

@@ -121,6 +121,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Batch: Send;
     /// Per-sequence state of sampling: penalties, random numbers.
     type Sampler: Send;
+    /// Tokens that have been asked for and may not have been chosen yet.
+    type Pending: Send;
+
+    /// Whether ops return before they are done, so that the host can run a step ahead of what it has read.
+    const ASYNC: bool;
 
     /// The device's name in messages and layouts: `cpu`, `cuda:1`.
     fn name(&self) -> String;
@@ -212,5 +217,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         logits: &Self::Buf,
         sampler: &mut Self::Sampler,
         batch: &MicroBatch,
-    ) -> Result<Vec<Sampled>>;
+    ) -> Result<Self::Pending>;
+    /// Waits for the tokens of a micro-batch's output rows.
+    fn collect(&self, pending: Self::Pending, batch: &MicroBatch) -> Result<Vec<Sampled>>;
 }

@@ -21,7 +21,7 @@ use crate::{
         open_model,
         spec::ModelSpec,
     },
-    pipeline::{self, Input, Outcome, Output, Stage, StageHandle, StageMetrics},
+    pipeline::{self, Input, Outcome, Output, Stage, StageHandle, StageMetrics, token_edge},
     schedule::{BlockPool, Scheduler, SchedulerConfig},
     text::{Template, Tokenizer},
     transport::{Host, Transport},
@@ -148,6 +148,7 @@ impl EngineBuilder {
             slots: self.slots.unwrap_or_else(|| devices(&layout)),
             chunk: self.chunk.unwrap_or(CHUNK_DEFAULT).min(context_max),
             running_max: RUNNING_MAX.min(blocks),
+            ahead: Cpu::ASYNC,
         };
         let limits = Limits {
             rows_max: Scheduler::rows_max(scheduling),
@@ -164,7 +165,7 @@ impl EngineBuilder {
             limits,
             kv_blocks: blocks,
         };
-        let wired = wire(&layout, &config, scheduling.slots, self.threads)?;
+        let wired = wire(&layout, &config, scheduling.in_flight_max(), self.threads)?;
         // The stages load while the tokenizer is read.
         let tokenizer = Tokenizer::open(&self.model)?.map(Arc::new);
         let template = match &tokenizer {
@@ -255,8 +256,8 @@ struct Wired {
     results: channel::Receiver<Outcome>,
 }
 
-/// Starts a thread a stage, with boundaries between them.
-fn wire(layout: &Layout, config: &DecoderConfig, slots: usize, threads: Option<usize>) -> Result<Wired> {
+/// Starts a thread a stage, with boundaries between them that hold as many steps as may be in flight.
+fn wire(layout: &Layout, config: &DecoderConfig, in_flight: usize, threads: Option<usize>) -> Result<Wired> {
     for stage in layout.stages() {
         match stage.device {
             Device::Cpu => (),
@@ -266,27 +267,33 @@ fn wire(layout: &Layout, config: &DecoderConfig, slots: usize, threads: Option<u
             }
         }
     }
-    wire_on(Arc::new(Cpu::new(threads)), layout, config, slots)
+    wire_on(Arc::new(Cpu::new(threads)), layout, config, in_flight)
 }
 
 fn wire_on<B: Backend>(
     backend: Arc<B>,
     layout: &Layout,
     config: &DecoderConfig,
-    slots: usize,
+    in_flight: usize,
 ) -> Result<Wired> {
-    let (steps, steps_out) = channel::bounded(slots);
+    let (steps, steps_out) = channel::bounded(in_flight);
+    let (enqueued, await_enqueued) = token_edge();
+    let mut enqueued = Some(enqueued);
     let (results_in, results) = channel::unbounded();
     let turn = Arc::new(Mutex::new(()));
     let hidden_max = config.limits.rows_max * config.spec.dim;
-    let mut input = Input::Steps(steps_out);
+    let mut input = Input::Steps(steps_out, await_enqueued);
     let mut stages = Vec::new();
     for (index, stage) in layout.stages().iter().enumerate() {
         let last = stage.layers.end == config.spec.layers.len();
         let (output, next) = match last {
-            true => (Output::Results, None),
+            true => {
+                let enqueued = enqueued.take().expect("a layout with two last stages; this is a bug");
+                (Output::Results(enqueued), None)
+            }
             false => {
-                let (sender, receiver) = Host.connect(backend.clone(), backend.clone(), slots, hidden_max)?;
+                let (sender, receiver) =
+                    Host.connect(backend.clone(), backend.clone(), in_flight, hidden_max)?;
                 (Output::Boundary(sender), Some(Input::Boundary(receiver)))
             }
         };

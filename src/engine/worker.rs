@@ -250,7 +250,7 @@ mod tests {
         let (commands, commands_out) = channel::unbounded();
         let (steps, steps_out) = channel::bounded(1);
         let (results_in, results) = channel::unbounded();
-        let config = SchedulerConfig { slots: 1, chunk: 8, running_max: 1 };
+        let config = SchedulerConfig { slots: 1, chunk: 8, running_max: 1, ahead: false };
         let worker = Worker {
             facts: Arc::new(facts),
             scheduler: Scheduler::new(config, BlockPool::new(2)),

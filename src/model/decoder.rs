@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     backend::{self, AttentionShape, Backend, DType, KvShape, Limits, NormShape, QkNorm, Tensor},
-    batch::{MicroBatch, Sampled},
+    batch::MicroBatch,
     error::Result,
 };
 
@@ -146,8 +146,8 @@ impl<B: Backend> Decoder<B> {
         &self.head.as_ref().expect("logits of a stage without the head; this is a bug").logits
     }
 
-    /// Chooses the output rows' tokens, after [`Decoder::forward`]. The head must be here.
-    pub fn sample(&mut self, backend: &B, batch: &MicroBatch) -> Result<Vec<Sampled>> {
+    /// Asks for the output rows' tokens, after [`Decoder::forward`]. The head must be here.
+    pub fn sample(&mut self, backend: &B, batch: &MicroBatch) -> Result<B::Pending> {
         let head = self.head.as_mut().expect("sampling in a stage without the head; this is a bug");
         backend.sample(&head.logits, &mut head.sampler, batch)
     }

@@ -1,7 +1,11 @@
 //! Stages: a thread each, a channel or a boundary between them.
 
 mod metrics;
+mod outcome;
 mod stage;
+mod token_edge;
 
 pub use metrics::{StageMetrics, StageTimes};
-pub use stage::{Input, Load, Outcome, Output, Stage, StageHandle, spawn};
+pub use outcome::Outcome;
+pub use stage::{Input, Load, Output, Stage, StageHandle, spawn};
+pub use token_edge::{AwaitEnqueued, Enqueued, token_edge};

@@ -1,7 +1,6 @@
 //! A stage's thread: receive, forward, send.
 
 use std::{
-    any::Any,
     sync::{Arc, Mutex},
     thread::JoinHandle,
     time::Instant,
@@ -9,19 +8,24 @@ use std::{
 
 use crossbeam_channel as channel;
 
-use super::{StageMetrics, metrics::Spent};
+use super::{
+    AwaitEnqueued, Enqueued, Outcome, StageMetrics,
+    metrics::Spent,
+    outcome::{Outcomes, guard},
+};
 use crate::{
     backend::Backend,
-    batch::{Sampled, Step},
-    error::{Error, Result, quiet_panic},
+    batch::Step,
+    error::{Error, Result},
     model::decoder::Decoder,
     transport::{Closed, Receiver, Sender},
 };
 
 /// Where a stage's micro-batches come from.
 pub enum Input<B: Backend> {
-    /// The scheduler: token ids, for the stage that holds the embedding.
-    Steps(channel::Receiver<Step>),
+    /// The scheduler: token ids, for the stage that holds the embedding; and word of the tokens that the host does
+    /// not know.
+    Steps(channel::Receiver<Step>, AwaitEnqueued),
     /// The stage before.
     Boundary(Box<dyn Receiver<B>>),
 }
@@ -30,12 +34,9 @@ pub enum Input<B: Backend> {
 pub enum Output<B: Backend> {
     /// The stage after.
     Boundary(Box<dyn Sender<B>>),
-    /// The scheduler: chosen tokens, from the stage that holds the head.
-    Results,
+    /// The scheduler: chosen tokens, from the stage that holds the head; and word of them to the embedding's stage.
+    Results(Enqueued),
 }
-
-/// What a step came to.
-pub type Outcome = (u64, Result<Vec<Sampled>>);
 
 /// Loads a stage's units onto its device.
 pub type Load<B> = Box<dyn FnOnce(&B) -> Result<Decoder<B>> + Send>;
@@ -81,11 +82,13 @@ pub fn spawn<B: Backend>(stage: Stage<B>) -> Result<StageHandle> {
 
 fn run<B: Backend>(stage: Stage<B>, loaded: &channel::Sender<Result<usize>>) {
     let Stage { index, backend, load, input, output, results, turn, metrics } = stage;
-    let decoder = match guard(index, || load(&backend)) {
-        Ok(decoder) => {
+    let head = matches!(output, Output::Results(_));
+    let ready = guard(index, || Ok((load(&backend)?, Outcomes::new(index, &backend, head, results)?)));
+    let (decoder, outcomes) = match ready {
+        Ok((decoder, outcomes)) => {
             // Nobody listens any more if another stage could not be loaded.
             let _ = loaded.send(Ok(decoder.weight_bytes()));
-            decoder
+            (decoder, outcomes)
         }
         Err(e) => {
             let _ = loaded.send(Err(e));
@@ -93,31 +96,14 @@ fn run<B: Backend>(stage: Stage<B>, loaded: &channel::Sender<Result<usize>>) {
         }
     };
     let mut running = Running { backend, decoder, input, output, turn, metrics, since: Instant::now() };
-    loop {
-        let Ok(step) = running.receive() else { return };
-        let outcome = match guard(index, || running.step(&step)) {
-            Ok(None) => continue,
-            Ok(Some(sampled)) => Ok(sampled),
-            Err(e) => Err(e),
-        };
-        let failed = outcome.is_err();
+    while let Ok(step) = running.receive() {
         // After a failure the numbers of later packets cannot be trusted: the stage ends.
-        if results.send((step.step, outcome)).is_err() || failed {
+        if let Some(pending) = guard(index, || running.step(&step)).transpose()
+            && !outcomes.tell(step, pending)
+        {
             return;
         }
     }
-}
-
-/// Turns a panic into an error that names the stage.
-fn guard<T>(stage: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    quiet_panic(work).unwrap_or_else(|panic| {
-        Err(Error::Engine(format!("stage {stage} panicked: {}", panic_text(&*panic))))
-    })
-}
-
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
 }
 
 struct Running<B: Backend> {
@@ -133,25 +119,33 @@ struct Running<B: Backend> {
 impl<B: Backend> Running<B> {
     fn receive(&mut self) -> Result<Step, Closed> {
         let step = match &mut self.input {
-            Input::Steps(steps) => steps.recv().map_err(|_| Closed),
+            Input::Steps(steps, tokens) => {
+                let step = steps.recv().map_err(|_| Closed);
+                // If the last stage has ended, it has said why, or stages before it have.
+                step.and_then(|step| tokens.wait(step.after).map(|()| step))
+            }
             Input::Boundary(boundary) => boundary.wait(),
         };
         self.metrics.add(Spent::WaitInput, &mut self.since);
         step
     }
 
-    /// One micro-batch; the chosen tokens if this stage holds the head, `None` if it has been passed on.
-    fn step(&mut self, step: &Step) -> Result<Option<Vec<Sampled>>> {
+    /// One micro-batch; its tokens if this stage holds the head, `None` if it has been passed on.
+    fn step(&mut self, step: &Step) -> Result<Option<B::Pending>> {
         if let Input::Boundary(boundary) = &mut self.input {
             boundary.take(self.decoder.hidden_mut())?;
             self.metrics.add(Spent::Copy, &mut self.since);
         }
-        let sampled = {
+        let pending = {
             let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             self.metrics.add(Spent::WaitDevice, &mut self.since);
             self.decoder.forward(&*self.backend, &step.batch)?;
-            match self.output {
-                Output::Results => Some(self.decoder.sample(&*self.backend, &step.batch)?),
+            match &self.output {
+                Output::Results(enqueued) => {
+                    let pending = self.decoder.sample(&*self.backend, &step.batch)?;
+                    enqueued.tell(step.step);
+                    Some(pending)
+                }
                 Output::Boundary(_) => None,
             }
         };
@@ -165,6 +159,6 @@ impl<B: Backend> Running<B> {
             boundary.send(step.clone(), hidden, len)?;
             self.metrics.add(Spent::Copy, &mut self.since);
         }
-        Ok(sampled)
+        Ok(pending)
     }
 }

@@ -50,7 +50,7 @@ fn a_wrong_micro_batch_is_refused() {
     refused("more rows than there are", &|b| b.seqs[1].len = usize::MAX);
     refused("other positions", &|b| b.positions[3] = 0);
     refused("too few positions", &|b| b.positions.truncate(5));
-    refused("an unknown row", &|b| b.outputs = vec![OutputRow { row: 23, seq: SeqId(0) }]);
+    refused("an unknown row", &|b| b.outputs = vec![OutputRow { row: 23, seq: SeqId(0), seat: 0 }]);
     refused("a block of two sequences", &|b| b.seqs[1].blocks = blocks(0).into());
     refused("too long", &|b| b.seqs[0].cached = 250);
     refused("too many rows", &|b| b.ids = vec![0; 513]);

@@ -57,7 +57,7 @@ fn embed_copies_rows_and_refuses_unknown_tokens() {
             let matrix = cpu.matrix(&parts, &[]).unwrap();
             let mut micro = Sequences::new(HEADS).step(&[(0, 3), (1, 2)]);
             micro.ids = vec![9, 0, 4, 4, 1];
-            micro.outputs = [1, 4].map(|row| OutputRow { row, seq: SeqId(0) }).to_vec();
+            micro.outputs = [1, 4].map(|row| OutputRow { row, seq: SeqId(0), seat: 0 }).to_vec();
             let mut batch = cpu.batch(LIMITS, &[1.0], 1.0).unwrap();
             cpu.set_batch(&mut batch, &micro).unwrap();
             let mut out = poisoned(&cpu, 5 * dim);

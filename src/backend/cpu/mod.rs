@@ -103,6 +103,9 @@ impl Backend for Cpu {
     type Kv = Kv;
     type Batch = Batch;
     type Sampler = Sampler;
+    type Pending = Vec<Sampled>;
+
+    const ASYNC: bool = false;
 
     fn name(&self) -> String {
         "cpu".into()
@@ -236,7 +239,11 @@ impl Backend for Cpu {
         logits: &Self::Buf,
         sampler: &mut Self::Sampler,
         batch: &MicroBatch,
-    ) -> Result<Vec<Sampled>> {
+    ) -> Result<Self::Pending> {
         Ok(sampler.sample(logits, batch))
+    }
+
+    fn collect(&self, pending: Self::Pending, _: &MicroBatch) -> Result<Vec<Sampled>> {
+        Ok(pending)
     }
 }
