@@ -166,8 +166,8 @@ impl Running {
 
     fn token(&mut self, token: Sampled, scheduler: &mut Scheduler) {
         let seq = token.seq;
-        let (request, answer) =
-            self.answers.get_mut(&seq).expect("a token without its answer; this is a bug");
+        // A step can bring tokens of several samples, and the first of them can end them all.
+        let Some((request, answer)) = self.answers.get_mut(&seq) else { return };
         let request = *request;
         let client = self.requests.get_mut(&request).expect("an answer without its client; this is a bug");
         let told = match answer.push(token) {
