@@ -9,7 +9,7 @@ mod tensor;
 pub use tensor::{Bytes, DType, Tensor};
 
 use crate::{
-    batch::{MicroBatch, Sampled},
+    batch::{MicroBatch, Sampled, Step},
     error::Result,
 };
 
@@ -130,6 +130,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// The device's name in messages and layouts: `cpu`, `cuda:1`.
     fn name(&self) -> String;
 
+    /// How many rows buffers must have room for, so that the ops can go over this many: some devices pad.
+    fn rows_room(&self, rows: usize) -> usize;
     /// Makes a buffer of f32, zeroed: the residual stream, logits.
     fn buf(&self, len: usize) -> Result<Self::Buf>;
     /// Makes a buffer for what matrix products read, in the type that the device wants there.
@@ -138,6 +140,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn vector(&self, tensor: &Tensor) -> Result<Self::Buf>;
     /// Loads tensors `[n_i, k]`, stacked to `[sum n_i, k]`, with their biases `[n_i]` (all or none).
     fn matrix(&self, parts: &[Tensor], biases: &[Tensor]) -> Result<Self::Matrix>;
+    /// Waits until all weights have arrived: a device may still be copying when the calls above have returned.
+    fn loaded(&self) -> Result<()>;
     /// Makes the KV pages of a layer.
     fn kv(&self, shape: KvShape) -> Result<Self::Kv>;
     /// Makes room for a micro-batch. `inv_freq` is what the positions are multiplied by for the
@@ -148,6 +152,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Brings a micro-batch to the device.
     fn set_batch(&self, batch: &mut Self::Batch, from: &MicroBatch) -> Result<()>;
+    /// What comes later on the device waits for the tokens of this earlier step, whose choice must have been enqueued.
+    fn await_tokens(&self, after: u64) -> Result<()>;
     /// Rows that the ops of a pass go over: those of the micro-batch, or more, the rest being padding.
     fn rows(&self, batch: &Self::Batch) -> usize;
     /// Output rows likewise.
@@ -212,12 +218,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     ) -> Result<()>;
     /// Chooses a token for each output row, from `[outputs, vocab]` logits, with the state of its sequence;
     /// takes note of the sequences that start and end with this micro-batch.
-    fn sample(
-        &self,
-        logits: &Self::Buf,
-        sampler: &mut Self::Sampler,
-        batch: &MicroBatch,
-    ) -> Result<Self::Pending>;
+    fn sample(&self, logits: &Self::Buf, sampler: &mut Self::Sampler, step: &Step) -> Result<Self::Pending>;
     /// Waits for the tokens of a micro-batch's output rows.
     fn collect(&self, pending: Self::Pending, batch: &MicroBatch) -> Result<Vec<Sampled>>;
 }

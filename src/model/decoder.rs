@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     backend::{self, AttentionShape, Backend, DType, KvShape, Limits, NormShape, QkNorm, Tensor},
-    batch::MicroBatch,
+    batch::{MicroBatch, Step},
     error::Result,
 };
 
@@ -89,7 +89,7 @@ impl<B: Backend> Decoder<B> {
             true => Some(loader.head(embed.as_ref())?),
             false => None,
         };
-        let Limits { rows_max, .. } = config.limits;
+        let rows_max = backend.rows_room(config.limits.rows_max);
         let working = |dim: usize| backend.working_buf(rows_max * dim);
         let scratch = Scratch {
             hidden: backend.buf(rows_max * spec.dim)?,
@@ -101,6 +101,7 @@ impl<B: Backend> Decoder<B> {
         };
         let batch = backend.batch(config.limits, &spec.rope.inv_freq, spec.rope.scale)?;
         let weight_bytes = loader.bytes;
+        backend.loaded()?;
         Ok(Decoder { spec: spec.clone(), embed, layers, head, batch, scratch, weight_bytes })
     }
 
@@ -147,9 +148,9 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Asks for the output rows' tokens, after [`Decoder::forward`]. The head must be here.
-    pub fn sample(&mut self, backend: &B, batch: &MicroBatch) -> Result<B::Pending> {
+    pub fn sample(&mut self, backend: &B, step: &Step) -> Result<B::Pending> {
         let head = self.head.as_mut().expect("sampling in a stage without the head; this is a bug");
-        backend.sample(&head.logits, &mut head.sampler, batch)
+        backend.sample(&head.logits, &mut head.sampler, step)
     }
 }
 
@@ -226,7 +227,7 @@ impl<B: Backend> Loader<'_, B> {
             (true, None) => Arc::new(self.matrix(&[Role::Embed], &[])?),
             (false, _) => Arc::new(self.matrix(&[Role::Head], &[])?),
         };
-        let outputs_max = self.config.limits.outputs_max;
+        let outputs_max = self.backend.rows_room(self.config.limits.outputs_max);
         Ok(Head {
             norm: self.vector(Role::FinalNorm)?,
             matrix,

@@ -139,10 +139,13 @@ impl<B: Backend> Running<B> {
         let pending = {
             let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             self.metrics.add(Spent::WaitDevice, &mut self.since);
+            if let (Input::Steps(..), Some(after)) = (&self.input, step.after) {
+                self.backend.await_tokens(after)?;
+            }
             self.decoder.forward(&*self.backend, &step.batch)?;
             match &self.output {
                 Output::Results(enqueued) => {
-                    let pending = self.decoder.sample(&*self.backend, &step.batch)?;
+                    let pending = self.decoder.sample(&*self.backend, step)?;
                     enqueued.tell(step.step);
                     Some(pending)
                 }

@@ -33,7 +33,7 @@ use self::{
 };
 use crate::{
     backend::{AttentionShape, Backend, HeadShape, KvShape, Limits, Norm, NormShape, QkNorm, Tensor},
-    batch::{MicroBatch, Sampled},
+    batch::{MicroBatch, Sampled, Step},
     error::{Error, Result},
 };
 
@@ -111,6 +111,10 @@ impl Backend for Cpu {
         "cpu".into()
     }
 
+    fn rows_room(&self, rows: usize) -> usize {
+        rows
+    }
+
     fn buf(&self, len: usize) -> Result<Self::Buf> {
         Memory::new(len)
     }
@@ -129,6 +133,10 @@ impl Backend for Cpu {
         Matrix::new(parts, biases)
     }
 
+    fn loaded(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn kv(&self, shape: KvShape) -> Result<Self::Kv> {
         Kv::new(shape)
     }
@@ -143,6 +151,10 @@ impl Backend for Cpu {
 
     fn set_batch(&self, batch: &mut Self::Batch, from: &MicroBatch) -> Result<()> {
         batch.set(&self.pool, from)
+    }
+
+    fn await_tokens(&self, _: u64) -> Result<()> {
+        Ok(())
     }
 
     fn rows(&self, batch: &Self::Batch) -> usize {
@@ -234,13 +246,8 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn sample(
-        &self,
-        logits: &Self::Buf,
-        sampler: &mut Self::Sampler,
-        batch: &MicroBatch,
-    ) -> Result<Self::Pending> {
-        Ok(sampler.sample(logits, batch))
+    fn sample(&self, logits: &Self::Buf, sampler: &mut Self::Sampler, step: &Step) -> Result<Self::Pending> {
+        Ok(sampler.sample(logits, &step.batch))
     }
 
     fn collect(&self, pending: Self::Pending, _: &MicroBatch) -> Result<Vec<Sampled>> {

@@ -1,0 +1,374 @@
+//! A micro-batch on the GPU: one packed copy a step, laid out anew for every number of rows.
+#![allow(unsafe_code)]
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
+
+use super::{
+    Cuda,
+    attention::PREFILL_ROWS,
+    graph::Graph,
+    memory::{DeviceBuf, DevicePtr, Event, Pinned},
+    pad_rows,
+};
+use crate::{
+    backend::Limits,
+    batch::{KV_BLOCK, MicroBatch},
+    error::{Error, Result},
+};
+
+/// Micro-batches whose copies may be on their way at once.
+const STAGING: usize = 8;
+/// `counts` in batch.cuh.
+const COUNTS: usize = 8;
+/// `NONE` in batch.cuh.
+const NONE: u32 = u32::MAX;
+
+/// `struct Batch` in batch.cuh.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct BatchView {
+    counts: DevicePtr,
+    ids: DevicePtr,
+    positions: DevicePtr,
+    row_seq: DevicePtr,
+    seq_row: DevicePtr,
+    seq_rows: DevicePtr,
+    seq_len: DevicePtr,
+    seq_blocks: DevicePtr,
+    blocks: DevicePtr,
+    seq_seat: DevicePtr,
+    single: DevicePtr,
+    tiles: DevicePtr,
+    output_row: DevicePtr,
+    output_seat: DevicePtr,
+    rotations: DevicePtr,
+}
+
+/// Room for a micro-batch, and the passes recorded over it.
+pub struct Batch {
+    limits: Limits,
+    inv_freq: DeviceBuf,  // [half]
+    rotations: DeviceBuf, // [rows, half] of (cosine, sine)
+    half: usize,
+    scale: f32,
+    device: DeviceBuf,
+    staging: Vec<(Pinned, Event)>,
+    next: usize,
+    now: Shape,
+    view: BatchView,
+    recorded: Mutex<HashMap<usize, Recorded>>,
+}
+
+/// What is known about a pass of so many rows.
+pub(super) enum Recorded {
+    /// It has run once, so that everything it needs has been loaded and chosen.
+    Tried,
+    Ready(Graph),
+}
+
+/// The micro-batch that the room holds.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Shape {
+    /// Rows, and as many as the ops go over.
+    pub(crate) rows: usize,
+    pub(crate) rows_padded: usize,
+    pub(crate) outputs: usize,
+    pub(crate) outputs_padded: usize,
+    /// Sequences of one row, and as many as attention is launched for.
+    pub(crate) single: usize,
+    pub(crate) single_padded: usize,
+    /// Tiles of the sequences of several rows.
+    pub(crate) tiles: usize,
+    /// The longest context, in tokens.
+    pub(crate) context: usize,
+    /// Nothing but single rows, all with an output: such a pass is recorded.
+    pub(crate) decode: bool,
+}
+
+/// Where arrays begin, in numbers of 4 bytes.
+#[derive(Debug, Clone, Copy)]
+struct Places {
+    rows: usize,
+    seqs: usize,
+    tiles: usize,
+    outputs: usize,
+}
+
+impl Places {
+    /// For a shape. A recorded pass's places follow from its padded rows alone.
+    fn of(shape: &Shape, seqs: usize) -> Places {
+        let Shape { rows_padded, outputs_padded, tiles, decode, .. } = *shape;
+        // Room for whole vectors of 16 bytes.
+        let even = |n: usize| n.next_multiple_of(4);
+        match decode {
+            true => {
+                let n = even(rows_padded);
+                Places { rows: n, seqs: n, tiles: 0, outputs: n }
+            }
+            false => Places {
+                rows: even(rows_padded),
+                seqs: even(seqs),
+                tiles: even(tiles),
+                outputs: even(outputs_padded),
+            },
+        }
+    }
+
+    /// Numbers before the block lists.
+    fn fixed(&self) -> usize {
+        COUNTS + 3 * self.rows + 6 * self.seqs + 2 * self.tiles + 2 * self.outputs
+    }
+}
+
+impl Batch {
+    pub(super) fn new(cuda: &Cuda, limits: Limits, inv_freq: &[f32], scale: f32) -> Result<Batch> {
+        let context = cuda.context;
+        let rows = pad_rows(limits.rows_max);
+        let half = inv_freq.len();
+        let places = Places {
+            rows: rows + 4,
+            seqs: limits.seqs_max.max(rows) + 4,
+            tiles: rows.div_ceil(PREFILL_ROWS) + limits.seqs_max + 4,
+            outputs: rows + 4,
+        };
+        let blocks = limits.seqs_max * limits.context_max.div_ceil(KV_BLOCK);
+        let bytes = 4 * (places.fixed() + blocks);
+        let frequencies = cuda.upload_f32(inv_freq)?;
+        let staging = (0..STAGING)
+            .map(|_| Ok((Pinned::new(context, bytes)?, Event::new(context)?)))
+            .collect::<Result<_>>()?;
+        let device = DeviceBuf::new(context, bytes)?;
+        let rotations = DeviceBuf::new(context, rows * half * 8)?;
+        let (now, null) = (Shape::default(), DevicePtr::NULL);
+        let view = BatchView {
+            counts: null,
+            ids: null,
+            positions: null,
+            row_seq: null,
+            seq_row: null,
+            seq_rows: null,
+            seq_len: null,
+            seq_blocks: null,
+            blocks: null,
+            seq_seat: null,
+            single: null,
+            tiles: null,
+            output_row: null,
+            output_seat: null,
+            rotations: rotations.ptr(),
+        };
+        Ok(Batch {
+            limits,
+            inv_freq: frequencies,
+            rotations,
+            half,
+            scale,
+            device,
+            staging,
+            next: 0,
+            now,
+            view,
+            recorded: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn view(&self) -> BatchView {
+        self.view
+    }
+
+    pub(crate) fn shape(&self) -> Shape {
+        self.now
+    }
+
+    /// What rotations are made of: frequencies, how many, and what multiplies sines and cosines.
+    pub(crate) fn frequencies(&self) -> (DevicePtr, usize, f32) {
+        (self.inv_freq.ptr(), self.half, self.scale)
+    }
+
+    /// Bytes on the GPU.
+    pub(crate) fn bytes(&self) -> usize {
+        self.device.bytes() + self.rotations.bytes() + self.inv_freq.bytes()
+    }
+
+    /// Brings a micro-batch to the GPU.
+    pub(super) fn set(&mut self, cuda: &Cuda, from: &MicroBatch) -> Result<()> {
+        self.check(from).map_err(|why| cuda.error(format!("a micro-batch does not fit: {why}; this is a bug")))?;
+        let shape = shape(from);
+        let places = Places::of(&shape, from.seqs.len());
+        let (pinned, copied) = &mut self.staging[self.next];
+        // Long ago, as a rule.
+        copied.synchronize()?;
+        // SAFETY: the copy from it has been done.
+        let bytes = unsafe { pinned.as_mut_slice() };
+        let used = pack(bytes, from, &shape, &places);
+        // SAFETY: as many bytes on both sides; the staging is not touched until the event has been reached.
+        unsafe { cuda.copy(self.device.ptr(), pinned.ptr(), used)? };
+        copied.record(&cuda.stream)?;
+        self.next = (self.next + 1) % STAGING;
+        self.now = shape;
+        self.view = self.places_on_device(&places);
+        Ok(())
+    }
+
+    fn check(&self, from: &MicroBatch) -> Result<(), String> {
+        let Limits { rows_max, seqs_max, outputs_max, context_max } = self.limits;
+        let over = |what: &str, n: usize, max: usize| Err(format!("{n} {what}, and there is room for {max}"));
+        if from.rows() > rows_max || from.positions.len() != from.rows() {
+            return over("rows", from.rows(), rows_max);
+        }
+        if from.seqs.len() > seqs_max {
+            return over("sequences", from.seqs.len(), seqs_max);
+        }
+        if from.outputs.len() > outputs_max {
+            return over("outputs", from.outputs.len(), outputs_max);
+        }
+        if from.outputs.iter().any(|o| o.row >= from.rows()) {
+            return Err("an output row beyond the rows".into());
+        }
+        let mut row = 0;
+        for seq in &from.seqs {
+            let len = seq.cached + seq.len;
+            if len > context_max || seq.blocks.len() * KV_BLOCK < len {
+                return over("tokens of a sequence", len, context_max.min(seq.blocks.len() * KV_BLOCK));
+            }
+            if seq.row != row || seq.len == 0 {
+                return Err("rows that belong to no sequence, or to two".into());
+            }
+            row += seq.len;
+        }
+        if row == from.rows() { Ok(()) } else { Err("rows that belong to no sequence".into()) }
+    }
+
+    fn places_on_device(&self, places: &Places) -> BatchView {
+        let mut at = 0;
+        let base = self.device.ptr();
+        let mut take = |len: usize| {
+            let here = base.add(4 * at);
+            at += len;
+            here
+        };
+        let Places { rows, seqs, tiles, outputs } = *places;
+        BatchView {
+            counts: take(COUNTS),
+            ids: take(rows),
+            positions: take(rows),
+            row_seq: take(rows),
+            seq_row: take(seqs),
+            seq_rows: take(seqs),
+            seq_len: take(seqs),
+            seq_blocks: take(seqs),
+            seq_seat: take(seqs),
+            single: take(seqs),
+            tiles: take(2 * tiles),
+            output_row: take(outputs),
+            output_seat: take(outputs),
+            blocks: take(0),
+            rotations: self.rotations.ptr(),
+        }
+    }
+
+    /// Runs the ops, or repeats what they did.
+    pub(super) fn pass(&self, cuda: &Cuda, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        if !self.now.decode {
+            return ops();
+        }
+        let key = self.now.rows_padded;
+        let mut recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
+        match recorded.get_mut(&key) {
+            Some(Recorded::Ready(graph)) => return cuda.repeat(graph),
+            Some(Recorded::Tried) => (),
+            None => {
+                ops()?;
+                recorded.insert(key, Recorded::Tried);
+                return Ok(());
+            }
+        }
+        let mut graph = cuda.record(ops)?;
+        cuda.repeat(&mut graph)?;
+        recorded.insert(key, Recorded::Ready(graph));
+        Ok(())
+    }
+}
+
+fn shape(from: &MicroBatch) -> Shape {
+    let single = from.seqs.iter().filter(|s| s.len == 1).count();
+    let several = from.seqs.iter().filter(|s| s.len > 1);
+    let rows = from.rows();
+    let decode = single == from.seqs.len() && from.outputs.len() == rows && rows > 0;
+    let rows_padded = pad_rows(rows);
+    Shape {
+        rows,
+        rows_padded,
+        outputs: from.outputs.len(),
+        outputs_padded: pad_rows(from.outputs.len()),
+        single,
+        single_padded: if decode { rows_padded } else { single },
+        tiles: several.map(|s| s.len.div_ceil(PREFILL_ROWS)).sum(),
+        context: from.seqs.iter().map(|s| s.cached + s.len).max().unwrap_or(0),
+        decode,
+    }
+}
+
+/// Writes the arrays one after another, and returns how many bytes they are.
+fn pack(bytes: &mut [u8], from: &MicroBatch, shape: &Shape, places: &Places) -> usize {
+    let mut to = Writer { bytes, at: 0 };
+    let counts = [shape.rows, from.seqs.len(), shape.outputs, shape.single, shape.tiles, 0, 0, 0];
+    to.array(COUNTS, 0, counts.iter().map(|&n| n as u32));
+    to.array(places.rows, NONE, from.ids.iter().copied());
+    to.array(places.rows, 0, from.positions.iter().copied());
+    let seqs = || from.seqs.iter();
+    let row_seq = seqs().enumerate().flat_map(|(i, s)| std::iter::repeat_n(i as u32, s.len));
+    to.array(places.rows, NONE, row_seq);
+    to.array(places.seqs, 0, seqs().map(|s| s.row as u32));
+    to.array(places.seqs, 0, seqs().map(|s| s.len as u32));
+    to.array(places.seqs, 0, seqs().map(|s| (s.cached + s.len) as u32));
+    let used = |s: &crate::batch::SeqRows| (s.cached + s.len).div_ceil(KV_BLOCK);
+    let starts = seqs().scan(0, |at, s| {
+        let start = *at;
+        *at += used(s) as u32;
+        Some(start)
+    });
+    to.array(places.seqs, 0, starts);
+    to.array(places.seqs, 0, seqs().map(|s| s.seat));
+    let singles = seqs().enumerate().filter(|(_, s)| s.len == 1).map(|(i, _)| i as u32);
+    to.array(places.seqs, 0, singles);
+    to.array(2 * places.tiles, 0, tiles(from));
+    to.array(places.outputs, 0, from.outputs.iter().map(|o| o.row as u32));
+    to.array(places.outputs, 0, from.outputs.iter().map(|o| o.seat));
+    for seq in &from.seqs {
+        to.array(used(seq), 0, seq.blocks[..used(seq)].iter().copied());
+    }
+    to.at
+}
+
+/// Sequence and first row of each tile, those with the longest context first: they take longest.
+fn tiles(from: &MicroBatch) -> impl Iterator<Item = u32> {
+    let several = from.seqs.iter().enumerate().filter(|(_, s)| s.len > 1);
+    let mut tiles: Vec<(usize, [u32; 2])> = several
+        .flat_map(|(i, s)| {
+            (0..s.len).step_by(PREFILL_ROWS).map(move |row| (s.cached + row, [i as u32, row as u32]))
+        })
+        .collect();
+    tiles.sort_by_key(|&(context, _)| std::cmp::Reverse(context));
+    tiles.into_iter().flat_map(|(_, tile)| tile)
+}
+
+struct Writer<'a> {
+    bytes: &'a mut [u8],
+    at: usize,
+}
+
+impl Writer<'_> {
+    /// Writes the numbers, then `filler` up to `len` of them.
+    fn array(&mut self, len: usize, filler: u32, numbers: impl Iterator<Item = u32>) {
+        let room = self.bytes[self.at..][..4 * len].chunks_exact_mut(4);
+        let all = numbers.chain(std::iter::repeat(filler));
+        for (to, n) in room.zip(all) {
+            to.copy_from_slice(&n.to_le_bytes());
+        }
+        self.at += 4 * len;
+    }
+}

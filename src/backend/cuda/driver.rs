@@ -1,0 +1,200 @@
+//! The driver, its devices and their contexts.
+#![allow(unsafe_code)]
+
+use std::{
+    cell::Cell,
+    sync::{Mutex, OnceLock},
+};
+
+use cudarc::{
+    cublaslt,
+    driver::{
+        result,
+        sys::{self, CUdevice_attribute},
+    },
+    nvrtc,
+};
+
+use crate::error::{Error, Result};
+
+/// The oldest driver that knows what is asked of it: graphs with programmatic launches, CUDA 12.3.
+const DRIVER_MIN: i32 = 12_030;
+/// The oldest GPUs with the instructions that the kernels use (Ampere).
+const COMPUTE_MIN: (i32, i32) = (8, 0);
+
+/// What a GPU is.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct DeviceFacts {
+    /// Its number.
+    pub ordinal: usize,
+    /// As its maker calls it.
+    pub name: String,
+    /// Compute capability.
+    pub compute: (i32, i32),
+    /// Bytes of memory.
+    pub memory_bytes: usize,
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of the second-level cache.
+    pub l2_bytes: usize,
+    /// Bytes of shared memory that a block may ask for.
+    pub shared_per_block_max: u32,
+}
+
+impl DeviceFacts {
+    /// The architecture that kernels are compiled for. From Hopper on instructions of that very architecture are
+    /// allowed.
+    pub fn arch(&self) -> String {
+        let (major, minor) = self.compute;
+        let suffix = if major >= 9 { "a" } else { "" };
+        format!("sm_{major}{minor}{suffix}")
+    }
+
+    /// Whether kernels may start before the one before them has ended.
+    pub fn overlaps_launches(&self) -> bool {
+        self.compute >= (9, 0)
+    }
+}
+
+/// All GPUs. An error says what is missing.
+pub fn devices() -> Result<&'static [DeviceFacts]> {
+    static FOUND: OnceLock<Result<Vec<DeviceFacts>>> = OnceLock::new();
+    FOUND.get_or_init(find).as_deref().map_err(Error::clone)
+}
+
+/// An error of the GPUs in general.
+pub(super) fn none(why: impl Into<String>) -> Error {
+    Error::Device { device: "cuda".into(), why: why.into() }
+}
+
+fn find() -> Result<Vec<DeviceFacts>> {
+    // SAFETY: they open libraries, whose initialisers are trusted as every program on the machine trusts them.
+    let (driver, compiler, blas) = unsafe {
+        (sys::is_culib_present(), nvrtc::sys::is_culib_present(), cublaslt::sys::is_culib_present())
+    };
+    let missing = match (driver, compiler, blas) {
+        (false, ..) => "libcuda.so.1 is not there: no NVIDIA driver is installed",
+        (_, false, _) => "libnvrtc.so is not there: it comes with the CUDA toolkit, or as the package nvidia-cuda-nvrtc",
+        (_, _, false) => "libcublasLt.so is not there: it comes with the CUDA toolkit, or as the package nvidia-cublas",
+        _ => "",
+    };
+    if !missing.is_empty() {
+        return Err(none(missing));
+    }
+    let mut version = 0;
+    // SAFETY: writes one number.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(said)?;
+    if version < DRIVER_MIN {
+        let show = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
+        let (have, want) = (show(version), show(DRIVER_MIN));
+        return Err(none(format!("the driver is for CUDA {have}, and at least {want} is needed")));
+    }
+    result::init().map_err(said)?;
+    let count = result::device::get_count().map_err(said)?;
+    if count == 0 {
+        return Err(none("the driver sees no GPU"));
+    }
+    (0..count).map(|i| facts(i as usize).map_err(|e| failed(i as usize, "asking for its facts", e))).collect()
+}
+
+fn said(e: result::DriverError) -> Error {
+    none(message(e))
+}
+
+fn message(e: result::DriverError) -> String {
+    let text = e.error_string().ok().and_then(|s| s.to_str().ok()).unwrap_or("an unknown error");
+    format!("{text} ({:?})", e.0)
+}
+
+/// An error of one GPU.
+pub(super) fn failed(ordinal: usize, doing: &str, e: result::DriverError) -> Error {
+    Error::Device { device: format!("cuda:{ordinal}"), why: format!("{doing}: {}", message(e)) }
+}
+
+fn facts(ordinal: usize) -> Result<DeviceFacts, result::DriverError> {
+    use CUdevice_attribute::*;
+    let device = result::device::get(ordinal as i32)?;
+    // SAFETY: the device exists.
+    let attribute = |which| unsafe { result::device::get_attribute(device, which) };
+    Ok(DeviceFacts {
+        ordinal,
+        name: result::device::get_name(device)?,
+        compute: (
+            attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        // SAFETY: the device exists.
+        memory_bytes: unsafe { result::device::total_mem(device)? },
+        multiprocessors: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+        l2_bytes: attribute(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
+        shared_per_block_max: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32,
+    })
+}
+
+/// A GPU's context: the one that all users of it in this process share. It is kept until the process ends.
+#[derive(Clone, Copy)]
+pub(super) struct Context {
+    pub(super) raw: sys::CUcontext,
+    pub(super) device: sys::CUdevice,
+    pub(super) ordinal: usize,
+}
+
+// SAFETY: a context may be used from any thread.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+thread_local! {
+    /// The GPU whose context is current.
+    static CURRENT: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+impl Context {
+    /// The context of a GPU, which must be one that kernels can be compiled for.
+    pub(super) fn of(ordinal: usize) -> Result<Context> {
+        static KEPT: Mutex<Vec<Context>> = Mutex::new(Vec::new());
+        let found = devices()?;
+        let refuse = |why| Err(Error::Device { device: format!("cuda:{ordinal}"), why });
+        let Some(facts) = found.get(ordinal) else {
+            return refuse(format!("there is no such GPU: {} found", found.len()));
+        };
+        if facts.compute < COMPUTE_MIN {
+            let (have, want) = (facts.compute, COMPUTE_MIN);
+            let (a, b, c, d) = (have.0, have.1, want.0, want.1);
+            return refuse(format!("{} has compute capability {a}.{b}, and {c}.{d} is needed", facts.name));
+        }
+        let mut kept = KEPT.lock().expect("no code that holds it panics; this is a bug");
+        if let Some(context) = kept.iter().find(|c| c.ordinal == ordinal) {
+            return Ok(*context);
+        }
+        let doing = "making a context";
+        let device = result::device::get(ordinal as i32).map_err(|e| failed(ordinal, doing, e))?;
+        // SAFETY: the device exists; the context is never released.
+        let raw = unsafe { result::primary_ctx::retain(device) }.map_err(|e| failed(ordinal, doing, e))?;
+        let context = Context { raw, device, ordinal };
+        kept.push(context);
+        Ok(context)
+    }
+
+    /// Makes this the calling thread's GPU.
+    pub(super) fn enter(self) -> Result<()> {
+        if CURRENT.get() == Some(self.ordinal) {
+            return Ok(());
+        }
+        // SAFETY: the context lives as long as the process.
+        self.check("entering its context", unsafe { result::ctx::set_current(self.raw) })?;
+        CURRENT.set(Some(self.ordinal));
+        Ok(())
+    }
+
+    /// Names the GPU in an error.
+    pub(super) fn check<T>(self, doing: &str, outcome: Result<T, result::DriverError>) -> Result<T> {
+        outcome.map_err(|e| failed(self.ordinal, doing, e))
+    }
+
+    /// Bytes that are free now.
+    pub(super) fn free_bytes(self) -> Result<usize> {
+        self.enter()?;
+        Ok(self.check("asking for free memory", result::mem_get_info())?.0)
+    }
+}

@@ -1,0 +1,57 @@
+//! Passes recorded once and repeated: one launch instead of hundreds.
+#![allow(unsafe_code)]
+
+use cudarc::driver::{result, sys};
+
+use super::{driver::Context, memory::Stream};
+use crate::error::Result;
+
+/// A recorded pass.
+pub(super) struct Graph {
+    context: Context,
+    raw: sys::CUgraphExec,
+}
+
+// SAFETY: it may be launched from any thread, one at a time: its owner is borrowed mutably.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Records what `ops` puts into the stream, without running it.
+    pub(super) fn record(stream: &Stream, ops: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        let context = stream.context;
+        context.enter()?;
+        // Other threads may go on with calls that would disturb a global capture: they load and allocate.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives.
+        context.check("recording a pass", unsafe { result::stream::begin_capture(stream.raw, mode) })?;
+        let outcome = ops();
+        // SAFETY: the stream lives; the capture must end in any case.
+        let graph = unsafe { result::stream::end_capture(stream.raw) };
+        outcome?;
+        let graph = context.check("recording a pass", graph)?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the graph has just been recorded.
+        let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut raw, graph, 0).result() };
+        // SAFETY: what has been made of it does not need it.
+        let _ = unsafe { result::graph::destroy(graph) };
+        context.check("making a recorded pass ready", made)?;
+        Ok(Graph { context, raw })
+    }
+
+    /// Puts the pass at the end of the stream.
+    pub(super) fn launch(&mut self, stream: &Stream) -> Result<()> {
+        self.context.enter()?;
+        // SAFETY: both live; the addresses in it do too: the buffers belong to whoever recorded them.
+        let outcome = unsafe { result::graph::launch(self.raw, stream.raw) };
+        self.context.check("repeating a pass", outcome)
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: made in `record`, destroyed here alone.
+            let _ = unsafe { result::graph::exec_destroy(self.raw) };
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! A layer's pages of keys and values: `[blocks, kv_heads, KV_BLOCK, head_dim]` each.
+
+use super::{Cuda, DevicePtr, memory::DeviceBuf};
+use crate::{backend::KvShape, error::Result};
+
+/// One layer's pages.
+pub struct Kv {
+    keys: DeviceBuf,
+    values: DeviceBuf,
+    pub(super) shape: KvShape,
+}
+
+impl Kv {
+    pub(super) fn new(cuda: &Cuda, shape: KvShape) -> Result<Kv> {
+        assert!(shape.dtype == cuda.dtype, "pages of another type than the model's; this is a bug");
+        let bytes = shape.bytes() / 2;
+        // Zeroed: a masked token's value is multiplied by zero, which a NaN would survive.
+        Ok(Kv { keys: cuda.zeroed(bytes)?, values: cuda.zeroed(bytes)?, shape })
+    }
+
+    pub(super) fn keys(&self) -> DevicePtr {
+        self.keys.ptr()
+    }
+
+    pub(super) fn values(&self) -> DevicePtr {
+        self.values.ptr()
+    }
+}

@@ -1,0 +1,149 @@
+//! Kernels and their launches.
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, c_void};
+
+use cudarc::driver::{
+    result,
+    sys::{self, CUfunction_attribute},
+};
+
+use super::{driver::Context, memory::Stream};
+use crate::error::Result;
+
+/// Loaded code: one kernel file, compiled for one set of definitions.
+pub(crate) struct Module {
+    context: Context,
+    raw: sys::CUmodule,
+    file: &'static str,
+}
+
+/// One `__global__` function. Its module is never unloaded.
+pub(crate) struct Kernel {
+    context: Context,
+    raw: sys::CUfunction,
+    name: &'static str,
+}
+
+// SAFETY: a function may be launched from any thread.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}
+
+/// The shape of a launch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Grid {
+    /// Blocks in each direction.
+    pub(crate) blocks: [u32; 3],
+    /// Threads a block.
+    pub(crate) threads: u32,
+    /// Bytes of dynamic shared memory a block.
+    pub(crate) shared: u32,
+}
+
+impl Grid {
+    /// A row of blocks, without dynamic shared memory.
+    pub(crate) fn row(blocks: u32, threads: u32) -> Grid {
+        Grid { blocks: [blocks, 1, 1], threads, shared: 0 }
+    }
+}
+
+impl Module {
+    /// Loads machine code.
+    pub(super) fn load(context: Context, file: &'static str, cubin: &[u8]) -> Result<Module> {
+        context.enter()?;
+        let doing = format!("loading {file}");
+        // SAFETY: the image is whole: it comes from the compiler, or from the cache, which checks it.
+        let raw = context.check(&doing, unsafe { result::module::load_data(cubin.as_ptr().cast()) })?;
+        Ok(Module { context, raw, file })
+    }
+
+    /// A function of it.
+    pub(crate) fn kernel(&self, name: &'static str) -> Result<Kernel> {
+        self.context.enter()?;
+        let symbol = CString::new(name).expect("a kernel's name has no zero; this is a bug");
+        // SAFETY: the module is loaded.
+        let raw = unsafe { result::module::get_function(self.raw, symbol) };
+        let raw = self.context.check(&format!("looking for {name} in {}", self.file), raw)?;
+        Ok(Kernel { context: self.context, raw, name })
+    }
+}
+
+impl Kernel {
+    /// Allows blocks this much dynamic shared memory.
+    pub(crate) fn allow_shared(&self, bytes: u32) -> Result<()> {
+        self.context.enter()?;
+        let which = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function is loaded.
+        let outcome = unsafe { result::function::set_function_attribute(self.raw, which, bytes as i32) };
+        self.context.check(&format!("allowing {} {bytes} bytes of shared memory", self.name), outcome)
+    }
+
+    /// Blocks of this shape that a multiprocessor holds.
+    pub(crate) fn blocks_per_multiprocessor(&self, threads: u32, shared: u32) -> Result<u32> {
+        self.context.enter()?;
+        let mut blocks = 0;
+        // SAFETY: writes one number.
+        let outcome = unsafe {
+            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                &mut blocks,
+                self.raw,
+                threads as i32,
+                shared as usize,
+            )
+        };
+        self.context.check(&format!("asking how {} fits", self.name), outcome.result())?;
+        Ok(blocks as u32)
+    }
+
+    /// Puts a launch at the end of the stream. `early`: it may start while the kernel before it still runs.
+    ///
+    /// SAFETY: the arguments are as many and of the types that the kernel takes; what they point to is as large
+    /// as the kernel uses it, and lives until it has run.
+    pub(super) unsafe fn launch(
+        &self,
+        stream: &Stream,
+        grid: Grid,
+        early: bool,
+        args: &mut [*mut c_void],
+    ) -> Result<()> {
+        if grid.blocks.contains(&0) {
+            return Ok(());
+        }
+        self.context.enter()?;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let [x, y, z] = grid.blocks;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: stream.raw,
+            attrs: &mut attribute,
+            numAttrs: u32::from(early),
+        };
+        // SAFETY: the caller's.
+        let outcome = unsafe {
+            sys::cuLaunchKernelEx(&config, self.raw, args.as_mut_ptr(), std::ptr::null_mut()).result()
+        };
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(e) => self.context.check(&format!("launching {} as {grid:?}", self.name), Err(e)),
+        }
+    }
+}
+
+/// The addresses of a launch's arguments. They must live until the launch has been made.
+macro_rules! args {
+    ($($arg:expr),* $(,)?) => {
+        [$(std::ptr::from_ref(&$arg).cast_mut().cast::<std::ffi::c_void>()),*]
+    };
+}
+pub(crate) use args;
