@@ -4,8 +4,10 @@
 //! Ops write into buffers of the caller; nothing is allocated in a step.
 
 pub mod cpu;
+mod random;
 mod tensor;
 
+pub use random::{Random, mix};
 pub use tensor::{Bytes, DType, Tensor};
 
 use crate::{

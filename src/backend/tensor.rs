@@ -2,6 +2,7 @@
 
 use std::{ops::Range, sync::Arc};
 
+use super::Random;
 use crate::error::{Error, Result};
 
 /// A type of numbers.
@@ -67,7 +68,14 @@ pub struct Tensor {
     pub shape: Vec<usize>,
     /// The type of its numbers.
     pub dtype: DType,
-    bytes: Bytes,
+    numbers: Numbers,
+}
+
+#[derive(Clone)]
+enum Numbers {
+    Bytes(Bytes),
+    /// To be made where they are wanted.
+    Random(Random),
 }
 
 impl Tensor {
@@ -80,7 +88,38 @@ impl Tensor {
             let why = format!("tensor {name}: {have} bytes do not make {shape:?} of {}", dtype.name());
             return Err(Error::Engine(why));
         }
-        Ok(Tensor { name, shape, dtype, bytes })
+        Ok(Tensor { name, shape, dtype, numbers: Numbers::Bytes(bytes) })
+    }
+
+    /// A tensor of random numbers, which are not made yet.
+    pub fn random(name: impl Into<String>, shape: Vec<usize>, dtype: DType, random: Random) -> Result<Self> {
+        let name = name.into();
+        if shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d)).is_none() {
+            return Err(Error::Engine(format!("random tensor {name}: {shape:?} is too large")));
+        }
+        Ok(Tensor { name, shape, dtype, numbers: Numbers::Random(random) })
+    }
+
+    /// What its numbers are made from, if they are random and not made yet.
+    pub fn random_numbers(&self) -> Option<Random> {
+        match self.numbers {
+            Numbers::Bytes(_) => None,
+            Numbers::Random(random) => Some(random),
+        }
+    }
+
+    /// The same tensor, with its numbers made.
+    pub fn made(&self) -> Result<Tensor> {
+        let Numbers::Random(random) = self.numbers else { return Ok(self.clone()) };
+        let size = self.len() * self.dtype.size();
+        let mut bytes: Vec<u8> = Vec::new();
+        bytes.try_reserve_exact(size).map_err(|e| {
+            Error::Engine(format!("random tensor {}: no memory for {size} bytes: {e}", self.name))
+        })?;
+        bytes.resize(size, 0);
+        random.fill(&mut bytes, self.dtype);
+        let bytes = Bytes::new(Arc::new(bytes), 0..size);
+        Ok(Tensor { numbers: Numbers::Bytes(bytes), ..self.clone() })
     }
 
     /// A tensor of the given numbers, kept in `dtype`.
@@ -115,14 +154,17 @@ impl Tensor {
         Tensor::new(name, shape, dtype, Bytes::new(Arc::new(bytes), 0..len))
     }
 
-    /// The numbers' bytes, little-endian.
+    /// The numbers' bytes, little-endian. Random numbers must have been made.
     pub fn bytes(&self) -> &[u8] {
-        self.bytes.as_slice()
+        match &self.numbers {
+            Numbers::Bytes(bytes) => bytes.as_slice(),
+            Numbers::Random(_) => panic!("tensor {} has not been made; this is a bug", self.name),
+        }
     }
 
     /// How many numbers.
     pub fn len(&self) -> usize {
-        self.bytes().len() / self.dtype.size()
+        self.shape.iter().product()
     }
 
     /// Whether there are none.
@@ -137,6 +179,9 @@ impl Tensor {
 
     /// The numbers one by one, widened: a large tensor is never held twice in a wider type.
     fn numbers(&self) -> Box<dyn Iterator<Item = f32> + '_> {
+        if let Numbers::Random(random) = self.numbers {
+            return Box::new((0..self.len() as u64).map(move |i| random.at(i)));
+        }
         let pair = |b: &[u8]| [b[0], b[1]];
         let bytes = self.bytes();
         match self.dtype {
@@ -154,8 +199,8 @@ impl Tensor {
 
     /// The same numbers in another type; shares the bytes where it is the same one.
     pub fn to_dtype(&self, dtype: DType) -> Result<Tensor> {
-        if dtype == self.dtype {
-            return Ok(self.clone());
+        if dtype == self.dtype || matches!(self.numbers, Numbers::Random(_)) {
+            return Ok(Tensor { dtype, ..self.clone() });
         }
         Tensor::collect(self.name.clone(), self.shape.clone(), dtype, self.len(), self.numbers())
     }

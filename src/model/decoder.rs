@@ -251,7 +251,7 @@ impl<B: Backend> Loader<'_, B> {
         let parts: Vec<Tensor> =
             roles.iter().map(|&role| self.tensor(role)?.to_dtype(dtype)).collect::<Result<_>>()?;
         let biases: Vec<Tensor> = biases.iter().map(|&role| self.tensor(role)).collect::<Result<_>>()?;
-        self.bytes += parts.iter().map(|part| part.bytes().len()).sum::<usize>();
+        self.bytes += parts.iter().map(|part| part.len() * dtype.size()).sum::<usize>();
         self.bytes += biases.iter().map(|bias| bias.len() * DType::F32.size()).sum::<usize>();
         self.backend.matrix(&parts, &biases)
     }

@@ -38,7 +38,7 @@ impl Matrix {
             if k != matrix.k {
                 return wrong(t, format!("rows of {k}, those of {} have {}", first.name, matrix.k));
             }
-            matrix.parts.push(Part { weights: t.clone(), start: matrix.n, n });
+            matrix.parts.push(Part { weights: t.made()?, start: matrix.n, n });
             matrix.n += n;
         }
         if !biases.is_empty() && biases.len() != parts.len() {

@@ -33,7 +33,7 @@ impl Matrix {
         let weights = cuda.take(n * k * dtype.size())?;
         let mut at = weights.ptr();
         for part in parts {
-            match part.random() {
+            match part.random_numbers() {
                 Some(random) => dummy::fill(cuda, at, part.len(), random)?,
                 // SAFETY: the parts' bytes lie one after another in what has just been taken.
                 None => unsafe { cuda.uploader.upload(at, part.bytes())? },
