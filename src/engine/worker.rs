@@ -219,25 +219,31 @@ impl Running {
 
 #[cfg(test)]
 mod tests {
+    use std::{collections::VecDeque, thread::JoinHandle, time::Duration};
+
     use super::*;
     use crate::{
+        batch::ON_DEVICE,
         layout::{Device, Layout},
         model::open_model,
-        request::Prompt,
+        request::{FinishReason, Prompt},
         schedule::{BlockPool, SchedulerConfig},
     };
 
-    fn submission(request: u64) -> (Box<Submission>, channel::Receiver<Event>) {
-        let (events, received) = channel::unbounded();
-        let params = Request::new(Prompt::Ids(vec![1, 2]));
-        (Box::new(Submission { request, prompt: [1, 2].into(), params, events }), received)
+    const EOS: u32 = 3;
+
+    /// A worker that runs, and the ends of its channels.
+    struct Ends {
+        commands: channel::Sender<Command>,
+        steps: channel::Receiver<Step>,
+        results: channel::Sender<Outcome>,
+        thread: JoinHandle<()>,
     }
 
-    /// Open requests get the stage's error, later ones get it at once, and the thread ends when told to.
-    #[test]
-    fn a_failed_stage_ends_open_requests_and_refuses_new_ones() {
+    fn start(config: SchedulerConfig, blocks: usize) -> Ends {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat-llama");
-        let model = open_model(&dir, false).unwrap();
+        let mut model = open_model(&dir, false).unwrap();
+        model.generation.eos = vec![EOS];
         let facts = Facts {
             layout: Layout::even(1, model.spec.layers.len(), Device::Cpu).unwrap(),
             spec: Arc::new(model.spec),
@@ -248,37 +254,133 @@ mod tests {
             kv_tokens: 32,
         };
         let (commands, commands_out) = channel::unbounded();
-        let (steps, steps_out) = channel::bounded(1);
-        let (results_in, results) = channel::unbounded();
-        let config = SchedulerConfig { slots: 1, chunk: 8, running_max: 1, ahead: false };
+        let (steps_in, steps) = channel::bounded(config.in_flight_max());
+        let (results, results_out) = channel::unbounded();
         let worker = Worker {
             facts: Arc::new(facts),
-            scheduler: Scheduler::new(config, BlockPool::new(2)),
+            scheduler: Scheduler::new(config, BlockPool::new(blocks)),
             commands: commands_out,
-            steps,
-            results,
+            steps: steps_in,
+            results: results_out,
             running: Running::default(),
         };
-        let thread = std::thread::spawn(|| worker.run());
+        Ends { commands, steps, results, thread: std::thread::spawn(|| worker.run()) }
+    }
+
+    fn submission(request: u64, n: u32) -> (Box<Submission>, channel::Receiver<Event>) {
+        let (events, received) = channel::unbounded();
+        let mut params = Request::new(Prompt::Ids(vec![1, 2]));
+        params.n = n;
+        params.stop.max_tokens = Some(10);
+        (Box::new(Submission { request, prompt: [1, 2].into(), params, events }), received)
+    }
+
+    impl Ends {
+        fn submit(&self, request: u64, n: u32) -> channel::Receiver<Event> {
+            let (submission, events) = submission(request, n);
+            self.commands.send(Command::Submit(submission)).unwrap();
+            events
+        }
+    }
+
+    /// Open requests get the stage's error, later ones get it at once, and the thread ends when told to.
+    #[test]
+    fn a_failed_stage_ends_open_requests_and_refuses_new_ones() {
+        let ends = start(SchedulerConfig { slots: 1, chunk: 8, running_max: 1, ahead: false }, 2);
         // One runs, one waits for its blocks.
-        let open: Vec<_> = (0..2)
-            .map(|i| {
-                let (submission, events) = submission(i);
-                commands.send(Command::Submit(submission)).unwrap();
-                events
-            })
-            .collect();
-        let step: Step = steps_out.recv().unwrap();
+        let open: Vec<_> = (0..2).map(|i| ends.submit(i, 1)).collect();
+        let step: Step = ends.steps.recv().unwrap();
         let error = Error::Device { device: "cpu".into(), why: "made to fail".into() };
-        results_in.send((step.step, Err(error.clone()))).unwrap();
+        ends.results.send((step.step, Err(error.clone()))).unwrap();
         for events in open {
             assert_eq!(events.iter().collect::<Vec<_>>(), [Event::Error(error.clone())]);
         }
-        assert!(steps_out.recv().is_err(), "the stages are let go");
-        let (late, events) = submission(2);
-        commands.send(Command::Submit(late)).unwrap();
+        assert!(ends.steps.recv().is_err(), "the stages are let go");
+        let events = ends.submit(2, 1);
         assert_eq!(events.iter().collect::<Vec<_>>(), [Event::Error(error)]);
+        ends.commands.send(Command::End).unwrap();
+        ends.thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_client_that_goes_ends_all_its_samples_and_nobody_elses() {
+        let ends = start(SchedulerConfig { slots: 1, chunk: 8, running_max: 4, ahead: false }, 8);
+        drop(ends.submit(0, 2));
+        let step = ends.steps.recv().unwrap();
+        assert_eq!(step.batch.outputs.len(), 2);
+        let events = ends.submit(1, 1);
+        ends.results.send((step.step, Ok(tokens(&step, &mut HashMap::new())))).unwrap();
+        let mut last = HashMap::new();
+        for step in ends.steps.iter() {
+            let sampled = tokens(&step, &mut last);
+            assert!(sampled.iter().all(|token| token.seq == SeqId(2)), "samples of nobody run");
+            ends.results.send((step.step, Ok(sampled))).unwrap();
+            if events.try_iter().any(|event| matches!(event, Event::Finished { .. })) {
+                break;
+            }
+        }
+        ends.commands.send(Command::End).unwrap();
+        ends.thread.join().unwrap();
+    }
+
+    /// What stages would choose: a token follows from the one before, its position and its sequence.
+    fn tokens(step: &Step, last: &mut HashMap<u32, u32>) -> Vec<Sampled> {
+        let sample = |output: &crate::batch::OutputRow| {
+            let id = match step.batch.ids[output.row] {
+                ON_DEVICE => last[&output.seat],
+                id => id,
+            };
+            let id = (id * 31 + step.batch.positions[output.row] * 7 + output.seq.0 as u32) % 23;
+            last.insert(output.seat, id);
+            Sampled { seq: output.seq, id, logprobs: None }
+        };
+        step.batch.outputs.iter().map(sample).collect()
+    }
+
+    /// Stages that are `slow`: a result comes when so many later steps have come, or no more do.
+    fn answers(ahead: bool, slow: usize) -> Vec<(Vec<u32>, FinishReason)> {
+        let ends = start(SchedulerConfig { slots: 2, chunk: 8, running_max: 4, ahead }, 8);
+        let events: Vec<_> = (0..6).map(|i| ends.submit(i, 1)).collect();
+        let Ends { commands, steps, results, thread } = ends;
+        let stages = std::thread::spawn(move || {
+            let (mut last, mut held) = (HashMap::new(), VecDeque::new());
+            loop {
+                match steps.recv_timeout(Duration::from_millis(2)) {
+                    Ok(step) => held.push_back((step.step, Ok(tokens(&step, &mut last)))),
+                    Err(channel::RecvTimeoutError::Timeout) => {
+                        held.drain(..).for_each(|r| results.send(r).unwrap())
+                    }
+                    Err(channel::RecvTimeoutError::Disconnected) => return,
+                }
+                if held.len() > slow {
+                    results.send(held.pop_front().unwrap()).unwrap();
+                }
+            }
+        });
+        let answer = |events: channel::Receiver<Event>| {
+            let mut ids = Vec::new();
+            for event in events {
+                match event {
+                    Event::Token { id, .. } => ids.push(id),
+                    Event::Finished { reason, .. } => return (ids, reason),
+                    other => panic!("{other:?}"),
+                }
+            }
+            panic!("no end")
+        };
+        let answers = events.into_iter().map(answer).collect();
         commands.send(Command::End).unwrap();
         thread.join().unwrap();
+        stages.join().unwrap();
+        answers
+    }
+
+    #[test]
+    fn a_step_ahead_gives_the_same_answers() {
+        let waiting = answers(false, 0);
+        let stopped = waiting.iter().filter(|(_, reason)| *reason == FinishReason::Stop).count();
+        assert!(0 < stopped && stopped < waiting.len(), "{waiting:?}");
+        assert_eq!(answers(true, 0), waiting);
+        assert_eq!(answers(true, 3), waiting);
     }
 }

@@ -234,7 +234,7 @@ impl Scheduler {
     fn plan_decode(&mut self, batch: &mut MicroBatch) -> Option<u64> {
         // Never all of them in one step, or the other slots would travel empty.
         let share = self.decoding.div_ceil(self.config.slots);
-        let distance = self.distance(share);
+        let distance = self.distance();
         let due = self.ready.iter().take(share).take_while(|seq| self.is_due(seq, distance)).count();
         let mut after = None;
         for seq in self.ready.drain(..due).collect::<Vec<_>>() {
@@ -252,22 +252,24 @@ impl Scheduler {
 
     /// How many steps a sequence's next one should be behind its latest: as many as travel at the same time. A nearer
     /// one would hold up those behind it while it waits for its token.
-    fn distance(&self, share: usize) -> usize {
-        match self.prefill.is_empty() {
-            true => self.decoding.div_ceil(share.max(1)),
-            // Prompts need no token, so they fill every slot.
-            false => self.config.slots,
+    fn distance(&self) -> u64 {
+        // Prompts need no token, so they fill every slot.
+        if !self.prefill.is_empty() {
+            return self.config.slots as u64;
         }
+        let latest = |step: u64, output: &OutputRow| {
+            let sequence = self.sequences.get(&output.seq);
+            sequence.is_some_and(|s| s.last == step && !s.ended && s.planned < s.new.tokens_max)
+        };
+        let groups =
+            self.steps.iter().filter(|(step, batch)| batch.outputs.iter().any(|o| latest(**step, o))).count();
+        groups.min(self.config.slots) as u64
     }
 
     /// Whether a ready sequence's next step may be planned now.
-    fn is_due(&self, seq: &SeqId, distance: usize) -> bool {
+    fn is_due(&self, seq: &SeqId, distance: u64) -> bool {
         let sequence = &self.sequences[seq];
-        let behind = (self.next_step - sequence.last) as usize;
-        // With fewer steps in flight than could be, and no prompt waiting, there is nothing to hold up.
-        sequence.next.is_some()
-            || behind >= distance
-            || (self.prefill.is_empty() && self.steps.len() < distance)
+        sequence.next.is_some() || self.next_step - sequence.last >= distance
     }
 
     /// Fills a micro-batch with prompt chunks. A chunk needs no result of the chunk before it, so a long
