@@ -21,7 +21,7 @@ use crate::{
         open_model,
         spec::ModelSpec,
     },
-    pipeline::{self, Input, Outcome, Output, Stage, StageHandle, StageMetrics},
+    pipeline::{self, Input, Outcome, Output, Stage, StageMetrics, StagesHandle},
     schedule::{BlockPool, Scheduler, SchedulerConfig},
     text::{Template, Tokenizer},
     transport::{Host, Transport},
@@ -250,12 +250,12 @@ fn memory_free() -> usize {
 
 /// Threads that have been started, and the channels to them.
 struct Wired {
-    stages: Vec<(StageFacts, StageHandle)>,
+    stages: Vec<(Vec<StageFacts>, StagesHandle)>,
     steps: channel::Sender<Step>,
     results: channel::Receiver<Outcome>,
 }
 
-/// Starts a thread a stage, with boundaries between them.
+/// Starts the stages' threads, with boundaries between the stages.
 fn wire(layout: &Layout, config: &DecoderConfig, slots: usize, threads: Option<usize>) -> Result<Wired> {
     for stage in layout.stages() {
         match stage.device {
@@ -279,35 +279,35 @@ fn wire_on<B: Backend>(
     let (results_in, results) = channel::unbounded();
     let turn = Arc::new(Mutex::new(()));
     let hidden_max = config.limits.rows_max * config.spec.dim;
-    let mut input = Input::Steps(steps_out);
+    let (mut inputs, mut outputs) = (vec![Input::Steps(steps_out)], Vec::new());
+    for _ in 1..layout.stages().len() {
+        let (sender, receiver) = Host.connect(backend.clone(), backend.clone(), slots, hidden_max)?;
+        outputs.push(Output::Boundary(sender));
+        inputs.push(Input::Boundary(receiver));
+    }
+    outputs.push(Output::Results);
+    let mut ends = inputs.into_iter().zip(outputs).enumerate();
     let mut stages = Vec::new();
-    for (index, stage) in layout.stages().iter().enumerate() {
-        let last = stage.layers.end == config.spec.layers.len();
-        let (output, next) = match last {
-            true => (Output::Results, None),
-            false => {
-                let (sender, receiver) = Host.connect(backend.clone(), backend.clone(), slots, hidden_max)?;
-                (Output::Boundary(sender), Some(Input::Boundary(receiver)))
-            }
-        };
-        let metrics = Arc::new(StageMetrics::default());
-        let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
-        let handle = pipeline::spawn(Stage {
-            index,
-            backend: backend.clone(),
-            load: Box::new(move |backend| Decoder::load(backend, &own)),
-            input,
-            output,
-            results: results_in.clone(),
-            turn: turn.clone(),
-            metrics: metrics.clone(),
-        })?;
-        let (device, layers) = (stage.device.to_string(), stage.to_string());
-        stages.push((StageFacts { device, layers, weight_bytes: 0, metrics }, handle));
-        match next {
-            Some(next) => input = next,
-            None => break,
+    // Stages on the processor cannot overlap. Others have a thread each.
+    for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {
+        let (mut facts, mut run_stages) = (Vec::new(), Vec::new());
+        for (stage, (index, (input, output))) in run.iter().zip(&mut ends) {
+            let metrics = Arc::new(StageMetrics::default());
+            let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
+            run_stages.push(Stage {
+                index,
+                backend: backend.clone(),
+                load: Box::new(move |backend| Decoder::load(backend, &own)),
+                input,
+                output,
+                results: results_in.clone(),
+                turn: turn.clone(),
+                metrics: metrics.clone(),
+            });
+            let (device, layers) = (stage.device.to_string(), stage.to_string());
+            facts.push(StageFacts { device, layers, weight_bytes: 0, metrics });
         }
+        stages.push((facts, pipeline::spawn(run_stages)?));
     }
     Ok(Wired { stages, steps, results })
 }
@@ -316,10 +316,13 @@ fn wire_on<B: Backend>(
 fn start(facts: Facts, wired: Wired, scheduler: Scheduler) -> Result<Engine> {
     let facts = Arc::new(facts);
     let (mut stages, mut threads) = (Vec::new(), Vec::new());
-    for (i, (mut stage, handle)) in wired.stages.into_iter().enumerate() {
-        let gone = |_| Err(Error::Engine(format!("stage {i} ended while loading; this is a bug")));
-        stage.weight_bytes = handle.loaded.recv().unwrap_or_else(gone)?;
-        stages.push(stage);
+    for (run, handle) in wired.stages {
+        for mut stage in run {
+            let i = stages.len();
+            let gone = |_| Err(Error::Engine(format!("stage {i} ended while loading; this is a bug")));
+            stage.weight_bytes = handle.loaded.recv().unwrap_or_else(gone)?;
+            stages.push(stage);
+        }
         threads.push(handle.thread);
     }
     let (commands, commands_out) = channel::unbounded();

@@ -1,4 +1,4 @@
-//! A stage's thread: receive, forward, send.
+//! A stage on its thread: receive, forward, send.
 
 use std::{
     any::Any,
@@ -46,7 +46,7 @@ pub struct Stage<B: Backend> {
     pub index: usize,
     /// Its device.
     pub backend: Arc<B>,
-    /// Loads its units. It runs on the stage's own thread, so that all stages load at once.
+    /// Loads its units. It runs on the stage's thread, so that stages of different threads load at once.
     pub load: Load<B>,
     /// Where micro-batches come from.
     pub input: Input<B>,
@@ -54,58 +54,50 @@ pub struct Stage<B: Backend> {
     pub output: Output<B>,
     /// Where tokens and failures go.
     pub results: channel::Sender<Outcome>,
-    /// Held for a pass by stages that share a device whose every core one pass can use.
+    /// Held for a pass by stages of several threads that share a device whose every core one pass can use.
     pub turn: Arc<Mutex<()>>,
     /// What it does with its time.
     pub metrics: Arc<StageMetrics>,
 }
 
-/// A stage that has been started.
-pub struct StageHandle {
-    /// Its thread; it ends when its input closes.
+/// Stages that have been started on one thread.
+pub struct StagesHandle {
+    /// Their thread; it ends when the first one's input closes.
     pub thread: JoinHandle<()>,
-    /// Whether it could be loaded, and the bytes of its weights.
+    /// For each stage, whether it could be loaded, and the bytes of its weights.
     pub loaded: channel::Receiver<Result<usize>>,
 }
 
-/// Starts a stage's thread.
-pub fn spawn<B: Backend>(stage: Stage<B>) -> Result<StageHandle> {
-    let (loaded_in, loaded) = channel::bounded(1);
-    let name = format!("stage {}", stage.index);
+/// Starts a thread for stages that follow each other: a step goes through all of them, then the next step.
+///
+/// Stages whose passes could not overlap anyway, since each uses the whole device, lose nothing by it, and no
+/// step waits for a thread to wake between two of them.
+pub fn spawn<B: Backend>(stages: Vec<Stage<B>>) -> Result<StagesHandle> {
+    let (loaded_in, loaded) = channel::bounded(stages.len());
+    let name = match &stages[..] {
+        [] => panic!("a thread without a stage; this is a bug"),
+        [only] => format!("stage {}", only.index),
+        [first, .., last] => format!("stages {}-{}", first.index, last.index),
+    };
     let thread = std::thread::Builder::new()
         .name(name.clone())
-        .spawn(move || run(stage, &loaded_in))
+        .spawn(move || run(stages, &loaded_in))
         .map_err(|e| Error::Engine(format!("{name}: no thread: {e}")))?;
-    Ok(StageHandle { thread, loaded })
+    Ok(StagesHandle { thread, loaded })
 }
 
-fn run<B: Backend>(stage: Stage<B>, loaded: &channel::Sender<Result<usize>>) {
-    let Stage { index, backend, load, input, output, results, turn, metrics } = stage;
-    let decoder = match guard(index, || load(&backend)) {
-        Ok(decoder) => {
-            // Nobody listens any more if another stage could not be loaded.
-            let _ = loaded.send(Ok(decoder.weight_bytes()));
-            decoder
-        }
-        Err(e) => {
-            let _ = loaded.send(Err(e));
-            return;
-        }
-    };
-    let mut running = Running { backend, decoder, input, output, turn, metrics, since: Instant::now() };
-    loop {
-        let Ok(step) = running.receive() else { return };
-        let outcome = match guard(index, || running.step(&step)) {
-            Ok(None) => continue,
-            Ok(Some(sampled)) => Ok(sampled),
-            Err(e) => Err(e),
-        };
-        let failed = outcome.is_err();
-        // After a failure the numbers of later packets cannot be trusted: the stage ends.
-        if results.send((step.step, outcome)).is_err() || failed {
-            return;
-        }
+fn run<B: Backend>(stages: Vec<Stage<B>>, loaded: &channel::Sender<Result<usize>>) {
+    let mut running = Vec::new();
+    for stage in stages {
+        let stage = Running::load(stage);
+        let told = stage.as_ref().map(|stage| stage.decoder.weight_bytes()).map_err(Error::clone);
+        // Nobody listens any more if another stage could not be loaded.
+        let _ = loaded.send(told);
+        let Ok(stage) = stage else { return };
+        running.push(stage);
     }
+    // What one stage has sent is there for the next to receive.
+    while running.iter_mut().all(Running::serve) {}
 }
 
 /// Turns a panic into an error that names the stage.
@@ -121,16 +113,38 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
 }
 
 struct Running<B: Backend> {
+    index: usize,
     backend: Arc<B>,
     decoder: Decoder<B>,
     input: Input<B>,
     output: Output<B>,
+    results: channel::Sender<Outcome>,
     turn: Arc<Mutex<()>>,
     metrics: Arc<StageMetrics>,
     since: Instant,
 }
 
 impl<B: Backend> Running<B> {
+    fn load(stage: Stage<B>) -> Result<Self> {
+        let Stage { index, backend, load, input, output, results, turn, metrics } = stage;
+        let decoder = guard(index, || load(&backend))?;
+        let since = Instant::now();
+        Ok(Running { index, backend, decoder, input, output, results, turn, metrics, since })
+    }
+
+    /// Receives a step and carries it out; false when there is no more to do.
+    fn serve(&mut self) -> bool {
+        let Ok(step) = self.receive() else { return false };
+        let outcome = match guard(self.index, || self.step(&step)) {
+            Ok(None) => return true,
+            Ok(Some(sampled)) => Ok(sampled),
+            Err(e) => Err(e),
+        };
+        // After a failure the numbers of later packets cannot be trusted: the stage ends.
+        let failed = outcome.is_err();
+        self.results.send((step.step, outcome)).is_ok() && !failed
+    }
+
     fn receive(&mut self) -> Result<Step, Closed> {
         let step = match &mut self.input {
             Input::Steps(steps) => steps.recv().map_err(|_| Closed),
