@@ -1,8 +1,8 @@
 //! `pipeline-infer` runs a transformer that is too large, or too busy, for one device: it cuts the layers into
 //! contiguous stages and streams micro-batches through them.
 //!
-//! An [`Engine`] loads a model folder as the Hugging Face hub has it and starts a thread a stage. Requests that
-//! are submitted before earlier ones have ended share the pipeline; each gives an iterator of events.
+//! An [`Engine`] loads a model folder as the Hugging Face hub has it and starts its stages. Requests that are
+//! submitted before earlier ones have ended share the pipeline; each gives an iterator of events.
 //!
 //! ```
 //! use pipeline_infer::{Engine, Event, Message, Prompt, Request};

@@ -42,7 +42,7 @@ fn config() -> DecoderConfig {
 }
 
 /// Two stages over the small checkpoint, without an engine.
-fn two_stages() -> Pipeline {
+fn two_stages(one_thread: bool) -> Pipeline {
     let (cpu, config) = (Arc::new(Cpu::new(Some(1))), config());
     let (steps, steps_out) = bounded(4);
     let (results_in, results) = unbounded();
@@ -53,10 +53,10 @@ fn two_stages() -> Pipeline {
         (Input::Steps(steps_out, await_enqueued), Output::Boundary(sender), 0..1),
         (Input::Boundary(receiver), Output::Results(enqueued), 1..config.spec.layers.len()),
     ];
-    let mut threads = Vec::new();
+    let mut stages = Vec::new();
     for (index, (input, output, layers)) in ends.into_iter().enumerate() {
         let own = DecoderConfig { layers, ..config.clone() };
-        let stage = Stage {
+        stages.push(vec![Stage {
             index,
             backend: cpu.clone(),
             load: Box::new(move |cpu| Decoder::load(cpu, &own)),
@@ -65,12 +65,18 @@ fn two_stages() -> Pipeline {
             results: results_in.clone(),
             turn: Arc::new(Mutex::new(())),
             metrics: Arc::new(StageMetrics::default()),
-        };
-        let handle = spawn(stage).unwrap();
-        assert!(handle.loaded.recv().unwrap().unwrap() > 0);
-        threads.push(handle.thread);
+        }]);
     }
-    Pipeline { steps, results, threads }
+    if one_thread {
+        stages = vec![stages.into_iter().flatten().collect()];
+    }
+    let start = |stages: Vec<_>| {
+        let count = stages.len();
+        let handle = spawn(stages).unwrap();
+        assert!((0..count).all(|_| handle.loaded.recv().unwrap().unwrap() > 0));
+        handle.thread
+    };
+    Pipeline { steps, results, threads: stages.into_iter().map(start).collect() }
 }
 
 fn step(step: u64, id: u32, started: bool) -> Step {
@@ -94,22 +100,27 @@ fn step(step: u64, id: u32, started: bool) -> Step {
     Step { step, after: None, batch: Arc::new(batch) }
 }
 
-/// A good step, then a bad one: the first gives a token, the second an error, and then all is over.
+/// A good step, then a bad one: the first gives a token, the second an error, and then all is over; the same
+/// whether the stages share a thread.
 fn fails_at(bad: Step) -> Error {
-    let pipeline = two_stages();
-    pipeline.steps.send(step(0, 5, true)).unwrap();
-    let (number, sampled) = pipeline.results.recv().unwrap();
-    assert_eq!((number, sampled.unwrap().len()), (0, 1));
-    pipeline.steps.send(bad).unwrap();
-    let (number, sampled) = pipeline.results.recv().unwrap();
-    assert_eq!(number, 1);
-    let error = sampled.unwrap_err();
-    drop(pipeline.steps);
-    for thread in pipeline.threads {
-        thread.join().unwrap();
-    }
-    assert!(pipeline.results.recv().is_err(), "it is said once");
-    error
+    let [apart, together] = [false, true].map(|one_thread| {
+        let pipeline = two_stages(one_thread);
+        pipeline.steps.send(step(0, 5, true)).unwrap();
+        let (number, sampled) = pipeline.results.recv().unwrap();
+        assert_eq!((number, sampled.unwrap().len()), (0, 1));
+        pipeline.steps.send(bad.clone()).unwrap();
+        let (number, sampled) = pipeline.results.recv().unwrap();
+        assert_eq!(number, 1);
+        let error = sampled.unwrap_err();
+        drop(pipeline.steps);
+        for thread in pipeline.threads {
+            thread.join().unwrap();
+        }
+        assert!(pipeline.results.recv().is_err(), "it is said once");
+        error
+    });
+    assert_eq!(apart, together);
+    together
 }
 
 #[test]
@@ -146,7 +157,7 @@ fn a_stage_that_cannot_be_loaded_says_why_and_ends() {
         turn: Arc::new(Mutex::new(())),
         metrics: Arc::new(StageMetrics::default()),
     };
-    let handle = spawn(stage).unwrap();
+    let handle = spawn(vec![stage]).unwrap();
     let error = handle.loaded.recv().unwrap().unwrap_err();
     assert_eq!(error, Error::Engine("stage 0 panicked: made to fail".into()));
     handle.thread.join().unwrap();

@@ -10,6 +10,8 @@ mod tensor;
 pub use random::{Random, mix};
 pub use tensor::{Bytes, DType, Tensor};
 
+use std::time::Duration;
+
 use crate::{
     batch::{MicroBatch, Sampled, Step},
     error::Result,
@@ -129,6 +131,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Whether ops return before they are done, so that the host can run a step ahead of what it has read.
     const ASYNC: bool;
 
+    /// A moment on the device's clock.
+    type Mark: Send;
+
     /// The device's name in messages and layouts: `cpu`, `cuda:1`.
     fn name(&self) -> String;
 
@@ -163,6 +168,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Carries out the ops of a pass. A device may record them once and repeat them for every batch with the same
     /// numbers of rows: they must depend on nothing else, and always be given the same buffers.
     fn pass(&self, batch: &Self::Batch, ops: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+    /// Marks the moment when everything so far has been done.
+    fn mark(&self) -> Result<Self::Mark>;
+    /// The time between two moments; `None` if they have not both come yet.
+    fn between(&self, from: &Self::Mark, to: &Self::Mark) -> Result<Option<Duration>>;
     /// Copies to the host.
     fn read(&self, out: &mut [f32], from: &Self::Buf) -> Result<()>;
     /// Copies from the host.

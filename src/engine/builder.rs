@@ -21,7 +21,7 @@ use crate::{
         open_model,
         spec::ModelSpec,
     },
-    pipeline::{self, Input, Outcome, Output, Stage, StageHandle, StageMetrics, token_edge},
+    pipeline::{self, Input, Outcome, Output, Stage, StageMetrics, StagesHandle, token_edge},
     schedule::{BlockPool, Scheduler, SchedulerConfig},
     text::{Template, Tokenizer},
     transport::{Host, Transport},
@@ -251,12 +251,12 @@ fn memory_free() -> usize {
 
 /// Threads that have been started, and the channels to them.
 struct Wired {
-    stages: Vec<(StageFacts, StageHandle)>,
+    stages: Vec<(Vec<StageFacts>, StagesHandle)>,
     steps: channel::Sender<Step>,
     results: channel::Receiver<Outcome>,
 }
 
-/// Starts a thread a stage, with boundaries between them that hold as many steps as may be in flight.
+/// Starts the stages' threads, with boundaries between the stages that hold as many steps as may be in flight.
 fn wire(layout: &Layout, config: &DecoderConfig, in_flight: usize, threads: Option<usize>) -> Result<Wired> {
     for stage in layout.stages() {
         match stage.device {
@@ -267,54 +267,53 @@ fn wire(layout: &Layout, config: &DecoderConfig, in_flight: usize, threads: Opti
             }
         }
     }
-    wire_on(Arc::new(Cpu::new(threads)), layout, config, in_flight)
+    let cpu = Arc::new(Cpu::new(threads));
+    let backends = vec![cpu; layout.stages().len()];
+    wire_on(&backends, &Host, layout, config, in_flight)
 }
 
 fn wire_on<B: Backend>(
-    backend: Arc<B>,
+    backends: &[Arc<B>],
+    transport: &dyn Transport<B>,
     layout: &Layout,
     config: &DecoderConfig,
     in_flight: usize,
 ) -> Result<Wired> {
     let (steps, steps_out) = channel::bounded(in_flight);
     let (enqueued, await_enqueued) = token_edge();
-    let mut enqueued = Some(enqueued);
     let (results_in, results) = channel::unbounded();
-    let turn = Arc::new(Mutex::new(()));
     let hidden_max = config.limits.rows_max * config.spec.dim;
-    let mut input = Input::Steps(steps_out, await_enqueued);
+    let (mut inputs, mut outputs) = (vec![Input::Steps(steps_out, await_enqueued)], Vec::new());
+    for pair in backends.windows(2) {
+        let (sender, receiver) =
+            transport.connect(pair[0].clone(), pair[1].clone(), in_flight, hidden_max)?;
+        outputs.push(Output::Boundary(sender));
+        inputs.push(Input::Boundary(receiver));
+    }
+    outputs.push(Output::Results(enqueued));
+    let mut ends = inputs.into_iter().zip(outputs).zip(backends).enumerate();
+    let turn = Arc::new(Mutex::new(()));
     let mut stages = Vec::new();
-    for (index, stage) in layout.stages().iter().enumerate() {
-        let last = stage.layers.end == config.spec.layers.len();
-        let (output, next) = match last {
-            true => {
-                let enqueued = enqueued.take().expect("a layout with two last stages; this is a bug");
-                (Output::Results(enqueued), None)
-            }
-            false => {
-                let (sender, receiver) =
-                    Host.connect(backend.clone(), backend.clone(), in_flight, hidden_max)?;
-                (Output::Boundary(sender), Some(Input::Boundary(receiver)))
-            }
-        };
-        let metrics = Arc::new(StageMetrics::default());
-        let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
-        let handle = pipeline::spawn(Stage {
-            index,
-            backend: backend.clone(),
-            load: Box::new(move |backend| Decoder::load(backend, &own)),
-            input,
-            output,
-            results: results_in.clone(),
-            turn: turn.clone(),
-            metrics: metrics.clone(),
-        })?;
-        let (device, layers) = (stage.device.to_string(), stage.to_string());
-        stages.push((StageFacts { device, layers, weight_bytes: 0, metrics }, handle));
-        match next {
-            Some(next) => input = next,
-            None => break,
+    // Stages on the processor cannot overlap. Others have a thread each, and their device shares itself out.
+    for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {
+        let (mut facts, mut run_stages) = (Vec::new(), Vec::new());
+        for (stage, (index, ((input, output), backend))) in run.iter().zip(&mut ends) {
+            let metrics = Arc::new(StageMetrics::default());
+            let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
+            run_stages.push(Stage {
+                index,
+                backend: backend.clone(),
+                load: Box::new(move |backend| Decoder::load(backend, &own)),
+                input,
+                output,
+                results: results_in.clone(),
+                turn: if B::ASYNC { Arc::default() } else { turn.clone() },
+                metrics: metrics.clone(),
+            });
+            let (device, layers) = (stage.device.to_string(), stage.to_string());
+            facts.push(StageFacts { device, layers, weight_bytes: 0, metrics });
         }
+        stages.push((facts, pipeline::spawn(run_stages)?));
     }
     Ok(Wired { stages, steps, results })
 }
@@ -323,10 +322,13 @@ fn wire_on<B: Backend>(
 fn start(facts: Facts, wired: Wired, scheduler: Scheduler) -> Result<Engine> {
     let facts = Arc::new(facts);
     let (mut stages, mut threads) = (Vec::new(), Vec::new());
-    for (i, (mut stage, handle)) in wired.stages.into_iter().enumerate() {
-        let gone = |_| Err(Error::Engine(format!("stage {i} ended while loading; this is a bug")));
-        stage.weight_bytes = handle.loaded.recv().unwrap_or_else(gone)?;
-        stages.push(stage);
+    for (run, handle) in wired.stages {
+        for mut stage in run {
+            let i = stages.len();
+            let gone = |_| Err(Error::Engine(format!("stage {i} ended while loading; this is a bug")));
+            stage.weight_bytes = handle.loaded.recv().unwrap_or_else(gone)?;
+            stages.push(stage);
+        }
         threads.push(handle.thread);
     }
     let (commands, commands_out) = channel::unbounded();

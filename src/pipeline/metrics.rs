@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::backend::Backend;
+
 /// Counters that a stage's thread writes and anyone reads.
 #[derive(Debug, Default)]
 pub struct StageMetrics {
@@ -47,9 +49,18 @@ pub(super) enum Spent {
 }
 
 impl StageMetrics {
-    /// Adds the time since `*since` to a kind and starts the next span.
-    pub(super) fn add(&self, kind: Spent, since: &mut Instant) {
+    /// Adds the host's time since `*since` to a kind and starts the next span; for a device that works on its own the
+    /// host's time says nothing.
+    pub(super) fn spent<B: Backend>(&self, kind: Spent, since: &mut Instant) {
         let now = Instant::now();
+        if !B::ASYNC {
+            self.add(kind, now - *since);
+        }
+        *since = now;
+    }
+
+    /// Adds to a kind.
+    pub(super) fn add(&self, kind: Spent, time: Duration) {
         let counter = match kind {
             Spent::Busy => &self.busy_ns,
             Spent::WaitInput => &self.wait_input_ns,
@@ -57,8 +68,7 @@ impl StageMetrics {
             Spent::WaitDevice => &self.wait_device_ns,
             Spent::Copy => &self.copy_ns,
         };
-        counter.fetch_add((now - *since).as_nanos() as u64, Relaxed);
-        *since = now;
+        counter.fetch_add(time.as_nanos() as u64, Relaxed);
     }
 
     /// Counts a micro-batch.

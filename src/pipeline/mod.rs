@@ -1,4 +1,4 @@
-//! Stages: a thread each, a channel or a boundary between them.
+//! Stages on their threads, a channel or a boundary between them.
 
 mod metrics;
 mod outcome;
@@ -7,5 +7,5 @@ mod token_edge;
 
 pub use metrics::{StageMetrics, StageTimes};
 pub use outcome::Outcome;
-pub use stage::{Input, Load, Output, Stage, StageHandle, spawn};
+pub use stage::{Input, Load, Output, Stage, StagesHandle, spawn};
 pub use token_edge::{AwaitEnqueued, Enqueued, token_edge};

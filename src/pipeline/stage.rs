@@ -1,6 +1,7 @@
-//! A stage's thread: receive, forward, send.
+//! A stage on its thread: receive, forward, send.
 
 use std::{
+    collections::VecDeque,
     sync::{Arc, Mutex},
     thread::JoinHandle,
     time::Instant,
@@ -47,7 +48,7 @@ pub struct Stage<B: Backend> {
     pub index: usize,
     /// Its device.
     pub backend: Arc<B>,
-    /// Loads its units. It runs on the stage's own thread, so that all stages load at once.
+    /// Loads its units. It runs on the stage's thread, so that stages of different threads load at once.
     pub load: Load<B>,
     /// Where micro-batches come from.
     pub input: Input<B>,
@@ -55,68 +56,91 @@ pub struct Stage<B: Backend> {
     pub output: Output<B>,
     /// Where tokens and failures go.
     pub results: channel::Sender<Outcome>,
-    /// Held for a pass by stages that share a device whose every core one pass can use.
+    /// Held for a pass by stages of several threads that share a device whose every core one pass can use.
     pub turn: Arc<Mutex<()>>,
     /// What it does with its time.
     pub metrics: Arc<StageMetrics>,
 }
 
-/// A stage that has been started.
-pub struct StageHandle {
-    /// Its thread; it ends when its input closes.
+/// Stages that have been started on one thread.
+pub struct StagesHandle {
+    /// Their thread; it ends when the first one's input closes.
     pub thread: JoinHandle<()>,
-    /// Whether it could be loaded, and the bytes of its weights.
+    /// For each stage, whether it could be loaded, and the bytes of its weights.
     pub loaded: channel::Receiver<Result<usize>>,
 }
 
-/// Starts a stage's thread.
-pub fn spawn<B: Backend>(stage: Stage<B>) -> Result<StageHandle> {
-    let (loaded_in, loaded) = channel::bounded(1);
-    let name = format!("stage {}", stage.index);
+/// Starts a thread for stages that follow each other: a step goes through all of them, then the next step.
+///
+/// Stages whose passes could not overlap anyway, since each uses the whole device, lose nothing by it, and no
+/// step waits for a thread to wake between two of them.
+pub fn spawn<B: Backend>(stages: Vec<Stage<B>>) -> Result<StagesHandle> {
+    let (loaded_in, loaded) = channel::bounded(stages.len());
+    let name = match &stages[..] {
+        [] => panic!("a thread without a stage; this is a bug"),
+        [only] => format!("stage {}", only.index),
+        [first, .., last] => format!("stages {}-{}", first.index, last.index),
+    };
     let thread = std::thread::Builder::new()
         .name(name.clone())
-        .spawn(move || run(stage, &loaded_in))
+        .spawn(move || run(stages, &loaded_in))
         .map_err(|e| Error::Engine(format!("{name}: no thread: {e}")))?;
-    Ok(StageHandle { thread, loaded })
+    Ok(StagesHandle { thread, loaded })
 }
 
-fn run<B: Backend>(stage: Stage<B>, loaded: &channel::Sender<Result<usize>>) {
-    let Stage { index, backend, load, input, output, results, turn, metrics } = stage;
-    let head = matches!(output, Output::Results(_));
-    let ready = guard(index, || Ok((load(&backend)?, Outcomes::new(index, &backend, head, results)?)));
-    let (decoder, outcomes) = match ready {
-        Ok((decoder, outcomes)) => {
-            // Nobody listens any more if another stage could not be loaded.
-            let _ = loaded.send(Ok(decoder.weight_bytes()));
-            (decoder, outcomes)
-        }
-        Err(e) => {
-            let _ = loaded.send(Err(e));
-            return;
-        }
-    };
-    let mut running = Running { backend, decoder, input, output, turn, metrics, since: Instant::now() };
-    while let Ok(step) = running.receive() {
-        // After a failure the numbers of later packets cannot be trusted: the stage ends.
-        if let Some(pending) = guard(index, || running.step(&step)).transpose()
-            && !outcomes.tell(step, pending)
-        {
-            return;
-        }
+fn run<B: Backend>(stages: Vec<Stage<B>>, loaded: &channel::Sender<Result<usize>>) {
+    let mut running = Vec::new();
+    for stage in stages {
+        let stage = Running::load(stage);
+        let told = stage.as_ref().map(|stage| stage.decoder.weight_bytes()).map_err(Error::clone);
+        // Nobody listens any more if another stage could not be loaded.
+        let _ = loaded.send(told);
+        let Ok(stage) = stage else { return };
+        running.push(stage);
     }
+    // What one stage has sent is there for the next to receive.
+    while running.iter_mut().all(Running::serve) {}
 }
 
 struct Running<B: Backend> {
+    index: usize,
     backend: Arc<B>,
     decoder: Decoder<B>,
     input: Input<B>,
     output: Output<B>,
+    outcomes: Outcomes<B::Pending>,
     turn: Arc<Mutex<()>>,
     metrics: Arc<StageMetrics>,
     since: Instant,
+    passes: Passes<B>,
+}
+
+/// When a device that works on its own began and ended passes: the last one that is over, and later ones.
+struct Passes<B: Backend> {
+    last_end: Option<B::Mark>,
+    open: VecDeque<(B::Mark, B::Mark)>,
 }
 
 impl<B: Backend> Running<B> {
+    fn load(stage: Stage<B>) -> Result<Self> {
+        let Stage { index, backend, load, input, output, results, turn, metrics } = stage;
+        let head = matches!(output, Output::Results(_));
+        let decoder = guard(index, || load(&backend))?;
+        let outcomes = Outcomes::new(index, &backend, head, results)?;
+        let (since, passes) = (Instant::now(), Passes { last_end: None, open: VecDeque::new() });
+        Ok(Running { index, backend, decoder, input, output, outcomes, turn, metrics, since, passes })
+    }
+
+    /// Receives a step and carries it out; false when there is no more to do.
+    fn serve(&mut self) -> bool {
+        let Ok(step) = self.receive() else { return false };
+        // After a failure the numbers of later packets cannot be trusted: the stage ends.
+        match guard(self.index, || self.step(&step)).transpose() {
+            Some(pending) => self.outcomes.tell(step, pending),
+            None => true,
+        }
+    }
+
     fn receive(&mut self) -> Result<Step, Closed> {
         let step = match &mut self.input {
             Input::Steps(steps, tokens) => {
@@ -126,7 +150,7 @@ impl<B: Backend> Running<B> {
             }
             Input::Boundary(boundary) => boundary.wait(),
         };
-        self.metrics.add(Spent::WaitInput, &mut self.since);
+        self.spent(Spent::WaitInput);
         step
     }
 
@@ -134,34 +158,63 @@ impl<B: Backend> Running<B> {
     fn step(&mut self, step: &Step) -> Result<Option<B::Pending>> {
         if let Input::Boundary(boundary) = &mut self.input {
             boundary.take(self.decoder.hidden_mut())?;
-            self.metrics.add(Spent::Copy, &mut self.since);
+            self.spent(Spent::Copy);
         }
-        let pending = {
-            let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            self.metrics.add(Spent::WaitDevice, &mut self.since);
-            if let (Input::Steps(..), Some(after)) = (&self.input, step.after) {
-                self.backend.await_tokens(after)?;
-            }
-            self.decoder.forward(&*self.backend, &step.batch)?;
-            match &self.output {
-                Output::Results(enqueued) => {
-                    let pending = self.decoder.sample(&*self.backend, step)?;
-                    enqueued.tell(step.step);
-                    Some(pending)
-                }
-                Output::Boundary(_) => None,
-            }
-        };
-        self.metrics.add(Spent::Busy, &mut self.since);
+        let pending = self.pass(step)?;
         self.metrics.count(step.batch.rows());
         if let Output::Boundary(boundary) = &mut self.output {
             let gone = |Closed| Error::Engine("the next stage is gone".into());
             boundary.wait_for_room().map_err(gone)?;
-            self.metrics.add(Spent::WaitOutput, &mut self.since);
+            self.metrics.spent::<B>(Spent::WaitOutput, &mut self.since);
             let (hidden, len) = self.decoder.hidden(step.batch.rows());
             boundary.send(step.clone(), hidden, len)?;
-            self.metrics.add(Spent::Copy, &mut self.since);
+            self.spent(Spent::Copy);
         }
         Ok(pending)
+    }
+
+    fn pass(&mut self, step: &Step) -> Result<Option<B::Pending>> {
+        let turn = self.turn.clone();
+        let _turn = turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.spent(Spent::WaitDevice);
+        if let (Input::Steps(..), Some(after)) = (&self.input, step.after) {
+            self.backend.await_tokens(after)?;
+        }
+        let start = self.backend.mark()?;
+        self.decoder.forward(&*self.backend, &step.batch)?;
+        let pending = match &self.output {
+            Output::Results(enqueued) => {
+                let pending = self.decoder.sample(&*self.backend, step)?;
+                enqueued.tell(step.step);
+                Some(pending)
+            }
+            Output::Boundary(_) => None,
+        };
+        self.passes.open.push_back((start, self.backend.mark()?));
+        self.spent(Spent::Busy);
+        self.settle()?;
+        Ok(pending)
+    }
+
+    fn spent(&mut self, kind: Spent) {
+        self.metrics.spent::<B>(kind, &mut self.since);
+    }
+
+    /// Counts the passes that are over by the device's own clock, if it works on its own.
+    fn settle(&mut self) -> Result<()> {
+        if !B::ASYNC {
+            self.passes.open.clear();
+        }
+        while let Some((start, end)) = self.passes.open.front() {
+            let Some(busy) = self.backend.between(start, end)? else { break };
+            self.metrics.add(Spent::Busy, busy);
+            if let Some(last) = &self.passes.last_end
+                && let Some(idle) = self.backend.between(last, start)?
+            {
+                self.metrics.add(Spent::WaitInput, idle);
+            }
+            self.passes.last_end = self.passes.open.pop_front().map(|(_, end)| end);
+        }
+        Ok(())
     }
 }

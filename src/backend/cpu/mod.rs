@@ -19,7 +19,10 @@ mod rope;
 pub mod sample;
 mod simd;
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 pub use sample::Sampler;
 pub use simd::Simd;
@@ -105,6 +108,8 @@ impl Backend for Cpu {
     type Sampler = Sampler;
     type Pending = Vec<Sampled>;
 
+    type Mark = Instant;
+
     const ASYNC: bool = false;
 
     fn name(&self) -> String {
@@ -167,6 +172,14 @@ impl Backend for Cpu {
 
     fn pass(&self, _: &Self::Batch, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         ops()
+    }
+
+    fn mark(&self) -> Result<Instant> {
+        Ok(Instant::now())
+    }
+
+    fn between(&self, from: &Instant, to: &Instant) -> Result<Option<Duration>> {
+        Ok(Some(*to - *from))
     }
 
     fn read(&self, out: &mut [f32], from: &Self::Buf) -> Result<()> {

@@ -201,7 +201,7 @@ impl Drop for Stream {
 }
 
 /// A place in a stream that others can wait for.
-pub(crate) struct Event {
+pub struct Event {
     context: Context,
     raw: sys::CUevent,
 }

@@ -32,15 +32,17 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 pub use batch::Batch;
 pub use driver::{DeviceFacts, devices};
 pub use kv::Kv;
 pub use matrix::Matrix;
+pub use memory::Event;
 pub use sample::{Pending, Sampler};
 
-pub(crate) use memory::{DevicePtr, Event, Pinned, Stream};
+pub(crate) use memory::{DevicePtr, Pinned, Stream};
 
 use self::{
     blas::Blas,
@@ -334,6 +336,8 @@ impl Backend for Cuda {
     type Sampler = Sampler;
     type Pending = Pending;
 
+    type Mark = Event;
+
     const ASYNC: bool = true;
 
     fn name(&self) -> String {
@@ -401,6 +405,19 @@ impl Backend for Cuda {
             rope::rotations(self, batch)?;
             ops()
         })
+    }
+
+    fn mark(&self) -> Result<Event> {
+        let event = Event::timed(self.context)?;
+        self.record_event(&event)?;
+        Ok(event)
+    }
+
+    fn between(&self, from: &Event, to: &Event) -> Result<Option<Duration>> {
+        if !from.reached()? || !to.reached()? {
+            return Ok(None);
+        }
+        Ok(Some(Duration::from_secs_f32(to.ms_since(from)?.max(0.0) / 1000.0)))
     }
 
     fn read(&self, out: &mut [f32], from: &Buf) -> Result<()> {
