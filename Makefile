@@ -21,10 +21,16 @@ test: check ## all that can run on this machine
 	PIPELINE_INFER_SMOLLM2="$(abspath $(MODEL))" cargo test --locked --all-targets
 	cargo test --locked --doc
 
+# The oldest Rust that the crate promises to be built by.
+OLDEST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml).0
 check:
 	@if cargo fmt --version >/dev/null 2>&1; then cargo fmt --check; else echo "SKIPPED: rustfmt is not installed"; fi
-	@if cargo clippy --version >/dev/null 2>&1; then cargo clippy --locked --all-targets -- -D warnings; \
+	@# The fuzz targets too. Without default features they need no C++ compiler, and the rest has none.
+	@if cargo clippy --version >/dev/null 2>&1; then \
+	  cargo clippy --locked --workspace --no-default-features --all-targets -- -D warnings; \
 	else echo "SKIPPED: clippy is not installed"; fi
+	@if cargo +$(OLDEST) --version >/dev/null 2>&1; then cargo +$(OLDEST) check --locked --all-targets; \
+	else echo "SKIPPED: Rust $(OLDEST) is not installed"; fi
 
 bench: model ## compare stage splits, and time the CPU's ops
 	PIPELINE_INFER_SMOLLM2="$(abspath $(MODEL))" cargo bench --locked
