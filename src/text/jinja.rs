@@ -11,6 +11,11 @@ use minijinja::{
 
 use super::jinja_limits::{DEPTH_MAX, OUTPUT_MAX, charge};
 
+/// Bytes between two items of JSON, and of a level of its indentation.
+const SPACE_MAX: usize = 64;
+/// Bytes of a date's format.
+const FORMAT_MAX: usize = 1 << 10;
+
 /// How model makers' tools set Jinja up: a block's line leaves nothing behind.
 pub(super) fn syntax() -> SyntaxConfig {
     let mut syntax = SyntaxConfig::builder();
@@ -57,9 +62,9 @@ fn raise_exception(message: String) -> Result<Value, Error> {
 fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent = match kwargs.get::<Option<Value>>("indent")? {
         Some(indent) if !indent.is_none() => match (indent.as_str(), indent.as_usize()) {
-            (Some(text), _) => Some(text.to_owned()),
-            (None, Some(spaces)) if spaces <= 64 => Some(" ".repeat(spaces)),
-            _ => return Err(not_json("indent is neither a text nor a number up to 64")),
+            (Some(text), _) if text.len() <= SPACE_MAX => Some(text.to_owned()),
+            (None, Some(spaces)) if spaces <= SPACE_MAX => Some(" ".repeat(spaces)),
+            _ => return Err(not_json("indent is neither a short text nor a number up to 64")),
         },
         _ => None,
     };
@@ -70,6 +75,9 @@ fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
         }
         _ => ((if indent.is_some() { "," } else { ", " }).to_owned(), ": ".to_owned()),
     };
+    if item.len().max(key.len()) > SPACE_MAX {
+        return Err(not_json("separators are long"));
+    }
     let sort = kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     let ascii = kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
     kwargs.assert_all_used()?;
@@ -202,6 +210,9 @@ fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
         "November",
         "December",
     ];
+    if format.len() > FORMAT_MAX {
+        return Err(Error::new(ErrorKind::InvalidOperation, "strftime_now: a long format"));
+    }
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = civil(days);
     let (hour, minute) = (second / 3600, second / 60 % 60);

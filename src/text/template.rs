@@ -11,7 +11,7 @@ use serde_json::Value as Json;
 use crate::{
     error::{Error, Result},
     request::Message,
-    text::{Tokenizer, jinja, jinja_limits, read_file},
+    text::{Tokenizer, jinja, jinja_guard, jinja_limits, read_file},
 };
 
 const FILE_BYTES_MAX: u64 = 4 << 20;
@@ -19,8 +19,8 @@ const NAME: &str = "chat_template";
 
 /// A model's chat template.
 ///
-/// Templates come with model folders and are not trusted: a render takes a bounded number of steps and makes a
-/// bounded amount of text (see `jinja_limits`).
+/// Templates come with model folders and are not trusted: a render takes a bounded number of steps, and
+/// makes a bounded amount of text and lists (see `jinja_limits`).
 pub struct Template {
     env: Environment<'static>,
     path: PathBuf,
@@ -44,8 +44,15 @@ impl Template {
         env.set_auto_escape_callback(|_| AutoEscape::None);
         jinja::add_to(&mut env);
         jinja_limits::add_to(&mut env);
-        let (guarded, fuel) = jinja_limits::guard_source(&source);
-        env.set_fuel(Some(fuel));
+        env.set_fuel(Some(jinja_limits::FUEL));
+        if source.len() > jinja_limits::SOURCE_MAX {
+            let (len, max) = (source.len(), jinja_limits::SOURCE_MAX);
+            return Err(Error::data(
+                &path,
+                format!("the chat template has {len} bytes; at most {max} are read"),
+            ));
+        }
+        let guarded = jinja_guard::guard_source(&source).map_err(|e| describe(&path, &e))?;
         env.add_template_owned(NAME, guarded).map_err(|e| describe(&path, &e))?;
         let config = tokenizer.config();
         let tokens = [
@@ -375,7 +382,7 @@ mod tests {
         let plain = format!(
             "{{% set s %}}{{% for a in range(100000) %}}{{% for b in range(9) %}}{text}{{% endfor %}}{{% endfor %}}{{% endset %}}"
         );
-        assert!(error(&plain).contains("too many steps"));
+        assert!(error(&plain).contains("more than 64 MiB"));
         let captured = "{% set s %}{% for a in range(100000) %}{{ 'x' * 1000 }}{% endfor %}{% endset %}";
         assert!(error(captured).contains("more than 64 MiB"));
     }
@@ -439,6 +446,10 @@ mod tests {
             ),
             ("{% for k, v in {'a': 1, 'b': 2}.items() if v + 1 > 2 %}{{ k ~ v }}{% endfor %}", "b2"),
             ("{{ (messages | length) * 'é' ~ (1, bos_token)[1] }}", "éé<s>"),
+            (
+                "{{ 'a\nb' | indent(width=2) }}|{{ [2, 1] | sort(reverse=true) }}|{{ ['a'] | join(d='-') }}",
+                "a\n  b|[2, 1]|a",
+            ),
         ] {
             assert_eq!(ok(source), expected, "{source}");
         }
