@@ -98,7 +98,8 @@ DEVICE float block_sum(float x, float* parts) {
 // Order of launches: a kernel may start while the one before it in the stream still runs (programmatic dependent
 // launch, from sm_90 on). Nothing that the one before wrote may be read, and nothing that it reads may be
 // written, before `wait_for_previous`. Every thread of every kernel calls it: a kernel that ended without it would
-// let the one after next run ahead of what it needs. `let_next_start` says that the next kernel's blocks may be
+// let the one after next run ahead of what it needs. Pointers to what earlier kernels write must not be
+// `const __restrict__`: loads through such pointers may be moved ahead of the wait. `let_next_start` says that the next kernel's blocks may be
 // placed as soon as there is room.
 DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900

@@ -2,6 +2,8 @@
 
 mod answer;
 mod builder;
+mod place;
+mod wire;
 mod worker;
 
 use std::sync::{
@@ -11,10 +13,11 @@ use std::sync::{
 
 use crossbeam_channel as channel;
 
-pub use builder::{EngineBuilder, WeightSource};
+pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
 
 use self::worker::{Command, Submission};
 use crate::{
+    backend::DType,
     error::{Error, Result},
     layout::Layout,
     model::{config::GenerationConfig, spec::ModelSpec},
@@ -42,6 +45,7 @@ struct Facts {
     tokenizer: Option<Arc<Tokenizer>>,
     template: Option<Template>,
     layout: Layout,
+    dtype: DType,
     context_max: usize,
     kv_tokens: usize,
 }
@@ -129,6 +133,11 @@ impl Engine {
     /// The layout it runs in.
     pub fn layout(&self) -> &Layout {
         &self.facts.layout
+    }
+
+    /// The type that weights, keys and values are kept in.
+    pub fn dtype(&self) -> DType {
+        self.facts.dtype
     }
 
     /// Tokens of a sequence at most, prompt and answer together.

@@ -138,6 +138,27 @@ fn a_panic_in_the_last_stage_is_the_steps_outcome_and_names_the_stage() {
 }
 
 #[test]
+fn a_step_that_waits_for_a_token_goes_on_once_it_is_asked_for_and_ends_with_the_last_stage() {
+    for one_thread in [false, true] {
+        let pipeline = two_stages(one_thread);
+        let steps = [
+            step(0, 5, true),
+            Step { after: Some(0), ..step(1, 6, true) },
+            // The sampler does not know its sequence.
+            step(2, 7, false),
+            Step { after: Some(2), ..step(3, 8, true) },
+        ];
+        // The last one may come when all is over.
+        let _ = steps.map(|step| pipeline.steps.send(step));
+        let outcomes: Vec<(u64, bool)> = pipeline.results.iter().map(|(step, o)| (step, o.is_ok())).collect();
+        assert_eq!(outcomes, [(0, true), (1, true), (2, false)], "the first stage has let the last step go");
+        for thread in pipeline.threads {
+            thread.join().unwrap();
+        }
+    }
+}
+
+#[test]
 fn a_stage_that_cannot_be_loaded_says_why_and_ends() {
     let (cpu, config) = (Arc::new(Cpu::new(Some(1))), config());
     let (_steps, steps) = bounded(1);

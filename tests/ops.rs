@@ -2,6 +2,7 @@
 
 #[path = "ops/attention.rs"]
 mod attention;
+mod common;
 #[path = "ops/linear.rs"]
 mod linear;
 #[path = "ops/refused.rs"]
@@ -11,6 +12,7 @@ mod rows;
 
 use std::ops::Range;
 
+use common::numbers;
 use pipeline_infer::{
     backend::{
         Backend, DType, HeadShape, Limits, Tensor,
@@ -30,18 +32,6 @@ type Buf = <Cpu as Backend>::Buf;
 fn devices(threads: usize) -> Vec<Cpu> {
     let all = Simd::ALL.into_iter().filter(|s| s.available());
     all.map(|simd| Cpu::with_simd(Some(threads), simd).unwrap()).collect()
-}
-
-/// Numbers between -1 and 1, the same for the same seed.
-fn numbers(seed: u64, len: usize) -> Vec<f32> {
-    let mut state = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    std::iter::repeat_with(next).take(len).collect()
 }
 
 fn tensor(shape: &[usize], dtype: DType, values: &[f32]) -> Tensor {

@@ -4,18 +4,15 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{chat_llama, collect, logprob_bits, request};
+use common::{chat_llama, collect, crossing, logprob_bits, request};
 use pipeline_infer::{
-    Engine, Error, Event, FinishReason, Layout,
-    backend::{Backend, cpu::Cpu},
-    batch::{MicroBatch, Step},
-    engine::EngineBuilder,
-    model::open_model,
-    transport::{Closed, transports},
+    Engine, Error, Event, FinishReason, Layout, backend::cpu::Cpu, engine::EngineBuilder, layout::Device,
+    model::open_model, transport::transports,
 };
 
+/// On the CPU, where batching changes no bit, on machines with GPUs too.
 fn build(with: impl FnOnce(EngineBuilder) -> EngineBuilder) -> Engine {
-    with(Engine::builder().model(chat_llama())).build().unwrap()
+    with(Engine::builder().model(chat_llama()).device(Device::Cpu)).build().unwrap()
 }
 
 /// Ids and the bits of their log-probabilities for eight requests of different lengths at once.
@@ -146,12 +143,18 @@ fn builders_values_are_checked() {
     assert!(said(|b| b.slots(0)).contains("--slots"));
     assert!(said(|b| b.chunk(0)).contains("--chunk"));
     assert!(said(|b| b.threads(0)).contains("--threads"));
+    assert!(said(|b| b.running(0)).contains("--running"));
+    assert!(said(|b| b.running(1 << 20)).contains("--running"));
     assert!(said(|b| b.max_context(1)).contains("--max-context"));
     assert!(said(|b| b.max_context(1 << 40)).contains("--max-context"));
     assert!(said(|b| b.kv_memory(3)).contains("--kv-memory"));
     // More memory than there is: no more is taken than can ever be used.
     assert!(build(|b| b.kv_memory(usize::MAX)).kv_tokens() <= 64 * 256);
-    assert!(said(|b| b.device(pipeline_infer::layout::Device::Cuda(0))).contains("cuda:0"));
+    assert_eq!(build(|b| b.kv_memory(usize::MAX).running(100)).kv_tokens(), 100 * 256);
+    // As many as run at once have room, where there is memory for them.
+    assert_eq!(build(|b| b.max_context(32)).kv_tokens(), 8 * 32);
+    assert_eq!(build(|b| b.max_context(32).running(100)).kv_tokens(), 100 * 32);
+    assert!(said(|b| b.device(Device::Cuda(99))).contains("cuda"));
 }
 
 #[test]
@@ -166,50 +169,9 @@ fn dropping_the_engine_ends_open_requests_with_an_error() {
 
 #[test]
 fn every_transport_brings_what_was_sent_in_order_and_waits_for_room() {
-    let backend = Arc::new(Cpu::new(Some(1)));
+    let cpu = Arc::new(Cpu::new(Some(1)));
     for transport in transports::<Cpu>() {
-        let name = transport.name();
-        let (mut sender, mut receiver) = transport.connect(backend.clone(), backend.clone(), 3, 64).unwrap();
-        let theirs = backend.clone();
-        let sending = std::thread::spawn(move || {
-            let mut hidden = theirs.buf(64).unwrap();
-            for step in 0..200u64 {
-                let len = 1 + step as usize % 64;
-                let numbers: Vec<f32> = (0..len).map(|i| step as f32 + i as f32 / 64.0).collect();
-                theirs.write(&mut hidden, &numbers).unwrap();
-                sender.wait_for_room().unwrap();
-                let packet = Step { step, after: None, batch: Arc::new(MicroBatch::default()) };
-                sender.send(packet, &hidden, len).unwrap();
-                // What was sent must not change with the buffer.
-                theirs.write(&mut hidden, &[f32::NAN; 64]).unwrap();
-            }
-        });
-        let mut hidden = backend.buf(64).unwrap();
-        for step in 0..200u64 {
-            assert_eq!(receiver.wait().unwrap().step, step, "{name}");
-            receiver.take(&mut hidden).unwrap();
-            let mut numbers = vec![0.0; 1 + step as usize % 64];
-            backend.read(&mut numbers, &hidden).unwrap();
-            let expected: Vec<f32> = (0..numbers.len()).map(|i| step as f32 + i as f32 / 64.0).collect();
-            assert_eq!(numbers, expected, "{name}, step {step}");
-        }
-        sending.join().unwrap();
-        assert_eq!(receiver.wait().err(), Some(Closed), "{name}: the end of the sender is seen");
-    }
-}
-
-#[test]
-fn a_sender_without_a_receiver_is_told() {
-    let backend = Arc::new(Cpu::new(Some(1)));
-    for transport in transports::<Cpu>() {
-        let (mut sender, receiver) = transport.connect(backend.clone(), backend.clone(), 1, 4).unwrap();
-        drop(receiver);
-        let hidden = backend.buf(4).unwrap();
-        let packet = Step { step: 0, after: None, batch: Arc::new(MicroBatch::default()) };
-        let sent = sender
-            .wait_for_room()
-            .map_err(|_| ())
-            .and_then(|()| sender.send(packet, &hidden, 4).map_err(|_| ()));
-        assert!(sent.is_err(), "{}", transport.name());
+        crossing::brings_what_was_sent_in_order(transport, &cpu, &cpu);
+        crossing::tells_a_sender_without_a_receiver(transport, &cpu, &cpu);
     }
 }

@@ -7,15 +7,18 @@ No GPU, driver or toolkit is needed: NVRTC is taken from --lib, from the install
 fetched into .cache. A file names its variants in comment lines, every value with every value of the line:
 
     // variants: DTYPE=1,2 HEAD_DIM=64,128
+    // variants for sm_90a,sm_100a: DTYPE=1,2 HEAD_DIM=256
 
 A kernel that spills registers is an error, unless the file says `// spills: NAME` (a kernel that is not hot).
+The exit code is 3 if there is no NVRTC to be had.
 """
-import argparse, ctypes, itertools, pathlib, re, subprocess, sys, time, zipfile
+import argparse, concurrent.futures, ctypes, itertools, os, pathlib, re, subprocess, sys, time, zipfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a"]
 WHEEL = "nvidia-cuda-nvrtc==13.0.88"
+NO_NVRTC = 3
 
 
 def nvrtc(given):
@@ -32,7 +35,9 @@ def from_wheel():
     if not lib.exists():
         at.mkdir(parents=True, exist_ok=True)
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(at), WHEEL]
-        subprocess.run(pip, check=True)
+        if subprocess.run(pip).returncode:
+            print(f"{WHEEL} cannot be fetched from PyPI", file=sys.stderr)
+            sys.exit(NO_NVRTC)
         wheel = next(at.glob("nvidia_cuda_nvrtc-*.whl"))
         with zipfile.ZipFile(wheel) as files:
             files.extractall(at)
@@ -40,9 +45,11 @@ def from_wheel():
     return lib
 
 
-def variants(source):
-    """Every set of definitions that a file asks for."""
-    for line in re.findall(r"^// variants: (.*)$", source, re.M):
+def variants(source, arch):
+    """Every set of definitions that a file asks for, for this architecture."""
+    for archs, line in re.findall(r"^// variants(?: for (\S+))?: (.*)$", source, re.M):
+        if archs and arch not in archs.split(","):
+            continue
         names, values = zip(*(part.split("=") for part in line.split()))
         for chosen in itertools.product(*(v.split(",") for v in values)):
             yield dict(zip(names, chosen))
@@ -99,6 +106,23 @@ def usage(log):
     return kernels
 
 
+def each_arch(args):
+    """Compiles for several architectures at the same time, one a process; the first failure is the exit code."""
+    if not args.lib:
+        from_wheel()  # once, and not by all of them
+
+    def run(arch):
+        flags = [*map(str, args.files), "--arch", arch] + ["--quiet"] * args.quiet
+        flags += ["--lib", args.lib] if args.lib else []
+        flags += ["--cubin", str(args.cubin)] if args.cubin else []
+        return subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in (runs := list(pool.map(run, args.arch))):
+            print(done.stdout + done.stderr, end="")
+    sys.exit(next((done.returncode for done in runs if done.returncode), 0))
+
+
 def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("files", nargs="*", type=pathlib.Path)
@@ -107,14 +131,16 @@ def main():
     args.add_argument("--lib", help="libnvrtc.so to use")
     args.add_argument("--cubin", type=pathlib.Path, help="write cubins there")
     args = args.parse_args()
+    if len(args.arch) > 1:
+        each_arch(args)
     compiler, spilled, count, start = Compiler(args.lib), [], 0, time.time()
     for path in args.files or sorted(KERNELS.glob("*.cu")):
         source = path.read_text()
         may_spill = set(re.findall(r"^// spills: (\w+)", source, re.M))
-        sets = list(variants(source))
+        sets = [(arch, defines) for arch in args.arch for defines in variants(source, arch)]
         if not sets:
             raise SystemExit(f"{path}: no line `// variants: …`")
-        for arch, defines in itertools.product(args.arch, sets):
+        for arch, defines in sets:
             log, cubin = compiler.compile(path.name, source, arch, defines)
             count += 1
             shown = " ".join(f"{k}={v}" for k, v in defines.items())
@@ -130,7 +156,7 @@ def main():
                           f"{use['stack']:5} stack {use['spills']:5} spilled")
     if spilled:
         raise SystemExit("hot kernels spill registers:\n  " + "\n  ".join(spilled))
-    print(f"{count} variants compiled in {time.time() - start:.0f} s, no hot kernel spills")
+    print(f"{args.arch[0]}: {count} variants compiled in {time.time() - start:.0f} s, no hot kernel spills")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 //! Ops write into buffers of the caller; nothing is allocated in a step.
 
 pub mod cpu;
+pub mod cuda;
 mod random;
 mod tensor;
 

@@ -1,9 +1,11 @@
 //! The command line: one file a subcommand, in [`SUBCOMMANDS`]. Without a subcommand it is `run`.
 
 mod answer;
+mod bench;
 mod chat;
 mod choices;
 mod completions;
+mod devices;
 mod interrupt;
 mod man;
 mod output;
@@ -46,7 +48,14 @@ struct Subcommand {
 }
 
 /// All subcommands. The first one's flags work without its name, too.
-const SUBCOMMANDS: &[Subcommand] = &[run::SUBCOMMAND, completions::SUBCOMMAND, man::SUBCOMMAND];
+const SUBCOMMANDS: &[Subcommand] =
+    &[run::SUBCOMMAND, bench::SUBCOMMAND, devices::SUBCOMMAND, completions::SUBCOMMAND, man::SUBCOMMAND];
+
+impl Subcommand {
+    fn command(&self) -> Command {
+        numbers((self.flags)(Command::new(self.name)).about(self.about))
+    }
+}
 
 /// With negative numbers as values of all flags: an error then names the flag that does not take them.
 fn numbers(command: Command) -> Command {
@@ -122,6 +131,7 @@ fn command() -> Command {
                 .long("verbose")
                 .action(ArgAction::Count)
                 .global(true)
+                .help_heading("Output")
                 .help("Says more on stderr: -v what is loaded, -vv each request; RUST_LOG overrules it"),
         )
         .arg(
@@ -131,11 +141,10 @@ fn command() -> Command {
                 .value_parser(EnumValueParser::<LogFormat>::new())
                 .default_value("text")
                 .global(true)
+                .help_heading("Output")
                 .help("How log lines on stderr look"),
         );
-    for s in SUBCOMMANDS {
-        command = command.subcommand(numbers((s.flags)(Command::new(s.name)).about(s.about)));
-    }
+    command = command.subcommands(SUBCOMMANDS.iter().map(Subcommand::command));
     numbers(command)
 }
 

@@ -1,6 +1,6 @@
 //! The flags that make an engine: the model, where its stages run, and how much they may use.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 
@@ -25,7 +25,7 @@ pub(super) struct Setup {
     /// Which layers make each stage, and on which device: 0-9,10-29 or 0-9@cpu,10-29@cpu
     #[arg(long, value_name = "STAGES")]
     layout: Option<String>,
-    /// Where the stages run: auto, cpu or cuda; a layout names devices itself
+    /// Where the stages run: auto (GPUs if there are any), cpu, cuda (all GPUs) or cuda:N; a layout names devices itself
     #[arg(long, value_name = "DEVICE", default_value = "auto", conflicts_with = "layout")]
     device: String,
     /// The type that weights, keys and values are kept in; auto is the checkpoint's
@@ -36,17 +36,21 @@ pub(super) struct Setup {
     weights: Source,
     /// The longest sequence, prompt and answer together [default: the model's, at most 8192]
     #[arg(long, value_name = "TOKENS")]
-    max_context: Option<usize>,
+    pub(super) max_context: Option<usize>,
     /// For the KV cache, all stages together: bytes, or with K, M, G (powers of 1000) or KiB, MiB, GiB
-    /// (powers of 1024) [default: enough for 8 of the longest sequences, at most a quarter of the free memory]
+    /// (powers of 1024) [default: on the CPU enough for 8 of the longest sequences, or for --running of them, at
+    /// most a quarter of the free memory; on GPUs what weights and buffers leave]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     kv_memory: Option<usize>,
     /// Micro-batches in flight at most [default: the number of devices]
     #[arg(long, value_name = "N")]
     slots: Option<usize>,
-    /// Prompt tokens in a micro-batch at most [default: 256]
+    /// Prompt tokens in a micro-batch at most [default: 256 on the CPU, 2048 on GPUs]
     #[arg(long, value_name = "TOKENS")]
     chunk: Option<usize>,
+    /// Sequences that run at once at most; others wait [default: 64 on the CPU, 256 on GPUs]
+    #[arg(long, value_name = "N")]
+    pub(super) running: Option<usize>,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -78,12 +82,13 @@ impl Setup {
         if let Some(layout) = &self.layout {
             builder = builder.layout(layout.parse::<Layout>()?);
         }
-        if self.device != "auto" {
-            let device = self.device.parse::<Device>();
-            builder = builder.device(device.map_err(|_| {
-                Error::usage(format!("--device {}", self.device), "it is none of auto, cpu, cuda and cuda:N")
-            })?);
-        }
+        builder = match self.device.as_str() {
+            "auto" => builder,
+            "cuda" => builder.gpus(),
+            text => builder.device(text.parse::<Device>().map_err(|_| {
+                Error::usage(format!("--device {text}"), "it is none of auto, cpu, cuda and cuda:N")
+            })?),
+        };
         let dtype = match self.dtype {
             Kept::Auto => None,
             Kept::F32 => Some(DType::F32),
@@ -94,12 +99,13 @@ impl Setup {
             builder = builder.dtype(dtype);
         }
         type Set = fn(EngineBuilder, usize) -> EngineBuilder;
-        let counts: [(&str, Option<usize>, Set); 6] = [
+        let counts: [(&str, Option<usize>, Set); 7] = [
             ("--stages", self.stages, EngineBuilder::stages),
             ("--max-context", self.max_context, EngineBuilder::max_context),
             ("--kv-memory", self.kv_memory, EngineBuilder::kv_memory),
             ("--slots", self.slots, EngineBuilder::slots),
             ("--chunk", self.chunk, EngineBuilder::chunk),
+            ("--running", self.running, EngineBuilder::running),
             ("--threads", self.threads, EngineBuilder::threads),
         ];
         for (flag, count, set) in counts {
@@ -114,19 +120,25 @@ impl Setup {
 
     /// Finds the model (which may download it), loads it and starts the stages.
     pub(super) fn start(&self, builder: EngineBuilder) -> Result<Engine> {
+        self.start_timed(builder).map(|(engine, _)| engine)
+    }
+
+    /// The same, with the time from finding the model on.
+    pub(super) fn start_timed(&self, builder: EngineBuilder) -> Result<(Engine, Duration)> {
         let model = hub::resolve(&self.model)?;
         let started = Instant::now();
         let engine = builder.model(&model).build()?;
+        let took = started.elapsed();
         tracing::info!(
             model = %model.display(),
             arch = engine.spec().arch,
             layout = %engine.layout(),
             context_max = engine.context_max(),
             kv_tokens = engine.kv_tokens(),
-            seconds = started.elapsed().as_secs_f64(),
+            seconds = took.as_secs_f64(),
             "loaded"
         );
-        Ok(engine)
+        Ok((engine, took))
     }
 }
 

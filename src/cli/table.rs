@@ -2,8 +2,10 @@
 
 use std::{fmt::Write, time::Duration};
 
+use serde::Serialize;
+
 use super::answer::Answer;
-use crate::engine::StageStats;
+use crate::{engine::StageStats, pipeline::StageTimes};
 
 /// How much was asked and answered.
 #[derive(Debug, Clone, Copy, Default)]
@@ -72,16 +74,24 @@ pub(super) fn report(totals: &Totals, wall: Duration, before: &[StageStats], aft
     format!("{}\n{}", columns(&rows), columns(&stages(before, after)))
 }
 
-fn seconds(s: f64) -> String {
+/// A time in its unit.
+pub(super) fn seconds(s: f64) -> String {
     if s < 1.0 { format!("{:.1} ms", 1e3 * s) } else { format!("{s:.2} s") }
 }
 
-/// A row a stage: what it did between the two moments.
-fn stages(before: &[StageStats], after: &[StageStats]) -> Vec<Vec<String>> {
-    let head = ["stage", "device", "layers", "weights MB", "busy", "copying", "waits: in", "out", "device"];
-    let mut rows = vec![head.map(String::from).to_vec()];
-    for (i, (was, is)) in before.iter().zip(after).enumerate() {
-        let (was, now) = (&was.times, &is.times);
+/// How a stage spent its time, each as a share of all of it.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub(super) struct Shares {
+    busy: f64,
+    copying: f64,
+    waiting_for_input: f64,
+    waiting_for_room: f64,
+    waiting_for_device: f64,
+}
+
+impl Shares {
+    /// Between two moments; `None` if no time has passed.
+    pub(super) fn between(was: &StageTimes, now: &StageTimes) -> Option<Shares> {
         let times = [
             now.busy - was.busy,
             now.copy - was.copy,
@@ -91,17 +101,45 @@ fn stages(before: &[StageStats], after: &[StageStats]) -> Vec<Vec<String>> {
         ]
         .map(|time| time.as_secs_f64());
         let all: f64 = times.iter().sum();
-        let share = |s: f64| if all > 0.0 { format!("{:.0}%", 100.0 * s / all) } else { "-".into() };
+        let [busy, copying, waiting_for_input, waiting_for_room, waiting_for_device] = times.map(|t| t / all);
+        let shares = Shares { busy, copying, waiting_for_input, waiting_for_room, waiting_for_device };
+        (all > 0.0).then_some(shares)
+    }
+
+    fn cells(shares: Option<Shares>) -> Vec<String> {
+        let Some(s) = shares else { return vec!["-".into(); 5] };
+        let shares = [s.busy, s.copying, s.waiting_for_input, s.waiting_for_room, s.waiting_for_device];
+        shares.map(|share| format!("{:.0}%", 100.0 * share)).to_vec()
+    }
+}
+
+/// A row a stage: what it did between the two moments.
+pub(super) fn stages(before: &[StageStats], after: &[StageStats]) -> Vec<Vec<String>> {
+    let head = [
+        "stage",
+        "device",
+        "layers",
+        "weights MB",
+        "busy",
+        "copying",
+        "waits: in",
+        "out",
+        "device",
+        "batches",
+    ];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    for (i, (was, is)) in before.iter().zip(after).enumerate() {
         let megabytes = format!("{:.1}", is.weight_bytes as f64 / 1e6);
         let mut row = vec![i.to_string(), is.device.clone(), is.layers.clone(), megabytes];
-        row.extend(times.map(share));
+        row.extend(Shares::cells(Shares::between(&was.times, &is.times)));
+        row.push((is.times.batches - was.times.batches).to_string());
         rows.push(row);
     }
     rows
 }
 
 /// Rows as aligned columns: the first column to the left, the others to the right.
-fn columns(rows: &[Vec<String>]) -> String {
+pub(super) fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..count)
         .map(|c| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0))
@@ -123,7 +161,6 @@ fn columns(rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::StageTimes;
     use crate::request::{FinishReason, Usage};
 
     #[test]
@@ -176,7 +213,10 @@ mod tests {
             assert!(words.contains(&row.split(' ').collect()), "{row}\n{text}");
         }
         assert!(words.contains(&vec!["decode", "tokens/s", "10.0"]), "{text}");
-        assert!(words.contains(&vec!["0", "cpu", "0-1", "1.5", "75%", "0%", "25%", "0%", "0%"]), "{text}");
+        assert!(
+            words.contains(&vec!["0", "cpu", "0-1", "1.5", "75%", "0%", "25%", "0%", "0%", "0"]),
+            "{text}"
+        );
         totals.add(&answer);
         let text = report(&totals, wall, &[], &[]);
         assert!(text.contains("answers") && text.contains(" 11.0"), "{text}");

@@ -1,40 +1,35 @@
 //! From a description to running threads.
 
-use std::{
-    path::PathBuf,
-    sync::{Arc, Mutex, atomic::AtomicU64},
-};
-
-use crossbeam_channel as channel;
+use std::{path::PathBuf, sync::Arc};
 
 use super::{
-    Engine, Facts, StageFacts,
-    worker::{Running, Worker},
+    Engine, Facts,
+    place::{self, Place, Room},
+    wire::{start, wire},
 };
 use crate::{
-    backend::{Backend, DType, Limits, cpu::Cpu},
-    batch::{KV_BLOCK, Step},
+    backend::{DType, Limits},
+    batch::KV_BLOCK,
     error::{Error, Result},
     layout::{Device, Layout},
-    model::{
-        decoder::{Decoder, DecoderConfig},
-        open_model,
-        spec::ModelSpec,
-    },
-    pipeline::{self, Input, Outcome, Output, Stage, StageMetrics, StagesHandle, token_edge},
+    model::{decoder::DecoderConfig, open_model, spec::ModelSpec},
     schedule::{BlockPool, Scheduler, SchedulerConfig},
     text::{Template, Tokenizer},
-    transport::{Host, Transport},
 };
 
 /// Tokens of a sequence at most, unless asked otherwise: long contexts cost memory whether used or not.
 const CONTEXT_DEFAULT: usize = 8192;
 /// Prompt tokens in a micro-batch. Beyond this the CPU's matrix products gain nothing and buffers grow.
-const CHUNK_DEFAULT: usize = 256;
-/// Sequences that run at once.
-const RUNNING_MAX: usize = 64;
-/// Sequences of the longest context that the KV cache holds, unless asked otherwise.
+const CHUNK_CPU: usize = 256;
+/// A GPU's matrix units want more rows; beyond this they gain a few percent.
+const CHUNK_GPU: usize = 2048;
+/// Sequences that run at once, unless asked otherwise.
+const RUNNING_CPU: usize = 64;
+const RUNNING_GPU: usize = 256;
+/// Sequences of the longest context that the KV cache holds, where nobody says how many run at once.
 const KV_SEQUENCES_DEFAULT: usize = 8;
+/// The most sequences that can be said to run at once.
+pub const RUNNING_MAX: usize = 4096;
 /// Bounds of flags, so that sizes computed from them cannot overflow.
 const SLOTS_MAX: usize = 1024;
 const CHUNK_MAX: usize = 65_536;
@@ -56,13 +51,14 @@ pub struct EngineBuilder {
     model: PathBuf,
     layout: Option<Layout>,
     stages: Option<usize>,
-    device: Device,
+    place: Place,
     dtype: Option<DType>,
     weights: WeightSource,
     max_context: Option<usize>,
     kv_memory: Option<usize>,
     slots: Option<usize>,
     chunk: Option<usize>,
+    running: Option<usize>,
     threads: Option<usize>,
 }
 
@@ -85,9 +81,15 @@ impl EngineBuilder {
         self
     }
 
-    /// Where the stages run, when no layout is given. Default: the CPU.
+    /// Where the stages run, when no layout is given. Default: on successive GPUs, or on the CPU if there are none.
     pub fn device(mut self, device: Device) -> Self {
-        self.device = device;
+        self.place = Place::One(device);
+        self
+    }
+
+    /// On successive GPUs, when no layout is given. It is an error if there are none.
+    pub fn gpus(mut self) -> Self {
+        self.place = Place::Gpus;
         self
     }
 
@@ -109,8 +111,9 @@ impl EngineBuilder {
         self
     }
 
-    /// Bytes for the KV cache, all stages together. Default: enough for 8 sequences of the longest context,
-    /// at most a quarter of the free memory.
+    /// Bytes for the KV cache, all stages together. Default: on the CPU enough for 8 sequences of the longest context,
+    /// or for as many as are said to run at once, at most a quarter of the free memory; on GPUs what weights and
+    /// buffers leave.
     pub fn kv_memory(mut self, bytes: usize) -> Self {
         self.kv_memory = Some(bytes);
         self
@@ -122,9 +125,15 @@ impl EngineBuilder {
         self
     }
 
-    /// Prompt tokens in a micro-batch at most. Default: 256.
+    /// Prompt tokens in a micro-batch at most. Default: 256 on the CPU, 2048 on GPUs.
     pub fn chunk(mut self, tokens: usize) -> Self {
         self.chunk = Some(tokens);
+        self
+    }
+
+    /// Sequences that run at once at most; others wait. Default: 64 on the CPU, 256 on GPUs.
+    pub fn running(mut self, sequences: usize) -> Self {
+        self.running = Some(sequences);
         self
     }
 
@@ -138,24 +147,34 @@ impl EngineBuilder {
     pub fn build(self) -> Result<Engine> {
         within("--slots", self.slots, SLOTS_MAX)?;
         within("--chunk", self.chunk, CHUNK_MAX)?;
+        within("--running", self.running, RUNNING_MAX)?;
         within("--threads", self.threads, THREADS_MAX)?;
         let model = open_model(&self.model, self.weights == WeightSource::Dummy)?;
         let spec = Arc::new(model.spec.clone());
         let layout = self.plan_layout(&spec)?;
         let dtype = self.dtype.unwrap_or(model.dtype);
-        let (context_max, blocks) = self.plan_kv(&spec, dtype)?;
-        let scheduling = SchedulerConfig {
+        let gpus = layout.stages().iter().any(|stage| stage.device != Device::Cpu);
+        let context = self.plan_context(&spec)?;
+        let chunk = self.chunk.unwrap_or(if gpus { CHUNK_GPU } else { CHUNK_CPU }).min(context);
+        let running = self.running.unwrap_or(if gpus { RUNNING_GPU } else { RUNNING_CPU });
+        let mut scheduling = SchedulerConfig {
             slots: self.slots.unwrap_or_else(|| devices(&layout)),
-            chunk: self.chunk.unwrap_or(CHUNK_DEFAULT).min(context_max),
-            running_max: RUNNING_MAX.min(blocks),
-            ahead: Cpu::ASYNC,
+            chunk,
+            running_max: running,
+            ahead: gpus,
         };
-        let limits = Limits {
+        let limits = |scheduling: SchedulerConfig, context_max| Limits {
             rows_max: Scheduler::rows_max(scheduling),
             seqs_max: scheduling.running_max,
             outputs_max: scheduling.running_max,
             context_max,
         };
+        let in_flight = scheduling.in_flight_max();
+        let room =
+            Room { layout: &layout, spec: &spec, dtype, limits: limits(scheduling, context), in_flight };
+        let (context_max, blocks) = self.plan_kv(&room, context)?;
+        scheduling.running_max = scheduling.running_max.min(blocks);
+        let limits = limits(scheduling, context_max);
         let config = DecoderConfig {
             spec: spec.clone(),
             arch: model.arch,
@@ -174,7 +193,7 @@ impl EngineBuilder {
         };
         let kv_tokens = blocks * KV_BLOCK;
         let generation = model.generation;
-        let facts = Facts { spec, generation, tokenizer, template, layout, context_max, kv_tokens };
+        let facts = Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens };
         start(facts, wired, Scheduler::new(scheduling, BlockPool::new(blocks)))
     }
 
@@ -183,21 +202,20 @@ impl EngineBuilder {
         match (&self.layout, self.stages) {
             (Some(_), Some(_)) => Err(Error::usage("--stages", "it cannot be used with --layout")),
             (Some(layout), None) => layout.check(layers).map(|()| layout.clone()),
-            (None, stages) => Layout::even(stages.unwrap_or(1), layers, self.device),
+            (None, stages) => place::even(stages.unwrap_or(1), layers, self.place),
         }
     }
 
     /// The longest sequence and the number of KV blocks.
-    fn plan_kv(&self, spec: &ModelSpec, dtype: DType) -> Result<(usize, usize)> {
-        let context = self.plan_context(spec)?;
-        let block_bytes = spec.kv_bytes_per_token(dtype) * spec.layers.len() * KV_BLOCK;
-        let wanted = KV_SEQUENCES_DEFAULT * BlockPool::blocks_for(context);
+    fn plan_kv(&self, place: &Room, context: usize) -> Result<(usize, usize)> {
+        let block_bytes = place.spec.kv_bytes_per_token(place.dtype) * place.spec.layers.len() * KV_BLOCK;
+        let wanted = self.running.unwrap_or(KV_SEQUENCES_DEFAULT) * BlockPool::blocks_for(context);
         let blocks = match self.kv_memory {
             Some(bytes) => bytes / block_bytes,
-            None => wanted.min(memory_free() / 4 / block_bytes),
+            None => place.blocks(wanted)?,
         };
         // More could never be leased.
-        let blocks = blocks.min(RUNNING_MAX * BlockPool::blocks_for(context));
+        let blocks = blocks.min(place.limits.seqs_max * BlockPool::blocks_for(context));
         let room = blocks * KV_BLOCK;
         if room < context && (self.kv_memory.is_some() && self.max_context.is_some() || room < 2) {
             let (need, have) = (BlockPool::blocks_for(context) * block_bytes, blocks * block_bytes);
@@ -239,111 +257,4 @@ fn within(flag: &str, value: Option<usize>, max: usize) -> Result<()> {
 fn devices(layout: &Layout) -> usize {
     let distinct: std::collections::HashSet<Device> = layout.stages().iter().map(|s| s.device).collect();
     distinct.len()
-}
-
-/// Bytes that the system says are available; a guess of 4 GiB where it does not say.
-fn memory_free() -> usize {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<usize>().ok());
-    kib.map_or(4 << 30, |kib| kib << 10)
-}
-
-/// Threads that have been started, and the channels to them.
-struct Wired {
-    stages: Vec<(Vec<StageFacts>, StagesHandle)>,
-    steps: channel::Sender<Step>,
-    results: channel::Receiver<Outcome>,
-}
-
-/// Starts the stages' threads, with boundaries between the stages that hold as many steps as may be in flight.
-fn wire(layout: &Layout, config: &DecoderConfig, in_flight: usize, threads: Option<usize>) -> Result<Wired> {
-    for stage in layout.stages() {
-        match stage.device {
-            Device::Cpu => (),
-            Device::Cuda(_) => {
-                let why = "this build has no CUDA backend; --device cpu runs the model on the processor";
-                return Err(Error::Device { device: stage.device.to_string(), why: why.into() });
-            }
-        }
-    }
-    let cpu = Arc::new(Cpu::new(threads));
-    let backends = vec![cpu; layout.stages().len()];
-    wire_on(&backends, &Host, layout, config, in_flight)
-}
-
-fn wire_on<B: Backend>(
-    backends: &[Arc<B>],
-    transport: &dyn Transport<B>,
-    layout: &Layout,
-    config: &DecoderConfig,
-    in_flight: usize,
-) -> Result<Wired> {
-    let (steps, steps_out) = channel::bounded(in_flight);
-    let (enqueued, await_enqueued) = token_edge();
-    let (results_in, results) = channel::unbounded();
-    let hidden_max = config.limits.rows_max * config.spec.dim;
-    let (mut inputs, mut outputs) = (vec![Input::Steps(steps_out, await_enqueued)], Vec::new());
-    for pair in backends.windows(2) {
-        let (sender, receiver) =
-            transport.connect(pair[0].clone(), pair[1].clone(), in_flight, hidden_max)?;
-        outputs.push(Output::Boundary(sender));
-        inputs.push(Input::Boundary(receiver));
-    }
-    outputs.push(Output::Results(enqueued));
-    let mut ends = inputs.into_iter().zip(outputs).zip(backends).enumerate();
-    let turn = Arc::new(Mutex::new(()));
-    let mut stages = Vec::new();
-    // Stages on the processor cannot overlap. Others have a thread each, and their device shares itself out.
-    for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {
-        let (mut facts, mut run_stages) = (Vec::new(), Vec::new());
-        for (stage, (index, ((input, output), backend))) in run.iter().zip(&mut ends) {
-            let metrics = Arc::new(StageMetrics::default());
-            let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
-            run_stages.push(Stage {
-                index,
-                backend: backend.clone(),
-                load: Box::new(move |backend| Decoder::load(backend, &own)),
-                input,
-                output,
-                results: results_in.clone(),
-                turn: if B::ASYNC { Arc::default() } else { turn.clone() },
-                metrics: metrics.clone(),
-            });
-            let (device, layers) = (stage.device.to_string(), stage.to_string());
-            facts.push(StageFacts { device, layers, weight_bytes: 0, metrics });
-        }
-        stages.push((facts, pipeline::spawn(run_stages)?));
-    }
-    Ok(Wired { stages, steps, results })
-}
-
-/// Waits until every stage has loaded, and starts the engine's own thread.
-fn start(facts: Facts, wired: Wired, scheduler: Scheduler) -> Result<Engine> {
-    let facts = Arc::new(facts);
-    let (mut stages, mut threads) = (Vec::new(), Vec::new());
-    for (run, handle) in wired.stages {
-        for mut stage in run {
-            let i = stages.len();
-            let gone = |_| Err(Error::Engine(format!("stage {i} ended while loading; this is a bug")));
-            stage.weight_bytes = handle.loaded.recv().unwrap_or_else(gone)?;
-            stages.push(stage);
-        }
-        threads.push(handle.thread);
-    }
-    let (commands, commands_out) = channel::unbounded();
-    let worker = Worker {
-        facts: facts.clone(),
-        scheduler,
-        commands: commands_out,
-        steps: wired.steps,
-        results: wired.results,
-        running: Running::default(),
-    };
-    let thread = std::thread::Builder::new()
-        .name("engine".into())
-        .spawn(move || worker.run())
-        .map_err(|e| Error::Engine(format!("no thread: {e}")))?;
-    threads.insert(0, thread);
-    Ok(Engine { facts, stages, commands, next_request: AtomicU64::new(0), threads })
 }

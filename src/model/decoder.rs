@@ -74,6 +74,14 @@ struct Scratch<B: Backend> {
     act: B::Buf,     // [rows, ffn]
 }
 
+/// Bytes of a stage's buffers on a device that keeps what matrix products read as `dtype`. A device may pad rows.
+pub fn scratch_bytes(spec: &ModelSpec, limits: Limits, dtype: DType, head: bool) -> usize {
+    let (heads, working) = (spec.heads, dtype.size());
+    let row = 4 * spec.dim + working * (spec.dim + heads.qkv_dim() + heads.q_dim() + 3 * spec.ffn);
+    let output = if head { 4 * spec.dim + working * spec.dim + 4 * spec.vocab } else { 0 };
+    limits.rows_max * row + limits.outputs_max * output
+}
+
 impl<B: Backend> Decoder<B> {
     /// Loads the units' weights and makes their KV pages.
     pub fn load(backend: &B, config: &DecoderConfig) -> Result<Self> {
@@ -120,11 +128,15 @@ impl<B: Backend> Decoder<B> {
         (&self.scratch.hidden, rows * self.spec.dim)
     }
 
-    /// Takes a micro-batch through the layers: from its ids if the embedding is here, else from the hidden rows;
+    /// Brings the next micro-batch to the device. The hidden rows of the stage before may come later.
+    pub fn prepare(&mut self, backend: &B, batch: &MicroBatch) -> Result<()> {
+        backend.set_batch(&mut self.batch, batch)
+    }
+
+    /// Takes the micro-batch that has been prepared through the layers: from its ids if the embedding is here, else from the hidden rows;
     /// to its output rows' logits if the head is here.
-    pub fn forward(&mut self, backend: &B, batch: &MicroBatch) -> Result<()> {
+    pub fn forward(&mut self, backend: &B) -> Result<()> {
         let Decoder { spec, embed, layers, head, batch: on_device, scratch, .. } = self;
-        backend.set_batch(on_device, batch)?;
         let on_device = &*on_device;
         backend.pass(on_device, &mut || {
             if let Some(embed) = embed {

@@ -155,33 +155,21 @@ impl<B: Backend> Running<B> {
     }
 
     /// One micro-batch; its tokens if this stage holds the head, `None` if it has been passed on.
+    ///
+    /// What does not depend on the stage before is given to the device first: it is done while that one still works.
     fn step(&mut self, step: &Step) -> Result<Option<B::Pending>> {
-        if let Input::Boundary(boundary) = &mut self.input {
-            boundary.take(self.decoder.hidden_mut())?;
-            self.spent(Spent::Copy);
-        }
-        let pending = self.pass(step)?;
-        self.metrics.count(step.batch.rows());
-        if let Output::Boundary(boundary) = &mut self.output {
-            let gone = |Closed| Error::Engine("the next stage is gone".into());
-            boundary.wait_for_room().map_err(gone)?;
-            self.metrics.spent::<B>(Spent::WaitOutput, &mut self.since);
-            let (hidden, len) = self.decoder.hidden(step.batch.rows());
-            boundary.send(step.clone(), hidden, len)?;
-            self.spent(Spent::Copy);
-        }
-        Ok(pending)
-    }
-
-    fn pass(&mut self, step: &Step) -> Result<Option<B::Pending>> {
         let turn = self.turn.clone();
-        let _turn = turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let turn = turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         self.spent(Spent::WaitDevice);
-        if let (Input::Steps(..), Some(after)) = (&self.input, step.after) {
-            self.backend.await_tokens(after)?;
+        self.decoder.prepare(&*self.backend, &step.batch)?;
+        self.spent(Spent::Busy);
+        match &mut self.input {
+            Input::Boundary(boundary) => boundary.take(self.decoder.hidden_mut())?,
+            Input::Steps(..) => step.after.map_or(Ok(()), |after| self.backend.await_tokens(after))?,
         }
+        self.spent(Spent::Copy);
         let start = self.backend.mark()?;
-        self.decoder.forward(&*self.backend, &step.batch)?;
+        self.decoder.forward(&*self.backend)?;
         let pending = match &self.output {
             Output::Results(enqueued) => {
                 let pending = self.decoder.sample(&*self.backend, step)?;
@@ -190,10 +178,24 @@ impl<B: Backend> Running<B> {
             }
             Output::Boundary(_) => None,
         };
-        self.passes.open.push_back((start, self.backend.mark()?));
+        drop(turn);
         self.spent(Spent::Busy);
+        self.metrics.count(step.batch.rows());
+        self.send(step)?;
+        self.passes.open.push_back((start, self.backend.mark()?));
         self.settle()?;
         Ok(pending)
+    }
+
+    fn send(&mut self, step: &Step) -> Result<()> {
+        let Output::Boundary(boundary) = &mut self.output else { return Ok(()) };
+        let gone = |Closed| Error::Engine("the next stage is gone".into());
+        boundary.wait_for_room().map_err(gone)?;
+        self.metrics.spent::<B>(Spent::WaitOutput, &mut self.since);
+        let (hidden, len) = self.decoder.hidden(step.batch.rows());
+        boundary.send(step.clone(), hidden, len)?;
+        self.spent(Spent::Copy);
+        Ok(())
     }
 
     fn spent(&mut self, kind: Spent) {

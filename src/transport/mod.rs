@@ -4,12 +4,18 @@
 //! a buffer back as soon as it has copied it out.
 
 mod host;
+mod peer;
 
 pub use host::Host;
+pub use peer::{Peer, Staged};
 
 use std::sync::Arc;
 
-use crate::{backend::Backend, batch::Step, error::Result};
+use crate::{
+    backend::{Backend, cuda::Cuda},
+    batch::Step,
+    error::Result,
+};
 
 /// The other side is gone: the pipeline is ending.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +48,12 @@ pub trait Receiver<B: Backend>: Send {
     fn take(&mut self, hidden: &mut B::Buf) -> Result<()>;
 }
 
-/// Every way across.
+/// Every way across between GPUs.
+pub fn gpu_transports() -> [&'static dyn Transport<Cuda>; 3] {
+    [&Peer, &Staged, &Host]
+}
+
+/// Every way across between any two devices.
 pub fn transports<B: Backend>() -> [&'static dyn Transport<B>; 1] {
     [&Host]
 }

@@ -1,7 +1,9 @@
-//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`),
-//! signals and terminals (`terminal`).
+//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), `bench` and
+//! `devices`, signals and terminals (`terminal`).
 
 mod answers;
+mod bench;
+mod devices;
 mod flags;
 mod terminal;
 

@@ -8,6 +8,7 @@ mod act;
 mod attention;
 mod batch;
 mod embed;
+mod facts;
 mod kv;
 mod linear;
 mod matrix;
@@ -24,6 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use facts::{CpuFacts, facts};
 pub use sample::Sampler;
 pub use simd::Simd;
 

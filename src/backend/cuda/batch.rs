@@ -16,7 +16,7 @@ use super::{
 use crate::{
     backend::Limits,
     batch::{KV_BLOCK, MicroBatch},
-    error::{Error, Result},
+    error::Result,
 };
 
 /// Micro-batches whose copies may be on their way at once.
@@ -77,13 +77,10 @@ pub(crate) struct Shape {
     pub(crate) rows_padded: usize,
     pub(crate) outputs: usize,
     pub(crate) outputs_padded: usize,
-    /// Sequences of one row, and as many as attention is launched for.
+    /// Sequences of one row.
     pub(crate) single: usize,
-    pub(crate) single_padded: usize,
     /// Tiles of the sequences of several rows.
     pub(crate) tiles: usize,
-    /// The longest context, in tokens.
-    pub(crate) context: usize,
     /// Nothing but single rows, all with an output: such a pass is recorded.
     pub(crate) decode: bool,
 }
@@ -188,6 +185,11 @@ impl Batch {
         (self.inv_freq.ptr(), self.half, self.scale)
     }
 
+    /// The table of the pass: cosine and sine of each row's frequencies.
+    pub(crate) fn rotations(&self) -> DevicePtr {
+        self.rotations.ptr() // [rows, half]
+    }
+
     /// Bytes on the GPU.
     pub(crate) fn bytes(&self) -> usize {
         self.device.bytes() + self.rotations.bytes() + self.inv_freq.bytes()
@@ -195,7 +197,8 @@ impl Batch {
 
     /// Brings a micro-batch to the GPU.
     pub(super) fn set(&mut self, cuda: &Cuda, from: &MicroBatch) -> Result<()> {
-        self.check(from).map_err(|why| cuda.error(format!("a micro-batch does not fit: {why}; this is a bug")))?;
+        self.check(from)
+            .map_err(|why| cuda.error(format!("a micro-batch does not fit: {why}; this is a bug")))?;
         let shape = shape(from);
         let places = Places::of(&shape, from.seqs.len());
         let (pinned, copied) = &mut self.staging[self.next];
@@ -305,9 +308,7 @@ fn shape(from: &MicroBatch) -> Shape {
         outputs: from.outputs.len(),
         outputs_padded: pad_rows(from.outputs.len()),
         single,
-        single_padded: if decode { rows_padded } else { single },
         tiles: several.map(|s| s.len.div_ceil(PREFILL_ROWS)).sum(),
-        context: from.seqs.iter().map(|s| s.cached + s.len).max().unwrap_or(0),
         decode,
     }
 }

@@ -33,6 +33,9 @@ const CANDIDATES: usize = 8;
 /// Times that each is run; the best counts.
 const ROUNDS: usize = 5;
 
+/// `CUBLAS_OP_T`.
+const TRANSPOSED: i32 = 1;
+
 /// A product `out[rows, n] = x[rows, k] · w[n, k]ᵀ (+ bias[n]) (+ out)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shape {
@@ -320,7 +323,7 @@ impl Plan {
             add: shape.add,
         };
         use cublasLtMatmulDescAttributes_t::*;
-        plan.set(CUBLASLT_MATMUL_DESC_TRANSA, &sys::cublasOperation_t::CUBLAS_OP_T)?;
+        plan.set(CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
         if shape.bias {
             plan.set(CUBLASLT_MATMUL_DESC_EPILOGUE, &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
             plan.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias.0)?;

@@ -19,6 +19,7 @@ use crate::error::Result;
 /// Every kernel file, and what they include.
 const SOURCES: &[(&str, &str)] = &[
     ("act.cu", include_str!("../../../kernels/act.cu")),
+    ("argmax.cu", include_str!("../../../kernels/argmax.cu")),
     ("attention_decode.cu", include_str!("../../../kernels/attention_decode.cu")),
     ("attention_generic.cu", include_str!("../../../kernels/attention_generic.cu")),
     ("attention_prefill.cu", include_str!("../../../kernels/attention_prefill.cu")),
@@ -26,13 +27,21 @@ const SOURCES: &[(&str, &str)] = &[
     ("dummy.cu", include_str!("../../../kernels/dummy.cu")),
     ("embed.cu", include_str!("../../../kernels/embed.cu")),
     ("gemv.cu", include_str!("../../../kernels/gemv.cu")),
+    ("gemv_any.cu", include_str!("../../../kernels/gemv_any.cu")),
     ("norm.cu", include_str!("../../../kernels/norm.cu")),
     ("rope.cu", include_str!("../../../kernels/rope.cu")),
     ("sample.cu", include_str!("../../../kernels/sample.cu")),
 ];
 const HEADERS: &[(&str, &str)] = &[
+    ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
+    ("attention_pages.cuh", include_str!("../../../kernels/attention_pages.cuh")),
+    ("attention_share.cuh", include_str!("../../../kernels/attention_share.cuh")),
     ("batch.cuh", include_str!("../../../kernels/batch.cuh")),
+    ("cluster.cuh", include_str!("../../../kernels/cluster.cuh")),
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
+    ("gemv.cuh", include_str!("../../../kernels/gemv.cuh")),
+    ("ring.cuh", include_str!("../../../kernels/ring.cuh")),
+    ("sample.cuh", include_str!("../../../kernels/sample.cuh")),
 ];
 
 const MAGIC: &[u8; 8] = b"PIcubin1";
@@ -129,7 +138,8 @@ fn checksum(contents: &[u8]) -> u128 {
 
 fn write_entry(path: &Path, key: u128, contents: &[u8]) -> std::io::Result<()> {
     let sum = checksum(contents);
-    write_aside(path, &[MAGIC, &key.to_le_bytes(), &sum.to_le_bytes(), contents].concat())
+    let parts: [&[u8]; 4] = [MAGIC, &key.to_le_bytes(), &sum.to_le_bytes(), contents];
+    write_aside(path, &parts.concat())
 }
 
 /// Writes a file as a whole, or not at all.

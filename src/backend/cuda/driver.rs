@@ -74,8 +74,12 @@ fn find() -> Result<Vec<DeviceFacts>> {
     };
     let missing = match (driver, compiler, blas) {
         (false, ..) => "libcuda.so.1 is not there: no NVIDIA driver is installed",
-        (_, false, _) => "libnvrtc.so is not there: it comes with the CUDA toolkit, or as the package nvidia-cuda-nvrtc",
-        (_, _, false) => "libcublasLt.so is not there: it comes with the CUDA toolkit, or as the package nvidia-cublas",
+        (_, false, _) => {
+            "libnvrtc.so is not there: it comes with the CUDA toolkit, or as the package nvidia-cuda-nvrtc"
+        }
+        (_, _, false) => {
+            "libcublasLt.so is not there: it comes with the CUDA toolkit, or as the package nvidia-cublas"
+        }
         _ => "",
     };
     if !missing.is_empty() {

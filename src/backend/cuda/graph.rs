@@ -20,8 +20,8 @@ impl Graph {
     pub(super) fn record(stream: &Stream, ops: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         let context = stream.context;
         context.enter()?;
-        // Other threads may go on with calls that would disturb a global capture: they load and allocate.
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // Libraries load code when it is first used, and other threads allocate: other modes make errors of that.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream lives.
         context.check("recording a pass", unsafe { result::stream::begin_capture(stream.raw, mode) })?;
         let outcome = ops();

@@ -1,7 +1,10 @@
 //! A layer's pages of keys and values: `[blocks, kv_heads, KV_BLOCK, head_dim]` each.
 
 use super::{Cuda, DevicePtr, memory::DeviceBuf};
-use crate::{backend::KvShape, error::Result};
+use crate::{
+    backend::{HeadShape, KvShape},
+    error::Result,
+};
 
 /// One layer's pages.
 pub struct Kv {
@@ -16,6 +19,12 @@ impl Kv {
         let bytes = shape.bytes() / 2;
         // Zeroed: a masked token's value is multiplied by zero, which a NaN would survive.
         Ok(Kv { keys: cuda.zeroed(bytes)?, values: cuda.zeroed(bytes)?, shape })
+    }
+
+    /// Panics if the pages are of other heads.
+    pub(super) fn expect(&self, heads: HeadShape) {
+        let here = (self.shape.kv_heads, self.shape.head_dim);
+        assert!(here == (heads.kv_heads, heads.head_dim), "pages of other heads; this is a bug");
     }
 
     pub(super) fn keys(&self) -> DevicePtr {

@@ -1,7 +1,10 @@
 //! Kernels and their launches.
 #![allow(unsafe_code)]
 
-use std::ffi::{CString, c_void};
+use std::{
+    ffi::{CString, c_void},
+    marker::PhantomData,
+};
 
 use cudarc::driver::{
     result,
@@ -65,6 +68,11 @@ impl Module {
         // SAFETY: the module is loaded.
         let raw = unsafe { result::module::get_function(self.raw, symbol) };
         let raw = self.context.check(&format!("looking for {name} in {}", self.file), raw)?;
+        // A multiprocessor divides its memory into cache and shared memory anew only when it is idle. So all kernels want
+        // it alike, or one could not start beside the one before it. A wish: what a driver says to it does not matter.
+        let which = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        // SAFETY: the function is loaded.
+        let _ = unsafe { result::function::set_function_attribute(raw, which, 100) };
         Ok(Kernel { context: self.context, raw, name })
     }
 }
@@ -105,7 +113,7 @@ impl Kernel {
         stream: &Stream,
         grid: Grid,
         early: bool,
-        args: &mut [*mut c_void],
+        args: &mut [Arg<'_>],
     ) -> Result<()> {
         if grid.blocks.contains(&0) {
             return Ok(());
@@ -131,7 +139,7 @@ impl Kernel {
         };
         // SAFETY: the caller's.
         let outcome = unsafe {
-            sys::cuLaunchKernelEx(&config, self.raw, args.as_mut_ptr(), std::ptr::null_mut()).result()
+            sys::cuLaunchKernelEx(&config, self.raw, args.as_mut_ptr().cast(), std::ptr::null_mut()).result()
         };
         match outcome {
             Ok(()) => Ok(()),
@@ -140,10 +148,21 @@ impl Kernel {
     }
 }
 
-/// The addresses of a launch's arguments. They must live until the launch has been made.
+/// The address of one of a launch's arguments, which must outlive it.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct Arg<'a>(*mut c_void, PhantomData<&'a ()>);
+
+impl<'a> Arg<'a> {
+    pub(crate) fn of<T: Copy>(value: &'a T) -> Arg<'a> {
+        Arg(std::ptr::from_ref(value).cast_mut().cast(), PhantomData)
+    }
+}
+
+/// A launch's arguments.
 macro_rules! args {
     ($($arg:expr),* $(,)?) => {
-        [$(std::ptr::from_ref(&$arg).cast_mut().cast::<std::ffi::c_void>()),*]
+        [$($crate::backend::cuda::launch::Arg::of(&$arg)),*]
     };
 }
 pub(crate) use args;

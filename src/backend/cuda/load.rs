@@ -57,7 +57,8 @@ impl Uploader {
             let copy = &copy;
             let threads: Vec<_> = (1..used).map(|lane| scope.spawn(move || copy(lane))).collect();
             let own = copy(0);
-            let others = threads.into_iter().map(|t| t.join().expect("copying does not panic; this is a bug"));
+            let others =
+                threads.into_iter().map(|t| t.join().expect("copying does not panic; this is a bug"));
             others.fold(own, Result::and)
         })
     }

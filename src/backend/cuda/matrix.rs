@@ -34,8 +34,9 @@ impl Matrix {
         let mut at = weights.ptr();
         for part in parts {
             match part.random_numbers() {
-                Some(random) => dummy::fill(cuda, at, part.len(), random)?,
-                // SAFETY: the parts' bytes lie one after another in what has just been taken.
+                // SAFETY: the parts' numbers lie one after another in what has just been taken.
+                Some(random) => unsafe { dummy::fill(cuda, at, part.len(), random)? },
+                // SAFETY: as above.
                 None => unsafe { cuda.uploader.upload(at, part.bytes())? },
             }
             at = at.add(part.len() * dtype.size());

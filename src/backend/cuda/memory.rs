@@ -86,9 +86,8 @@ impl Pinned {
         // Not write-combined: the host reads it too.
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
         // SAFETY: freed once, in drop.
-        let at = context.check("pinning memory of the host", unsafe {
-            result::malloc_host(bytes.max(1), flags)
-        })?;
+        let at = context
+            .check("pinning memory of the host", unsafe { result::malloc_host(bytes.max(1), flags) })?;
         let at = at.cast::<u8>();
         // SAFETY: as many bytes.
         unsafe { at.write_bytes(0, bytes) };
@@ -144,8 +143,8 @@ unsafe impl Sync for Stream {}
 impl Stream {
     pub(super) fn new(context: Context) -> Result<Self> {
         context.enter()?;
-        let raw =
-            context.check("making a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        let raw = context
+            .check("making a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
         Ok(Stream { context, raw })
     }
 

@@ -23,16 +23,15 @@ mod load;
 mod matrix;
 mod memory;
 mod norm;
+mod ops;
+mod peer;
+mod probe;
 mod rope;
 mod sample;
 
-use std::{
-    ffi::c_void,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
-    },
-    time::Duration,
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
 };
 
 pub use batch::Batch;
@@ -40,26 +39,35 @@ pub use driver::{DeviceFacts, devices};
 pub use kv::Kv;
 pub use matrix::Matrix;
 pub use memory::Event;
+pub use probe::{Gpu, Link, LinkKind, Probe, probe};
 pub use sample::{Pending, Sampler};
 
 pub(crate) use memory::{DevicePtr, Pinned, Stream};
+pub(crate) use peer::Ring;
 
 use self::{
     blas::Blas,
     driver::Context,
     graph::Graph,
-    launch::{Grid, Kernel, Module},
+    launch::{Arg, Grid, Kernel, Module},
     load::Uploader,
     memory::DeviceBuf,
 };
 use crate::{
-    backend::{AttentionShape, Backend, DType, HeadShape, KvShape, Limits, Norm, QkNorm, Tensor},
-    batch::{MicroBatch, Sampled},
+    backend::{Backend, DType},
     error::{Error, Result},
 };
 
 /// Up to this many rows matrices are multiplied by own kernels, which fuse what is around the product.
 const FEW_ROWS: usize = 8;
+
+/// Bytes that a stage takes beside weights, pages and the decoder's buffers, about.
+pub const STAGE_BYTES: usize = 192 << 20;
+
+/// Bytes of a GPU's memory that are free now.
+pub fn free_bytes(ordinal: usize) -> Result<usize> {
+    Context::of(ordinal)?.free_bytes()
+}
 
 /// A stage's view of its GPU.
 pub struct Cuda {
@@ -187,7 +195,7 @@ impl Cuda {
     ///
     /// SAFETY: the arguments are as many and of the types that the kernel takes; what they point to is as large as the
     /// kernel uses it, and lives until it has run.
-    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &mut [*mut c_void]) -> Result<()> {
+    unsafe fn launch(&self, kernel: &Kernel, grid: Grid, args: &mut [Arg<'_>]) -> Result<()> {
         let early = self.after_kernel.swap(true, Relaxed) && self.facts.overlaps_launches();
         // SAFETY: the caller's.
         unsafe { kernel.launch(&self.stream, grid, early, args) }
@@ -249,6 +257,7 @@ impl Cuda {
 }
 
 /// What kernels are loaded for.
+#[derive(Clone)]
 struct Loading {
     context: Context,
     facts: &'static DeviceFacts,
@@ -311,8 +320,9 @@ pub struct Buf {
 }
 
 impl Buf {
-    fn ptr(&self) -> DevicePtr {
-        self.memory.ptr()
+    /// Where its first `len` numbers are, which must be f32.
+    pub(crate) fn f32s(&self, len: usize) -> DevicePtr {
+        self.expect(DType::F32, len)
     }
 
     /// Panics if it has fewer numbers, or of another type.
@@ -325,170 +335,5 @@ impl Buf {
             dtype.name()
         );
         self.memory.ptr()
-    }
-}
-
-impl Backend for Cuda {
-    type Buf = Buf;
-    type Matrix = Matrix;
-    type Kv = Kv;
-    type Batch = Batch;
-    type Sampler = Sampler;
-    type Pending = Pending;
-
-    type Mark = Event;
-
-    const ASYNC: bool = true;
-
-    fn name(&self) -> String {
-        format!("cuda:{}", self.context.ordinal)
-    }
-
-    fn rows_room(&self, rows: usize) -> usize {
-        pad_rows(rows)
-    }
-
-    fn buf(&self, len: usize) -> Result<Buf> {
-        Ok(Buf { memory: self.zeroed(4 * len)?, dtype: DType::F32, len })
-    }
-
-    fn working_buf(&self, len: usize) -> Result<Buf> {
-        Ok(Buf { memory: self.zeroed(len * self.dtype.size())?, dtype: self.dtype, len })
-    }
-
-    fn vector(&self, tensor: &Tensor) -> Result<Buf> {
-        let values = tensor.to_f32();
-        Ok(Buf { memory: self.upload_f32(&values)?, dtype: DType::F32, len: values.len() })
-    }
-
-    fn matrix(&self, parts: &[Tensor], biases: &[Tensor]) -> Result<Matrix> {
-        Matrix::new(self, parts, biases)
-    }
-
-    fn loaded(&self) -> Result<()> {
-        self.uploader.finish()?;
-        self.synchronize()
-    }
-
-    fn kv(&self, shape: KvShape) -> Result<Kv> {
-        Kv::new(self, shape)
-    }
-
-    fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Batch> {
-        let batch = Batch::new(self, limits, inv_freq, rotation_scale)?;
-        self.taken.fetch_add(batch.bytes(), Relaxed);
-        Ok(batch)
-    }
-
-    fn sampler(&self, vocab: usize) -> Result<Sampler> {
-        Sampler::new(self, vocab)
-    }
-
-    fn set_batch(&self, batch: &mut Batch, from: &MicroBatch) -> Result<()> {
-        batch.set(self, from)
-    }
-
-    fn await_tokens(&self, after: u64) -> Result<()> {
-        self.wait(self.tokens.chosen(after))
-    }
-
-    fn rows(&self, batch: &Batch) -> usize {
-        batch.shape().rows_padded
-    }
-
-    fn outputs(&self, batch: &Batch) -> usize {
-        batch.shape().outputs_padded
-    }
-
-    fn pass(&self, batch: &Batch, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        batch.pass(self, &mut || {
-            rope::rotations(self, batch)?;
-            ops()
-        })
-    }
-
-    fn mark(&self) -> Result<Event> {
-        let event = Event::timed(self.context)?;
-        self.record_event(&event)?;
-        Ok(event)
-    }
-
-    fn between(&self, from: &Event, to: &Event) -> Result<Option<Duration>> {
-        if !from.reached()? || !to.reached()? {
-            return Ok(None);
-        }
-        Ok(Some(Duration::from_secs_f32(to.ms_since(from)?.max(0.0) / 1000.0)))
-    }
-
-    fn read(&self, out: &mut [f32], from: &Buf) -> Result<()> {
-        copy::read(self, out, from)
-    }
-
-    fn write(&self, to: &mut Buf, from: &[f32]) -> Result<()> {
-        copy::write(self, to, from)
-    }
-
-    fn embed(&self, out: &mut Buf, table: &Matrix, batch: &Batch) -> Result<()> {
-        embed::embed(self, out, table, batch)
-    }
-
-    fn norm_linear(
-        &self,
-        out: &mut Buf,
-        normed: &mut Buf,
-        x: &Buf,
-        norm: Norm<'_, Self>,
-        w: &Matrix,
-    ) -> Result<()> {
-        linear::norm_linear(self, out, normed, x, norm, w)
-    }
-
-    fn norm_gate_up(
-        &self,
-        out: &mut Buf,
-        scratch: (&mut Buf, &mut Buf),
-        x: &Buf,
-        norm: Norm<'_, Self>,
-        w: &Matrix,
-    ) -> Result<()> {
-        linear::norm_gate_up(self, out, scratch, x, norm, w)
-    }
-
-    fn linear_add(&self, x: &mut Buf, y: &Buf, w: &Matrix, rows: usize) -> Result<()> {
-        linear::linear_add(self, x, y, w, rows)
-    }
-
-    fn rope_kv(
-        &self,
-        qkv: &mut Buf,
-        kv: &mut Kv,
-        batch: &Batch,
-        heads: HeadShape,
-        norm: Option<QkNorm<'_, Self>>,
-    ) -> Result<()> {
-        rope::rope_kv(self, qkv, kv, batch, heads, norm)
-    }
-
-    fn attention(
-        &self,
-        out: &mut Buf,
-        qkv: &Buf,
-        kv: &Kv,
-        batch: &Batch,
-        shape: AttentionShape,
-    ) -> Result<()> {
-        attention::attention(self, out, qkv, kv, batch, shape)
-    }
-
-    fn gather_outputs(&self, out: &mut Buf, x: &Buf, batch: &Batch, dim: usize) -> Result<()> {
-        embed::gather_outputs(self, out, x, batch, dim)
-    }
-
-    fn sample(&self, logits: &Buf, sampler: &mut Sampler, batch: &MicroBatch) -> Result<Pending> {
-        sample::sample(self, logits, sampler, batch)
-    }
-
-    fn collect(&self, pending: Pending, batch: &MicroBatch) -> Result<Vec<Sampled>> {
-        pending.collect(batch)
     }
 }

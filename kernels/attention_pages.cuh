@@ -1,0 +1,129 @@
+// The pages that a warp of attention_decode.cu has under way: a ring of its own in shared memory, each slot a page of keys and one
+// of values. From sm_90 on one instruction brings 1 KB or more and no register or thread waits for it; before, lanes
+// copy 16 bytes each, whole cache lines together.
+//
+// In a slot each four tokens lie together, 32 bytes of padding after them. Tokens are dealt to lanes such that lanes that
+// read at once read different banks: of the products' 16 tokens, number 2t + o + 8h (o, h: 0 or 1) is token o + 2h of
+// group (t + 2o) % 4. The four that a lane has of values, 2t, 2t + 1, 2t + 8 and 2t + 9, are then tokens 0 to 3 of their groups.
+#pragma once
+
+#include "attention_share.cuh"
+
+#ifndef STAGES
+#define STAGES 2 // pages a warp has under way or in use
+#endif
+#ifndef BULK
+#define BULK (__CUDA_ARCH__ >= 900)
+#endif
+
+constexpr int D = HEAD_DIM;
+constexpr u32 ROW_BYTES = D * 2;
+constexpr u32 GROUP_BYTES = 4 * ROW_BYTES;         // of four tokens
+constexpr u32 HALF_BYTES = 4 * (GROUP_BYTES + 32); // of a slot: keys or values
+constexpr u32 SLOT_BYTES = 2 * HALF_BYTES;
+constexpr u32 RING_BYTES = STAGES * SLOT_BYTES;
+
+// Where a token's row lies in half a slot.
+DEVICE u32 row_at(u32 token) { return token / 4 * (GROUP_BYTES + 32) + token % 4 * ROW_BYTES; }
+// Of the group that the products' tokens 2t + o and 2t + o + 8 lie in: its first token.
+DEVICE u32 group_token(u32 t, u32 o) { return (t + 2 * o) % 4 * 4; }
+
+#if BULK
+DEVICE void barrier_make(u32 barrier) { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory"); }
+DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+// Later bulk copies come after what this thread did to shared memory.
+DEVICE void before_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+#endif
+
+// A warp's ring. Slots are filled and taken in turn, STAGES ahead at most; all lanes do all calls together.
+struct Ring {
+    u32 slots, barriers;
+    u32 stage, parity; // of the next slot to take
+};
+
+DEVICE Ring make_ring(u32 slots, u32 barriers) {
+#if BULK
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (u32 i = 0; i < STAGES; i++) barrier_make(barriers + i * 8);
+        before_bulk();
+    }
+    __syncwarp();
+#endif
+    return {slots, barriers, 0, 0};
+}
+
+// Brings a page of keys and one of values to a slot.
+DEVICE void fill(const Ring& ring, u32 stage, const T* keys, const T* values) {
+    const u32 lane = threadIdx.x % 32, slot = ring.slots + stage * SLOT_BYTES;
+#if BULK
+    const u32 barrier = ring.barriers + stage * 8;
+    if (lane == 0) barrier_expect(barrier, 8 * GROUP_BYTES);
+    __syncwarp();
+    if (lane < 8) {
+        const T* from = (lane < 4 ? keys : values) + lane % 4 * 4 * D;
+        copy_bulk(slot + lane / 4 * HALF_BYTES + lane % 4 * (GROUP_BYTES + 32), from, GROUP_BYTES, barrier);
+    }
+#else
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const u32 piece = i * 32 + lane, to = slot + piece * 16 + piece / (GROUP_BYTES / 16) * 32;
+        copy_async<16>(to, keys + piece * 8);
+        copy_async<16>(to + HALF_BYTES, values + piece * 8);
+    }
+#endif
+}
+
+// Says that as many slots have been filled, or will never be, as there may be; the cp.async way counts them.
+DEVICE void filled() {
+#if !BULK
+    copies_commit();
+#endif
+}
+
+// Waits for the next slot.
+DEVICE u32 take(const Ring& ring) {
+#if BULK
+    barrier_wait(ring.barriers + ring.stage * 8, ring.parity);
+#else
+    copies_wait<STAGES - 1>();
+    __syncwarp();
+#endif
+    return ring.slots + ring.stage * SLOT_BYTES;
+}
+
+// The slot that was taken has been read, and may be filled again.
+DEVICE void next_slot(Ring& ring) {
+    if (++ring.stage == STAGES) ring.stage = 0, ring.parity ^= 1;
+}
+
+// Makes zeros of a page's values from token `tokens` on: whatever lies there, times a weight of zero, must be zero.
+DEVICE void clear_values(u32 slot, u32 tokens) {
+    __syncwarp();
+    for (u32 piece = tokens * (D / 8) + threadIdx.x % 32; piece < KV_BLOCK * D / 8; piece += 32) {
+        const u32 at = slot + HALF_BYTES + piece * 16 + piece / (GROUP_BYTES / 16) * 32;
+        asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(at), "r"(0) : "memory");
+    }
+#if BULK
+    before_bulk();
+#endif
+    __syncwarp();
+}

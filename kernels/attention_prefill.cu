@@ -1,0 +1,285 @@
+// Attention of sequences with several rows: prompts, or their parts after tokens that are in the pages already.
+//
+// A block takes BLOCK_M rows of a sequence and one head through the tokens that they see, BLOCK_N at a time, with an online
+// softmax. While one tile of keys and values is worked on, the next is on its way to shared memory. Rows there are padded by
+// 16 bytes, an odd number of 16-byte pieces in all, so that the 8 rows of a matrix lie in different banks. A warp has 32 rows
+// (16 where a head is too long for the registers): every key and value that it reads from shared memory serves two products.
+//
+// BLOCK_N is 64 where a multiprocessor has shared memory for two such blocks, else 32.
+// variants: DTYPE=1,2 HEAD_DIM=64,80,96,128,256 BLOCK_M=128 BLOCK_N=32
+// variants for sm_90a,sm_100a: DTYPE=1,2 HEAD_DIM=64,80,96,128,256 BLOCK_M=128 BLOCK_N=64
+#include "attention.cuh"
+
+constexpr int D = HEAD_DIM;
+constexpr int ROW_TILES = D <= 128 ? 2 : 1; // of 16 rows each, a warp
+constexpr int WARP_ROWS = 16 * ROW_TILES;
+constexpr int WARPS = BLOCK_M / WARP_ROWS;
+constexpr int THREADS = 32 * WARPS;
+constexpr int PIECES = D / 8;                  // 16-byte pieces of a row
+constexpr u32 ROW_BYTES = (PIECES + 1) * 16;   // of a row in shared memory
+constexpr u32 Q_BYTES = BLOCK_M * ROW_BYTES;
+constexpr u32 TILE_BYTES = BLOCK_N * ROW_BYTES; // of keys or values
+constexpr int S_TILES = BLOCK_N / 8, O_TILES = D / 8;
+constexpr int PAGES = 32; // whose blocks a warp's lanes know
+
+static_assert(D % 16 == 0, "rows must be an odd number of pieces with their padding");
+static_assert(PAGES * KV_BLOCK % BLOCK_N == 0, "a tile's blocks are known together");
+
+// The block's rows, and the tokens that they see.
+struct Work {
+    u32 head, kv_head;
+    u32 row, rows;         // in the micro-batch
+    u32 position;          // the first row's
+    u32 cached, len;       // tokens of earlier micro-batches; all tokens
+    const u32* blocks;     // the sequence's
+    u32 begin, end;        // tiles of tokens
+};
+
+DEVICE Work find_work(const Attention& a, const Batch& batch, uint2 tile) {
+    Work w;
+    const u32 seq = tile.x, seq_rows = batch.seq_rows[seq];
+    w.head = blockIdx.x;
+    w.kv_head = w.head / (a.heads / a.kv_heads);
+    w.row = batch.seq_row[seq] + tile.y;
+    w.rows = min((u32)BLOCK_M, seq_rows - tile.y);
+    w.len = batch.seq_len[seq];
+    w.cached = w.len - seq_rows;
+    w.position = w.cached + tile.y;
+    w.blocks = batch.blocks + batch.seq_blocks[seq];
+    w.begin = (a.window && w.position + 1 > a.window ? w.position + 1 - a.window : 0) / BLOCK_N;
+    w.end = (w.position + w.rows - 1) / BLOCK_N + 1;
+    return w;
+}
+
+// Brings queries to shared memory; rows that are not there are zeros.
+DEVICE void fetch_queries(const Attention& a, const Work& w, u32 to) {
+    const u32 stride = (a.heads + 2 * a.kv_heads) * D;
+    const T* from = a.qkv + (u64)w.row * stride + w.head * D;
+#pragma unroll
+    for (int i = 0; i < BLOCK_M * PIECES / THREADS; i++) {
+        const u32 piece = i * THREADS + threadIdx.x, row = piece / PIECES, at = piece % PIECES;
+        const bool there = row < w.rows;
+        copy_async<16>(to + row * ROW_BYTES + at * 16, from + (u64)(there ? row : 0) * stride + at * 8, there ? 16 : 0);
+    }
+}
+
+// The blocks of PAGES pages, one a lane.
+struct Table {
+    u32 first, block; // pages from `first` on
+};
+
+// Brings a tile of keys and values to shared memory; tokens that are not there are zeros.
+DEVICE void fetch_tile(Table& table, const Attention& a, const Work& w, u32 tile, u32 to) {
+    const u32 first = tile * BLOCK_N / KV_BLOCK / PAGES * PAGES;
+    if (first != table.first) {
+        table.first = first;
+        table.block = w.blocks[min(first + threadIdx.x % 32, (w.len - 1) / KV_BLOCK)];
+    }
+#pragma unroll 2 // more would take registers from the sums
+    for (int i = 0; i < (BLOCK_N * PIECES + THREADS - 1) / THREADS; i++) {
+        const u32 piece = i * THREADS + threadIdx.x, row = piece / PIECES, at = piece % PIECES;
+        const bool mine = BLOCK_N * PIECES % THREADS == 0 || row < BLOCK_N;
+        const u32 token = tile * BLOCK_N + row;
+        const u32 block = __shfl_sync(~0u, table.block, token / KV_BLOCK - first);
+        const u64 from = (((u64)block * a.kv_heads + w.kv_head) * KV_BLOCK + row % KV_BLOCK) * D + at * 8;
+        const u32 given = token < w.len ? 16 : 0;
+        if (!mine) continue;
+        copy_async<16>(to + row * ROW_BYTES + at * 16, a.keys + from, given);
+        copy_async<16>(to + TILE_BYTES + row * ROW_BYTES + at * 16, a.values + from, given);
+    }
+}
+
+// A warp's rows: sums of values, largest scores and sums of weights (a lane's part). A lane has rows g and g + 8 of each tile.
+struct Sums {
+    float values[ROW_TILES][O_TILES][4];
+    float largest[ROW_TILES][2], weight[ROW_TILES][2];
+};
+
+typedef float Scores[ROW_TILES][S_TILES][4];
+
+// Q·Kᵀ
+DEVICE void multiply_keys(Scores& score, u32 queries, u32 keys) {
+    const u32 lane = threadIdx.x % 32;
+    const u32 q = queries + lane % 16 * ROW_BYTES + lane / 16 * 16;
+    const u32 k = keys + (lane / 16 * 8 + lane % 8) * ROW_BYTES + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int n = 0; n < S_TILES; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) score[r][n][j] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        uint4 rows[ROW_TILES];
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++) rows[r] = matrices(q + r * 16 * ROW_BYTES + i * 32);
+#pragma unroll
+        for (int n = 0; n < S_TILES / 2; n++) {
+            const uint4 columns = matrices(k + n * 16 * ROW_BYTES + i * 32);
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; r++) {
+                multiply(score[r][2 * n], rows[r], columns.x, columns.y);
+                multiply(score[r][2 * n + 1], rows[r], columns.z, columns.w);
+            }
+        }
+    }
+}
+
+// Takes away the scores of tokens that a row does not see. `position` is the warp's first row's, `token` the tile's first.
+DEVICE void mask(Scores& score, u32 position, u32 token, u32 window) {
+    const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int n = 0; n < S_TILES; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const u32 row = position + r * 16 + j / 2 * 8 + g, column = token + n * 8 + t * 2 + j % 2;
+                if (column > row || (window && column + window <= row)) score[r][n][j] = -INFINITY_F;
+            }
+}
+
+// Takes a tile's scores into the softmax; they become weights.
+DEVICE void soften(Sums& sums, Scores& score, float scale) {
+    float shrink[ROW_TILES][2];
+    bool grown = false;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float largest = fmaxf(score[r][0][2 * half], score[r][0][2 * half + 1]);
+#pragma unroll
+            for (int n = 1; n < S_TILES; n++) largest = fmaxf(largest, fmaxf(score[r][n][2 * half], score[r][n][2 * half + 1]));
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+            const float before = sums.largest[r][half];
+            largest = fmaxf(largest, before);
+            grown = grown || largest > before;
+            sums.largest[r][half] = largest;
+            const float base = largest == -INFINITY_F ? 0.0f : largest * scale; // a row may have seen no token yet
+            shrink[r][half] = power_of_2(fmaf(before, scale, -base));
+            float weight = 0.0f;
+#pragma unroll
+            for (int n = 0; n < S_TILES; n++)
+#pragma unroll
+                for (int j = 2 * half; j < 2 * half + 2; j++) {
+                    score[r][n][j] = power_of_2(fmaf(score[r][n][j], scale, -base));
+                    weight += score[r][n][j];
+                }
+            sums.weight[r][half] = sums.weight[r][half] * shrink[r][half] + weight;
+        }
+    if (!__any_sync(~0u, grown)) return;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int n = 0; n < O_TILES; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) sums.values[r][n][j] *= shrink[r][j / 2];
+}
+
+// sums += P·V
+DEVICE void multiply_values(Sums& sums, const Scores& weight, u32 values) {
+    const u32 lane = threadIdx.x % 32;
+    const u32 v = values + lane % 16 * ROW_BYTES + lane / 16 * 16;
+#pragma unroll
+    for (int i = 0; i < BLOCK_N / 16; i++) {
+        uint4 rows[ROW_TILES];
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++) {
+            const float(&low)[4] = weight[r][2 * i], (&high)[4] = weight[r][2 * i + 1];
+            rows[r] = make_uint4(pack(low[0], low[1]), pack(low[2], low[3]), pack(high[0], high[1]), pack(high[2], high[3]));
+        }
+#pragma unroll
+        for (int n = 0; n < O_TILES / 2; n++) {
+            const uint4 columns = matrices_transposed(v + i * 16 * ROW_BYTES + n * 32);
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; r++) {
+                multiply(sums.values[r][2 * n], rows[r], columns.x, columns.y);
+                multiply(sums.values[r][2 * n + 1], rows[r], columns.z, columns.w);
+            }
+        }
+    }
+}
+
+// The warp's rows of one tile of tokens. Tiles that it does not see are skipped, and only those at an edge masked.
+DEVICE void take_tile(Sums& sums, const Attention& a, const Work& w, u32 tile, u32 queries, u32 keys) {
+    const u32 warp_row = threadIdx.x / 32 * WARP_ROWS;
+    const u32 first = w.position + warp_row, last = first + WARP_ROWS - 1;
+    const u32 token = tile * BLOCK_N, token_last = token + BLOCK_N - 1;
+    if (warp_row >= w.rows || token > last || (a.window && token_last + a.window <= first)) return;
+    Scores score;
+    multiply_keys(score, queries + warp_row * ROW_BYTES, keys);
+    if (token_last > first || (a.window && token + a.window <= last)) mask(score, first, token, a.window);
+    soften(sums, score, a.scale);
+    multiply_values(sums, score, keys + TILE_BYTES);
+}
+
+DEVICE void write_out(Sums& sums, const Attention& a, const Work& w) {
+    const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float weight = sums.weight[r][half];
+            weight += __shfl_xor_sync(~0u, weight, 1);
+            weight += __shfl_xor_sync(~0u, weight, 2);
+            const u32 row = threadIdx.x / 32 * WARP_ROWS + r * 16 + half * 8 + g;
+            if (row >= w.rows) continue;
+            const float factor = 1.0f / weight;
+            T* to = a.out + ((u64)(w.row + row) * a.heads + w.head) * D + t * 2;
+#pragma unroll
+            for (int n = 0; n < O_TILES; n++)
+                *reinterpret_cast<u32*>(to + n * 8) =
+                    pack(sums.values[r][n][2 * half] * factor, sums.values[r][n][2 * half + 1] * factor);
+        }
+}
+
+DEVICE void run(const Attention& a, const Batch& batch, uint2 tile, u32 queries) {
+    const Work w = find_work(a, batch, tile);
+    const u32 stages = queries + Q_BYTES; // two, of keys and values
+    Table table = {NONE, 0};
+    // Tokens of earlier micro-batches need not wait for this one's.
+    const bool early = (w.begin + 1) * BLOCK_N <= w.cached;
+    if (early) fetch_tile(table, a, w, w.begin, stages);
+    wait_for_previous();
+    let_next_start();
+    fetch_queries(a, w, queries);
+    if (!early) fetch_tile(table, a, w, w.begin, stages);
+    copies_commit();
+
+    Sums sums;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+        sums.largest[r][0] = sums.largest[r][1] = -INFINITY_F;
+        sums.weight[r][0] = sums.weight[r][1] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < O_TILES; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) sums.values[r][n][j] = 0.0f;
+    }
+    u32 stage = 0;
+    for (u32 i = w.begin; i < w.end; i++) {
+        copies_wait<0>();
+        __syncthreads(); // tile i is there for all, and all are done with the one before
+        if (i + 1 < w.end) fetch_tile(table, a, w, i + 1, stages + (stage ^ 1) * 2 * TILE_BYTES);
+        copies_commit();
+        take_tile(sums, a, w, i, queries, stages + stage * 2 * TILE_BYTES);
+        stage ^= 1;
+    }
+    write_out(sums, a, w);
+}
+
+// Grid (heads, tiles): the heads of a KV head run side by side; the batch's tiles come in the order of their work, most first.
+// Dynamic shared memory: queries, then two stages of keys and values; see the launcher.
+extern "C" __global__ void __launch_bounds__(THREADS, D <= 128 ? 2 : 1)
+attention_prefill(T* out, const T* qkv, const T* keys, const T* values, Batch batch, u32 heads, u32 kv_heads, u32 window,
+                  float scale) {
+    extern __shared__ uint4 shared[];
+    const u32 tiles = batch.counts[COUNT_TILES];
+    if (blockIdx.y >= tiles) {
+        wait_for_previous();
+        return;
+    }
+    run({out, qkv, keys, values, heads, kv_heads, window, scale * LOG2_E}, batch, batch.tiles[blockIdx.y],
+        shared_address(shared));
+}

@@ -1,0 +1,66 @@
+//! Rotary positions: the pass's table, and the rotation of queries and keys on their way to the pages.
+#![allow(unsafe_code)]
+
+use super::{Batch, Buf, Cuda, DevicePtr, Grid, Kernel, Kv, Loading, launch::args};
+use crate::{
+    backend::{DType, HeadShape, QkNorm},
+    error::Result,
+};
+
+const THREADS: u32 = 128;
+
+/// The kernels of rope.cu.
+pub(super) struct Kernels {
+    rotations: Kernel,
+    rope_kv: Kernel,
+}
+
+impl Kernels {
+    pub(super) fn load(load: &Loading) -> Result<Kernels> {
+        let defines = [("DTYPE", load.dtype()), ("HEAD_DIM", load.of.head_dim as u32)];
+        let module = load.module("rope.cu", &defines)?;
+        Ok(Kernels { rotations: module.kernel("rotations")?, rope_kv: module.kernel("rope_kv")? })
+    }
+}
+
+/// Fills the table of cosines and sines of the micro-batch's rows.
+pub(super) fn rotations(cuda: &Cuda, batch: &Batch) -> Result<()> {
+    let (inv_freq, half, scale) = batch.frequencies();
+    let (table, view, half) = (batch.rotations(), batch.view(), half as u32);
+    let grid = Grid::row((batch.shape().rows_padded as u32 * half).div_ceil(THREADS), THREADS);
+    // SAFETY: (ptr, Batch, ptr, u32, f32) matches rope.cu; the table has room for the padded rows, and lives with the
+    // batch.
+    unsafe { cuda.launch(&cuda.kernels.rope.rotations, grid, &mut args![table, view, inv_freq, half, scale]) }
+}
+
+pub(super) fn rope_kv(
+    cuda: &Cuda,
+    qkv: &mut Buf,
+    kv: &mut Kv,
+    batch: &Batch,
+    heads: HeadShape,
+    norm: Option<QkNorm<'_, Cuda>>,
+) -> Result<()> {
+    let rows = batch.shape().rows_padded;
+    let qkv = qkv.expect(cuda.dtype, rows * heads.qkv_dim());
+    kv.expect(heads);
+    let (q_norm, k_norm, eps) = match norm {
+        Some(QkNorm { q, k, eps }) => {
+            (q.expect(DType::F32, heads.head_dim), k.expect(DType::F32, heads.head_dim), eps)
+        }
+        None => (DevicePtr::NULL, DevicePtr::NULL, 0.0),
+    };
+    let (q_heads, kv_heads) = (heads.heads as u32, heads.kv_heads as u32);
+    let warps = q_heads + 2 * kv_heads;
+    let grid = Grid { blocks: [rows as u32, warps.div_ceil(THREADS / 32), 1], threads: THREADS, shared: 0 };
+    let (keys, values, view) = (kv.keys(), kv.values(), batch.view());
+    // SAFETY: (ptr × 5, Batch, u32, u32, f32) matches rope.cu; the sizes have been checked, and a sequence's blocks are
+    // among the layer's, since all stages have as many as the scheduler leases.
+    unsafe {
+        cuda.launch(
+            &cuda.kernels.rope.rope_kv,
+            grid,
+            &mut args![qkv, keys, values, q_norm, k_norm, view, q_heads, kv_heads, eps],
+        )
+    }
+}

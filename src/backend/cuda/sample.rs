@@ -1,0 +1,449 @@
+//! Choosing tokens: kernels/sample.cu and kernels/argmax.cu.
+//!
+//! The parameters of a step's outputs go to the GPU with the launch; what penalties and biases need lies there in rows
+//! of the vocabulary's length, taken when a sequence first wants one and used again later. The GPU writes tokens and
+//! log-probabilities to pinned memory, where the host reads them when the step is done.
+#![allow(unsafe_code)]
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use super::{
+    Buf, Cuda, DevicePtr, Grid, Kernel, Loading, Tokens,
+    launch::args,
+    memory::{DeviceBuf, Pinned},
+};
+use crate::{
+    backend::DType,
+    batch::{MicroBatch, OutputRow, Sampled, SeqId, SeqStart, Step},
+    error::Result,
+    request::{LOGPROBS_MAX, Logprobs, SamplingParams},
+};
+
+/// Logits of a block: `SPAN` in argmax.cu.
+const ARGMAX_SPAN: usize = 4096;
+/// `WARPS` and `FEW_OUTPUTS` of the kernels, and `CLUSTER` where there are any.
+const WARPS: usize = 16;
+const FEW_OUTPUTS: usize = 16;
+const CLUSTER: usize = 8;
+/// More than the static shared memory of `sample`.
+const STATIC_SHARED: usize = 16 << 10;
+
+pub(super) struct Kernels {
+    sample: Kernel,
+    argmax: Kernel,
+    logprobs: Kernel,
+    clear_words: Kernel,
+    mark_prompt: Kernel,
+    set_bias: Kernel,
+}
+
+impl Kernels {
+    pub(super) fn load(load: &Loading) -> Result<Kernels> {
+        let sample = load.module("sample.cu", &[("DTYPE", 0)])?;
+        let argmax = load.module("argmax.cu", &[("DTYPE", 0)])?;
+        Ok(Kernels {
+            sample: sample.kernel("sample")?,
+            argmax: argmax.kernel("argmax")?,
+            logprobs: argmax.kernel("logprobs")?,
+            clear_words: argmax.kernel("clear_words")?,
+            mark_prompt: argmax.kernel("mark_prompt")?,
+            set_bias: argmax.kernel("set_bias")?,
+        })
+    }
+}
+
+/// Chooses tokens for the sequences that it has been told about.
+pub struct Sampler {
+    vocab: usize,
+    outputs_max: usize,
+    seqs: HashMap<SeqId, SeqState>,
+    spare: Vec<DeviceBuf>, // [vocab] words each
+    params: DeviceBuf,     // [outputs_max] of SampleParams
+    best: DeviceBuf,       // [outputs_max] of u64, zero between launches
+    done: DeviceBuf,       // [outputs_max] of u32, likewise
+    draw: DrawLaunch,
+    slots: Arc<Mutex<Vec<Slot>>>,
+}
+
+/// How `sample` is launched.
+#[derive(Clone, Copy)]
+struct DrawLaunch {
+    cluster: usize,
+    /// Bytes of the keys of a block; 0 if they do not fit into shared memory.
+    shared: usize,
+}
+
+/// What is kept of a sequence from its start to its end.
+struct SeqState {
+    sampling: Arc<SamplingParams>,
+    seed: u64,
+    answered: u32,
+    counts: Option<DeviceBuf>,
+    bias: Option<DeviceBuf>,
+}
+
+/// `struct SampleParams` in sample.cuh.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct SampleParams {
+    seed: u64,
+    answered: u32,
+    seat: u32,
+    counts: DevicePtr,
+    bias: DevicePtr,
+    temperature: f32,
+    top_k: u32,
+    top_p: f32,
+    min_p: f32,
+    repetition: f32,
+    presence: f32,
+    frequency: f32,
+    logprobs: u32,
+}
+
+/// `struct FewParams` in sample.cuh.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct FewParams([SampleParams; FEW_OUTPUTS]);
+
+/// `struct Logprobs` in argmax.cu, in words: the chosen one's, how many, their ids, their log-probabilities.
+const LOGPROBS_WORDS: usize = 2 + 2 * LOGPROBS_MAX as usize;
+
+/// Memory of the host for one step.
+struct Slot {
+    params: Pinned,        // [outputs_max] of SampleParams
+    tokens: Pinned,        // [outputs_max]
+    logprobs: Pinned,      // [outputs_max, LOGPROBS_WORDS]
+    start: Option<Pinned>, // prompts and biases of sequences that start
+}
+
+/// Tokens that may not have been chosen yet.
+pub struct Pending {
+    tokens: Arc<Tokens>,
+    step: u64,
+    slot: Option<Slot>,
+    /// Which outputs want log-probabilities; empty if none does.
+    wanted: Vec<bool>,
+    slots: Arc<Mutex<Vec<Slot>>>,
+}
+
+/// Takes note of the sequences that end and start with this step, and chooses a token for each of its output rows.
+pub(super) fn sample(cuda: &Cuda, logits: &Buf, sampler: &mut Sampler, step: &Step) -> Result<Pending> {
+    let batch = &*step.batch;
+    let outputs = batch.outputs.len();
+    assert!(outputs <= sampler.outputs_max, "more outputs than seats; this is a bug");
+    for seq in &batch.ends {
+        sampler.end(*seq);
+    }
+    let mut slot = sampler.slot(cuda)?;
+    sampler.start(cuda, &batch.starts, &mut slot)?;
+    let mut wanted = Vec::new();
+    if outputs > 0 {
+        let params: Vec<SampleParams> = batch.outputs.iter().map(|o| sampler.next(o)).collect();
+        let at = logits.expect(DType::F32, outputs * sampler.vocab);
+        sampler.choose(cuda, at, &params, &mut slot)?;
+        if params.iter().any(|p| p.logprobs > 0) {
+            wanted.extend(params.iter().map(|p| p.logprobs > 0));
+        }
+    }
+    cuda.record_event(cuda.tokens.chosen(step.step))?;
+    let slots = sampler.slots.clone();
+    Ok(Pending { tokens: cuda.tokens.clone(), step: step.step, slot: Some(slot), wanted, slots })
+}
+
+impl Sampler {
+    pub(super) fn new(cuda: &Cuda, vocab: usize) -> Result<Sampler> {
+        let outputs_max = cuda.tokens.table.bytes() / 4;
+        let cluster = if cuda.facts.compute >= (9, 0) { CLUSTER } else { 1 };
+        // `per_warp` in sample.cu.
+        let keys = 4 * WARPS * vocab.div_ceil(cluster * WARPS).next_multiple_of(4);
+        let fits = keys + STATIC_SHARED <= cuda.facts.shared_per_block_max as usize;
+        if fits {
+            cuda.kernels.sample.sample.allow_shared(keys as u32)?;
+        }
+        Ok(Sampler {
+            vocab,
+            outputs_max,
+            seqs: HashMap::new(),
+            spare: Vec::new(),
+            params: cuda.take(outputs_max * size_of::<SampleParams>())?,
+            best: cuda.zeroed(8 * outputs_max)?,
+            done: cuda.zeroed(4 * outputs_max)?,
+            draw: DrawLaunch { cluster, shared: if fits { keys } else { 0 } },
+            slots: Arc::default(),
+        })
+    }
+
+    /// What an output's sequence wants of its next token, which is counted.
+    fn next(&mut self, output: &OutputRow) -> SampleParams {
+        let state = self.seqs.get_mut(&output.seq);
+        let state = state.expect("an output row of a sequence that never started; this is a bug");
+        let p = &state.sampling;
+        let row = |buf: &Option<DeviceBuf>| buf.as_ref().map_or(DevicePtr::NULL, DeviceBuf::ptr);
+        let params = SampleParams {
+            seed: state.seed,
+            answered: state.answered,
+            seat: output.seat,
+            counts: row(&state.counts),
+            bias: row(&state.bias),
+            temperature: p.temperature,
+            top_k: p.top_k,
+            top_p: p.top_p,
+            min_p: p.min_p,
+            repetition: p.repetition_penalty,
+            presence: p.presence_penalty,
+            frequency: p.frequency_penalty,
+            logprobs: p.logprobs.map_or(0, |k| k + 1),
+        };
+        state.answered += 1;
+        params
+    }
+
+    fn choose(&self, cuda: &Cuda, logits: DevicePtr, params: &[SampleParams], slot: &mut Slot) -> Result<()> {
+        let outputs = params.len();
+        let mut few = FewParams([params[0]; FEW_OUTPUTS]);
+        let many = if outputs <= FEW_OUTPUTS {
+            few.0[..outputs].copy_from_slice(params);
+            DevicePtr::NULL
+        } else {
+            // SAFETY: plain numbers without gaps; the slot's last step is done.
+            unsafe {
+                let bytes = std::slice::from_raw_parts(params.as_ptr().cast::<u8>(), size_of_val(params));
+                slot.params.as_mut_slice()[..bytes.len()].copy_from_slice(bytes);
+            }
+            // SAFETY: room for `outputs_max` on both sides; the slot lives until the step is done.
+            unsafe { cuda.copy(self.params.ptr(), slot.params.ptr(), size_of_val(params))? };
+            self.params.ptr()
+        };
+        let kernels = &cuda.kernels.sample;
+        let (vocab, tokens, last) = (self.vocab as u32, slot.tokens.ptr(), cuda.tokens.table());
+        if params.iter().all(|p| p.temperature == 0.0) {
+            let parts = self.vocab.div_ceil(ARGMAX_SPAN) as u32;
+            let grid = Grid { blocks: [parts, outputs as u32, 1], threads: 256, shared: 0 };
+            // SAFETY: (u32*, u32*, const float*, const SampleParams*, FewParams, u32, u64*, u32*) as in argmax.cu.
+            unsafe {
+                cuda.launch(
+                    &kernels.argmax,
+                    grid,
+                    &mut args![tokens, last, logits, many, few, vocab, self.best.ptr(), self.done.ptr()],
+                )?
+            };
+        } else {
+            let DrawLaunch { cluster, shared } = self.draw;
+            let grid = Grid {
+                blocks: [(outputs * cluster) as u32, 1, 1],
+                threads: WARPS as u32 * 32,
+                shared: shared as u32,
+            };
+            // SAFETY: (u32*, u32*, const float*, const SampleParams*, FewParams, u32, u32) as in sample.cu.
+            unsafe {
+                cuda.launch(
+                    &kernels.sample,
+                    grid,
+                    &mut args![tokens, last, logits, many, few, vocab, u32::from(shared > 0)],
+                )?
+            };
+        }
+        if params.iter().any(|p| p.logprobs > 0) {
+            // SAFETY: (Logprobs*, const u32*, const float*, const SampleParams*, FewParams, u32) as in argmax.cu.
+            unsafe {
+                cuda.launch(
+                    &kernels.logprobs,
+                    Grid::row(outputs as u32, 1024),
+                    &mut args![slot.logprobs.ptr(), tokens, logits, many, few, vocab],
+                )?
+            };
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, seq: SeqId) {
+        if let Some(state) = self.seqs.remove(&seq) {
+            // The stream's order keeps what still uses them before what will.
+            self.spare.extend(state.counts);
+            self.spare.extend(state.bias);
+        }
+    }
+
+    fn start(&mut self, cuda: &Cuda, starts: &[SeqStart], slot: &mut Slot) -> Result<()> {
+        let biases: Vec<BTreeMap<u32, f32>> = starts.iter().map(|s| merged(&s.sampling.logit_bias)).collect();
+        let marked = |s: &SeqStart| if s.sampling.repetition_penalty != 1.0 { s.prompt.len() } else { 0 };
+        let words: usize =
+            starts.iter().map(marked).sum::<usize>() + biases.iter().map(|b| 2 * b.len()).sum::<usize>();
+        let mut staging = Staging::new(cuda, slot, 4 * words)?;
+        for (start, bias) in starts.iter().zip(biases) {
+            let sampling = start.sampling.clone();
+            let mut state = SeqState { sampling, seed: start.seed, answered: 0, counts: None, bias: None };
+            if penalizes(&start.sampling) {
+                let row = self.cleared_row(cuda)?;
+                let prompt = staging.put(start.prompt[..marked(start)].iter().copied());
+                self.mark(cuda, &row, prompt, marked(start))?;
+                state.counts = Some(row);
+            }
+            if !bias.is_empty() {
+                let row = self.cleared_row(cuda)?;
+                let ids = staging.put(bias.keys().copied());
+                let values = staging.put(bias.values().map(|v| v.to_bits()));
+                self.set_bias(cuda, &row, (ids, values), bias.len())?;
+                state.bias = Some(row);
+            }
+            self.seqs.insert(start.seq, state);
+        }
+        Ok(())
+    }
+
+    fn cleared_row(&mut self, cuda: &Cuda) -> Result<DeviceBuf> {
+        let row = match self.spare.pop() {
+            Some(row) => row,
+            None => cuda.take(4 * self.vocab)?,
+        };
+        // SAFETY: (u32*, u32) as in argmax.cu; the row has as many words.
+        unsafe {
+            cuda.launch(
+                &cuda.kernels.sample.clear_words,
+                words_grid(self.vocab),
+                &mut args![row.ptr(), self.vocab as u32],
+            )?
+        };
+        Ok(row)
+    }
+
+    fn mark(&self, cuda: &Cuda, row: &DeviceBuf, ids: DevicePtr, len: usize) -> Result<()> {
+        // SAFETY: (u32*, const u32*, u32, u32) as in argmax.cu; the ids stay in the slot until the step is done.
+        unsafe {
+            cuda.launch(
+                &cuda.kernels.sample.mark_prompt,
+                words_grid(len),
+                &mut args![row.ptr(), ids, len as u32, self.vocab as u32],
+            )
+        }
+    }
+
+    fn set_bias(
+        &self,
+        cuda: &Cuda,
+        row: &DeviceBuf,
+        (ids, values): (DevicePtr, DevicePtr),
+        len: usize,
+    ) -> Result<()> {
+        // SAFETY: (float*, const u32*, const float*, u32, u32) as in argmax.cu; the rest as for `mark`.
+        unsafe {
+            cuda.launch(
+                &cuda.kernels.sample.set_bias,
+                words_grid(len),
+                &mut args![row.ptr(), ids, values, len as u32, self.vocab as u32],
+            )
+        }
+    }
+
+    /// Memory of the host that no step uses.
+    fn slot(&self, cuda: &Cuda) -> Result<Slot> {
+        if let Some(slot) = lock(&self.slots).pop() {
+            return Ok(slot);
+        }
+        let pinned = |bytes| Pinned::new(cuda.context, bytes);
+        Ok(Slot {
+            params: pinned(self.outputs_max * size_of::<SampleParams>())?,
+            tokens: pinned(self.outputs_max * 4)?,
+            logprobs: pinned(self.outputs_max * LOGPROBS_WORDS * 4)?,
+            start: None,
+        })
+    }
+}
+
+/// Up to 64 blocks for so many words.
+fn words_grid(words: usize) -> Grid {
+    Grid::row(words.div_ceil(256).min(64) as u32, 256)
+}
+
+fn penalizes(p: &SamplingParams) -> bool {
+    p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0
+}
+
+/// Each token's bias: several for one token are added up, in their order.
+fn merged(biases: &[(u32, f32)]) -> BTreeMap<u32, f32> {
+    let mut merged = BTreeMap::new();
+    for &(id, bias) in biases {
+        merged.entry(id).and_modify(|sum| *sum += bias).or_insert(bias);
+    }
+    merged
+}
+
+/// Words that kernels read from the host's memory.
+struct Staging<'a> {
+    at: DevicePtr,
+    room: &'a mut [u8],
+}
+
+impl<'a> Staging<'a> {
+    fn new(cuda: &Cuda, slot: &'a mut Slot, bytes: usize) -> Result<Self> {
+        if slot.start.as_ref().is_none_or(|have| have.bytes() < bytes) {
+            slot.start = Some(Pinned::new(cuda.context, bytes.next_power_of_two())?);
+        }
+        let pinned = slot.start.as_mut().expect("made above; this is a bug");
+        let at = pinned.ptr();
+        // SAFETY: the slot's last step is done.
+        Ok(Staging { at, room: unsafe { pinned.as_mut_slice() } })
+    }
+
+    /// Writes words after those before, and returns their address.
+    fn put(&mut self, words: impl ExactSizeIterator<Item = u32>) -> DevicePtr {
+        let (here, bytes) = (self.at, 4 * words.len());
+        let (now, later) = std::mem::take(&mut self.room).split_at_mut(bytes);
+        for (to, word) in now.chunks_exact_mut(4).zip(words) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        (self.at, self.room) = (here.add(bytes), later);
+        here
+    }
+}
+
+impl Pending {
+    /// Waits for the tokens of the micro-batch's output rows.
+    pub(super) fn collect(self, batch: &MicroBatch) -> Result<Vec<Sampled>> {
+        self.tokens.chosen(self.step).synchronize()?;
+        let slot = self.slot.as_ref().expect("a slot until the end; this is a bug");
+        // SAFETY: the step is done.
+        let (tokens, logprobs) = unsafe { (slot.tokens.as_slice(), slot.logprobs.as_slice()) };
+        let sampled = batch.outputs.iter().enumerate().map(|(i, output)| Sampled {
+            seq: output.seq,
+            id: word(tokens, i),
+            logprobs: self
+                .wanted
+                .get(i)
+                .is_some_and(|&wanted| wanted)
+                .then(|| read_logprobs(&logprobs[4 * LOGPROBS_WORDS * i..][..4 * LOGPROBS_WORDS])),
+        });
+        Ok(sampled.collect())
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // A slot whose step may still run is never used again, nor freed.
+        let slot = self.slot.take();
+        match self.tokens.chosen(self.step).synchronize() {
+            Ok(()) => lock(&self.slots).extend(slot),
+            Err(_) => std::mem::forget(slot),
+        }
+    }
+}
+
+fn word(bytes: &[u8], i: usize) -> u32 {
+    let b = &bytes[4 * i..][..4];
+    u32::from_le_bytes([b[0], b[1], b[2], b[3]])
+}
+
+fn read_logprobs(bytes: &[u8]) -> Logprobs {
+    let number = |i| f32::from_bits(word(bytes, i));
+    let len = (word(bytes, 1) as usize).min(LOGPROBS_MAX as usize);
+    let top = (0..len).map(|i| (word(bytes, 2 + i), number(2 + LOGPROBS_MAX as usize + i))).collect();
+    Logprobs { chosen: number(0), top }
+}
+
+fn lock(slots: &Mutex<Vec<Slot>>) -> MutexGuard<'_, Vec<Slot>> {
+    slots.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,264 @@
+//! What came of the runs, as JSON or as tables.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::throughput::Workload;
+use crate::{
+    backend::{cpu, cuda},
+    cli::table::{Shares, columns, seconds, stages},
+    engine::{Engine, StageStats},
+    layout::Device,
+    request::Usage,
+};
+
+/// One run over the workload.
+pub(super) struct Run {
+    /// From submitting the first request to the end of the last.
+    pub(super) seconds: f64,
+    /// What each request took.
+    pub(super) usages: Vec<Usage>,
+}
+
+/// All figures, in the order of the JSON object.
+#[derive(Debug, Serialize)]
+pub(super) struct Figures {
+    workload: Workload,
+    layout: String,
+    devices: Vec<Named>,
+    dtype: &'static str,
+    /// Of each run.
+    seconds: Vec<f64>,
+    output_tokens_per_s: Rate,
+    prompt_tokens_per_s: Rate,
+    total_tokens_per_s: Rate,
+    requests_per_s: Rate,
+    /// From a request's submission to its first token.
+    ttft_ms: Spread,
+    /// Between a request's tokens after the first, its mean; none if there is one token alone.
+    tpot_ms: Option<Spread>,
+    load_seconds: f64,
+    weight_bytes: usize,
+    kv_tokens: usize,
+    stages: Vec<StageFigures>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct Named {
+    device: String,
+    name: String,
+}
+
+/// Of the median run and the best one.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+struct Rate {
+    median: f64,
+    best: f64,
+}
+
+/// Over the requests of all runs.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+struct Spread {
+    mean: f64,
+    median: f64,
+    p90: f64,
+    p99: f64,
+}
+
+/// A stage, over all runs.
+#[derive(Debug, Serialize)]
+struct StageFigures {
+    device: String,
+    layers: String,
+    weight_bytes: usize,
+    #[serde(flatten)]
+    shares: Shares,
+    batches: u64,
+    rows: u64,
+}
+
+impl Figures {
+    /// The figures of an engine's runs; `before` is from the moment when the first began.
+    pub(super) fn new(
+        workload: Workload,
+        engine: &Engine,
+        loading: Duration,
+        runs: &[Run],
+        before: &[StageStats],
+    ) -> Figures {
+        let stats = engine.stats();
+        let requests = f64::from(workload.requests);
+        let (input, output) = (f64::from(workload.input_len), f64::from(workload.output_len));
+        let rate = |each: f64| Rate::of(requests * each, runs);
+        let spread =
+            |ms: fn(&Usage) -> f64| Spread::of(runs.iter().flat_map(|r| &r.usages).map(ms).collect());
+        Figures {
+            workload,
+            layout: engine.layout().to_string(),
+            devices: devices(engine),
+            dtype: engine.dtype().name(),
+            seconds: runs.iter().map(|r| r.seconds).collect(),
+            output_tokens_per_s: rate(output),
+            prompt_tokens_per_s: rate(input),
+            total_tokens_per_s: rate(input + output),
+            requests_per_s: rate(1.0),
+            ttft_ms: spread(|usage| 1e3 * usage.first_token_s),
+            tpot_ms: (workload.output_len > 1).then(|| spread(per_token_ms)),
+            load_seconds: loading.as_secs_f64(),
+            weight_bytes: stats.iter().map(|s| s.weight_bytes).sum(),
+            kv_tokens: engine.kv_tokens(),
+            stages: before.iter().zip(&stats).map(|(was, is)| StageFigures::new(was, is)).collect(),
+        }
+    }
+
+    /// One object on one line.
+    pub(super) fn json(&self) -> String {
+        let text = serde_json::to_string(self).expect("plain data becomes JSON; this is a bug");
+        text + "\n"
+    }
+
+    /// For people. `before` and `after` are from when the first run began and the last one ended.
+    pub(super) fn table(&self, before: &[StageStats], after: &[StageStats]) -> String {
+        let Workload { requests, input_len, output_len, .. } = self.workload;
+        let mut what: Vec<Vec<String>> =
+            self.devices.iter().map(|d| vec![d.device.clone(), d.name.clone()]).collect();
+        what.extend([
+            vec!["requests at once".into(), requests.to_string()],
+            vec!["prompt tokens, each".into(), input_len.to_string()],
+            vec!["new tokens, each".into(), output_len.to_string()],
+            vec!["type".into(), self.dtype.into()],
+            vec!["weights MB".into(), format!("{:.1}", self.weight_bytes as f64 / 1e6)],
+            vec!["KV cache, tokens".into(), self.kv_tokens.to_string()],
+            vec!["loading".into(), seconds(self.load_seconds)],
+        ]);
+        let time = Rate { median: median(&self.seconds), best: least(&self.seconds) };
+        let head = |name: String, columns: &[&str]| {
+            std::iter::once(name).chain(columns.iter().map(|c| (*c).to_owned())).collect::<Vec<_>>()
+        };
+        let runs = match self.seconds.len() {
+            1 => "1 run".into(),
+            n => format!("{n} runs"),
+        };
+        let rates = [
+            head(runs, &["median", "best"]),
+            vec!["time".into(), seconds(time.median), seconds(time.best)],
+            self.output_tokens_per_s.row("new tokens/s"),
+            self.prompt_tokens_per_s.row("prompt tokens/s"),
+            self.total_tokens_per_s.row("both, tokens/s"),
+            self.requests_per_s.row("requests/s"),
+        ];
+        let mut latencies = vec![
+            head("a request".into(), &["mean", "median", "p90", "p99"]),
+            self.ttft_ms.row("time to first token"),
+        ];
+        latencies.extend(self.tpot_ms.map(|spread| spread.row("time per token after it")));
+        let tables = [what, rates.to_vec(), latencies, stages(before, after)];
+        tables.map(|rows| columns(&rows)).join("\n")
+    }
+}
+
+/// The mean time between tokens. There are at least two.
+fn per_token_ms(usage: &Usage) -> f64 {
+    1e3 * (usage.total_s - usage.first_token_s) / f64::from(usage.completion_tokens - 1)
+}
+
+/// Each device once, with what it is.
+fn devices(engine: &Engine) -> Vec<Named> {
+    let mut found: Vec<Named> = Vec::new();
+    for stage in engine.layout().stages() {
+        let name = match stage.device {
+            Device::Cpu => cpu::facts().name,
+            Device::Cuda(i) => {
+                let gpus = cuda::devices().expect("a stage runs on a GPU that is not there; this is a bug");
+                gpus[i].name.clone()
+            }
+        };
+        let named = Named { device: stage.device.to_string(), name };
+        if !found.contains(&named) {
+            found.push(named);
+        }
+    }
+    found
+}
+
+impl StageFigures {
+    fn new(was: &StageStats, is: &StageStats) -> StageFigures {
+        StageFigures {
+            device: is.device.clone(),
+            layers: is.layers.clone(),
+            weight_bytes: is.weight_bytes,
+            shares: Shares::between(&was.times, &is.times).unwrap_or_default(),
+            batches: is.times.batches - was.times.batches,
+            rows: is.times.rows - was.times.rows,
+        }
+    }
+}
+
+impl Rate {
+    /// Of runs that each did so much.
+    fn of(work: f64, runs: &[Run]) -> Rate {
+        let seconds: Vec<f64> = runs.iter().map(|r| r.seconds).collect();
+        Rate { median: work / median(&seconds), best: work / least(&seconds) }
+    }
+
+    fn row(&self, name: &str) -> Vec<String> {
+        vec![name.into(), format!("{:.1}", self.median), format!("{:.1}", self.best)]
+    }
+}
+
+impl Spread {
+    fn of(mut values: Vec<f64>) -> Spread {
+        values.sort_by(f64::total_cmp);
+        // The least value that this share of all does not exceed.
+        let rank = |share: f64| values[((share * values.len() as f64).ceil() as usize).max(1) - 1];
+        Spread {
+            mean: values.iter().sum::<f64>() / values.len() as f64,
+            median: median(&values),
+            p90: rank(0.9),
+            p99: rank(0.99),
+        }
+    }
+
+    fn row(&self, name: &str) -> Vec<String> {
+        let times = [self.mean, self.median, self.p90, self.p99].map(|ms| seconds(ms / 1e3));
+        std::iter::once(name.into()).chain(times).collect()
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let n = sorted.len();
+    (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0
+}
+
+fn least(values: &[f64]) -> f64 {
+    values.iter().copied().fold(f64::INFINITY, f64::min)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spreads_are_by_rank() {
+        let spread = Spread::of((1..=200).rev().map(f64::from).collect());
+        assert_eq!(spread, Spread { mean: 100.5, median: 100.5, p90: 180.0, p99: 198.0 });
+        let one = Spread::of(vec![3.0]);
+        assert_eq!(one, Spread { mean: 3.0, median: 3.0, p90: 3.0, p99: 3.0 });
+    }
+
+    #[test]
+    fn rates_are_of_the_median_and_of_the_best_run() {
+        let runs = [4.0, 1.0, 2.0].map(|seconds| Run { seconds, usages: Vec::new() });
+        assert_eq!(Rate::of(8.0, &runs), Rate { median: 4.0, best: 8.0 });
+        assert_eq!(Rate::of(8.0, &runs[..2]), Rate { median: 3.2, best: 8.0 });
+    }
+
+    #[test]
+    fn the_time_per_token_leaves_the_first_out() {
+        let usage = Usage { completion_tokens: 5, first_token_s: 1.0, total_s: 3.0, ..Usage::default() };
+        assert_eq!(per_token_ms(&usage), 500.0);
+    }
+}

@@ -1,0 +1,135 @@
+//! From a layout to running threads.
+
+use std::sync::{Arc, Mutex, atomic::AtomicU64};
+
+use crossbeam_channel as channel;
+
+use super::{
+    Engine, Facts, StageFacts,
+    worker::{Running, Worker},
+};
+use crate::{
+    backend::{
+        Backend,
+        cpu::Cpu,
+        cuda::{Cuda, PipelineFacts},
+    },
+    batch::Step,
+    error::{Error, Result},
+    layout::{Device, Layout},
+    model::decoder::{Decoder, DecoderConfig},
+    pipeline::{self, Input, Outcome, Output, Stage, StageMetrics, StagesHandle, token_edge},
+    schedule::Scheduler,
+    transport::{Host, Peer, Transport},
+};
+
+/// Threads that have been started, and the channels to them.
+pub(super) struct Wired {
+    stages: Vec<(Vec<StageFacts>, StagesHandle)>,
+    steps: channel::Sender<Step>,
+    results: channel::Receiver<Outcome>,
+}
+
+/// Starts the stages' threads, with boundaries between the stages that hold as many steps as may be in flight.
+pub(super) fn wire(
+    layout: &Layout,
+    config: &DecoderConfig,
+    in_flight: usize,
+    threads: Option<usize>,
+) -> Result<Wired> {
+    let gpu = |device| match device {
+        Device::Cpu => None,
+        Device::Cuda(i) => Some(i),
+    };
+    let gpus: Vec<usize> = layout.stages().iter().filter_map(|stage| gpu(stage.device)).collect();
+    if gpus.is_empty() {
+        let cpu = Arc::new(Cpu::new(threads));
+        return wire_on(&vec![cpu; layout.stages().len()], &Host, layout, config, in_flight);
+    }
+    if gpus.len() < layout.stages().len() {
+        let why = "stages on the processor and on GPUs in one pipeline are not possible yet";
+        return Err(Error::usage(format!("--layout {layout}"), why));
+    }
+    let facts = PipelineFacts {
+        dtype: config.dtype,
+        head_dim: config.spec.heads.head_dim,
+        seats: config.limits.seqs_max,
+    };
+    wire_on(&Cuda::pipeline(&gpus, facts)?, &Peer, layout, config, in_flight)
+}
+
+fn wire_on<B: Backend>(
+    backends: &[Arc<B>],
+    transport: &dyn Transport<B>,
+    layout: &Layout,
+    config: &DecoderConfig,
+    in_flight: usize,
+) -> Result<Wired> {
+    let (steps, steps_out) = channel::bounded(in_flight);
+    let (enqueued, await_enqueued) = token_edge();
+    let (results_in, results) = channel::unbounded();
+    let hidden_max = config.limits.rows_max * config.spec.dim;
+    let (mut inputs, mut outputs) = (vec![Input::Steps(steps_out, await_enqueued)], Vec::new());
+    for pair in backends.windows(2) {
+        let (sender, receiver) =
+            transport.connect(pair[0].clone(), pair[1].clone(), in_flight, hidden_max)?;
+        outputs.push(Output::Boundary(sender));
+        inputs.push(Input::Boundary(receiver));
+    }
+    outputs.push(Output::Results(enqueued));
+    let mut ends = inputs.into_iter().zip(outputs).zip(backends).enumerate();
+    let turn = Arc::new(Mutex::new(()));
+    let mut stages = Vec::new();
+    // Stages on the processor cannot overlap. Others have a thread each, and their device shares itself out.
+    for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {
+        let (mut facts, mut run_stages) = (Vec::new(), Vec::new());
+        for (stage, (index, ((input, output), backend))) in run.iter().zip(&mut ends) {
+            let metrics = Arc::new(StageMetrics::default());
+            let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
+            run_stages.push(Stage {
+                index,
+                backend: backend.clone(),
+                load: Box::new(move |backend| Decoder::load(backend, &own)),
+                input,
+                output,
+                results: results_in.clone(),
+                turn: if B::ASYNC { Arc::default() } else { turn.clone() },
+                metrics: metrics.clone(),
+            });
+            let (device, layers) = (stage.device.to_string(), stage.to_string());
+            facts.push(StageFacts { device, layers, weight_bytes: 0, metrics });
+        }
+        stages.push((facts, pipeline::spawn(run_stages)?));
+    }
+    Ok(Wired { stages, steps, results })
+}
+
+/// Waits until every stage has loaded, and starts the engine's own thread.
+pub(super) fn start(facts: Facts, wired: Wired, scheduler: Scheduler) -> Result<Engine> {
+    let facts = Arc::new(facts);
+    let (mut stages, mut threads) = (Vec::new(), Vec::new());
+    for (run, handle) in wired.stages {
+        for mut stage in run {
+            let i = stages.len();
+            let gone = |_| Err(Error::Engine(format!("stage {i} ended while loading; this is a bug")));
+            stage.weight_bytes = handle.loaded.recv().unwrap_or_else(gone)?;
+            stages.push(stage);
+        }
+        threads.push(handle.thread);
+    }
+    let (commands, commands_out) = channel::unbounded();
+    let worker = Worker {
+        facts: facts.clone(),
+        scheduler,
+        commands: commands_out,
+        steps: wired.steps,
+        results: wired.results,
+        running: Running::default(),
+    };
+    let thread = std::thread::Builder::new()
+        .name("engine".into())
+        .spawn(move || worker.run())
+        .map_err(|e| Error::Engine(format!("no thread: {e}")))?;
+    threads.insert(0, thread);
+    Ok(Engine { facts, stages, commands, next_request: AtomicU64::new(0), threads })
+}

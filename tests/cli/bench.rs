@@ -1,0 +1,112 @@
+//! `bench`: its figures hang together, and nonsense is refused before a model is loaded.
+
+use super::*;
+
+/// Runs `bench throughput` on the small model, of its config.json alone.
+fn throughput(args: &[&str]) -> Output {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(PathBuf::from(model()).join("config.json"), dir.path().join("config.json")).unwrap();
+    let model = dir.path().to_str().unwrap();
+    run(&[&["bench", "throughput", "--model", model, "--weights", "dummy", "--device", "cpu"], args].concat())
+}
+
+#[test]
+fn throughput_as_json_is_one_object_whose_figures_agree() {
+    let flags = ["--requests", "70", "--input-len", "20", "--output-len", "6", "--stages", "2"];
+    let figures = json(&throughput(&[&flags[..], &["--repeat", "3", "--format", "json"]].concat()));
+    assert_eq!(figures["workload"]["requests"], 70);
+    assert_eq!((&figures["layout"], &figures["dtype"]), (&"0-1@cpu,2-3@cpu".into(), &"bf16".into()));
+    assert_eq!(figures["devices"][0]["device"], "cpu");
+    assert!(figures["devices"][0]["name"].as_str().is_some_and(|name| !name.is_empty()));
+    let number = |value: &Value| value.as_f64().unwrap();
+    let mut seconds: Vec<f64> = figures["seconds"].as_array().unwrap().iter().map(number).collect();
+    seconds.sort_by(f64::total_cmp);
+    assert_eq!(seconds.len(), 3);
+    for (rate, each) in [
+        ("output_tokens_per_s", 6.0),
+        ("prompt_tokens_per_s", 20.0),
+        ("total_tokens_per_s", 26.0),
+        ("requests_per_s", 1.0),
+    ] {
+        for (which, seconds) in [("median", seconds[1]), ("best", seconds[0])] {
+            let (told, want) = (number(&figures[rate][which]), 70.0 * each / seconds);
+            assert!((told / want - 1.0).abs() < 1e-9, "{rate} {which}: {told}, not {want}");
+        }
+    }
+    for spread in ["ttft_ms", "tpot_ms"] {
+        let of = |which: &str| number(&figures[spread][which]);
+        assert!(0.0 < of("median") && of("median") <= of("p90") && of("p90") <= of("p99"), "{figures}");
+        assert!(of("p99") <= 1e3 * seconds[2], "{figures}");
+    }
+    // All of them at once, of 26 tokens each: two blocks.
+    assert_eq!(figures["kv_tokens"], 70 * 32);
+    let stages = figures["stages"].as_array().unwrap();
+    assert_eq!(stages.len(), 2);
+    let bytes: u64 = stages.iter().map(|s| s["weight_bytes"].as_u64().unwrap()).sum();
+    assert!(bytes > 0 && figures["weight_bytes"] == bytes);
+    for stage in stages {
+        let kinds = ["busy", "copying", "waiting_for_input", "waiting_for_room", "waiting_for_device"];
+        let all: f64 = kinds.iter().map(|kind| number(&stage[kind])).sum();
+        assert!((all - 1.0).abs() < 1e-9, "{stage}");
+        // The warm-up is not among them; the last token is never fed.
+        assert_eq!(stage["rows"], 3 * 70 * 25);
+        assert!(stage["batches"].as_u64().unwrap() >= 3 * 6);
+    }
+}
+
+#[test]
+fn throughput_as_tables_is_aligned_and_short() {
+    let flags =
+        ["--requests", "2", "--input-len", "9", "--output-len", "1", "--repeat", "1", "--warmup", "0"];
+    let output = throughput(&flags);
+    let text = good(&output);
+    assert_eq!(stderr(&output), "");
+    for start in ["requests at once", "1 run", "new tokens/s", "time to first token", "stage  device", "0 "] {
+        assert!(text.lines().any(|line| line.starts_with(start)), "{start}\n{text}");
+    }
+    assert!(!text.contains("time per token"), "one token has no time between tokens\n{text}");
+    assert!(text.lines().all(|line| line.len() < 120 && line == line.trim_end()), "{text}");
+}
+
+#[test]
+fn requests_that_cannot_run_at_once_wait() {
+    let flags = ["--requests", "5", "--input-len", "9", "--output-len", "3", "--running", "2"];
+    let figures = json(&throughput(&[&flags[..], &["--format", "json"]].concat()));
+    assert_eq!(figures["kv_tokens"], 2 * 16);
+    // A KV cache of two sequences: as slow, and told.
+    let token = 4 * 2 * 2 * 10 * 2;
+    let flags = ["--requests", "5", "--input-len", "9", "--output-len", "3", "--kv-memory"];
+    let output = throughput(&[&flags[..], &[&(32 * token).to_string(), "--format", "json"]].concat());
+    assert_eq!(json(&output)["kv_tokens"], 2 * 16);
+    assert!(stderr(&output).contains("does not hold all requests at once"), "{}", stderr(&output));
+}
+
+#[test]
+fn nonsense_is_one_line_and_exit_code_2() {
+    let cases: &[(&[&str], &str)] = &[
+        (&["--requests", "0"], "--requests"),
+        (&["--requests", "many"], "--requests"),
+        (&["--input-len", "0"], "--input-len"),
+        (&["--output-len", "-1"], "--output-len"),
+        (&["--repeat", "0"], "--repeat"),
+        (&["--warmup", "x"], "--warmup"),
+        (&["--running", "0"], "--running"),
+        (&["--running", "99999"], "--running"),
+        (&["--format", "text"], "--format"),
+        (&["--prompt", "a"], "--prompt"),
+        (&["--requests", "1000000", "--input-len", "100000000"], "--requests: 1000000 requests"),
+        (&["--input-len", "200", "--output-len", "57"], "--input-len 200 --output-len 57: 257 tokens"),
+        (&["--input-len", "60", "--output-len", "5", "--max-context", "64"], "--max-context: 64 tokens"),
+        (&["--input-len", "60", "--output-len", "5", "--kv-memory", "2K"], "--kv-memory"),
+    ];
+    for (args, needle) in cases {
+        let told = error(&throughput(args), 2);
+        assert!(told.contains(needle), "{args:?}: {told}");
+    }
+    assert!(error(&run(&["bench"]), 2).contains("throughput"));
+    assert!(error(&run(&["bench", "speed"]), 2).contains("speed"));
+    assert!(error(&run(&["bench", "throughput"]), 2).contains("--model"));
+    // Real weights where there are none.
+    let told = error(&throughput(&["--weights", "real", "--input-len", "4", "--output-len", "4"]), 2);
+    assert!(told.contains("--weights"), "{told}");
+}

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Builds what a machine with GPUs and without Rust needs to check this tree, into one folder to be carried there:
+#
+#     tools/gpu_bundle.sh [FOLDER]        # .gpu by default
+#     python3 FOLDER/gpu_check.py         # there
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-.gpu}
+
+# libtest's executables have a hash in their names: cargo says which they are.
+tests=$(cargo test --release --locked --no-run --test gpu --test gpu_model --message-format=json |
+	python3 -c '
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("executable") and message["target"]["kind"] == ["test"]:
+        print(message["target"]["name"], message["executable"])')
+cargo build --release --locked
+
+rm -rf "$out"
+mkdir -p "$out/bin" "$out/tests" "$out/models"
+cp target/release/pipeline-infer "$out/bin/"
+while read -r name path; do cp "$path" "$out/bin/$name"; done <<<"$tests"
+cp -r tests/data "$out/tests/"
+cp tools/gpu_check.py "$out/"
+python3 - "$out/models" <<'PYTHON'
+import json, pathlib, sys
+
+# The language models of Qwen2.5-VL, by their shapes.
+SHAPES = {
+    "7b": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944),
+    "72b": dict(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=29568),
+}
+for name, shape in SHAPES.items():
+    config = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_act="silu", dtype="bfloat16", vocab_size=152064,
+                  max_position_embeddings=32768, rms_norm_eps=1e-6, tie_word_embeddings=False, use_sliding_window=False,
+                  bos_token_id=151643, eos_token_id=151645, rope_parameters=dict(rope_type="default", rope_theta=1000000.0))
+    folder = pathlib.Path(sys.argv[1]) / name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | shape, indent=1) + "\n")
+PYTHON
+
+strip "$out"/bin/* 2>/dev/null || true
+size=$(du -sm "$out" | cut -f1)
+echo "$out: $size MiB"
+if [ "$size" -ge 60 ]; then
+	echo "$out is too large to be carried: at most 60 MiB" >&2
+	exit 1
+fi

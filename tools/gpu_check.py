@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""Runs on a machine with GPUs what tools/gpu_bundle.sh has built elsewhere, and prints a table of outcomes last.
+
+    python3 gpu_check.py [BUNDLE] [--only NAME ...] [--skip NAME ...] [--logs DIR] [--filter TEST]
+
+Needs Python 3.9, a driver, NVRTC and cublasLt (a toolkit's, or those of Python's nvidia packages), and for two of the checks
+compute-sanitizer. No Rust. The checks:
+
+    ops        every op on the GPU against the processor's (tests/gpu.rs)
+    models     small checkpoints, stages, batches, sampling, faults (tests/gpu_model.rs)
+    memcheck   the op suite over fewer shapes under compute-sanitizer: no access out of bounds
+    racecheck  the same: no race in shared memory
+    7b-…       tokens per second of random weights, with the goal for as many GPUs
+"""
+import argparse, concurrent.futures, json, os, pathlib, re, shutil, signal, subprocess, sys, sysconfig, time
+
+HERE = pathlib.Path(__file__).resolve().parent
+# Tests that would take the sanitizers minutes, and show nothing there that others do not.
+NOT_SANITIZED = ["a_large_head", "a_long_context", "many_draws", "the_batch_does_not_matter", "heads_of_12", "heads_of_96",
+                 "has_the_same_bits", "a_row_does_not_see"]
+# Model, requests, prompt tokens, new tokens, what is measured, and its goal for a number of H200s: what the best engine at
+# hand gave there, in tokens per second.
+BENCHES = [
+    ("7b", 1, 512, 128, "output", {1: 208, 4: 208}),
+    ("7b", 64, 512, 256, "output", {1: 7826, 4: 7837}),
+    ("7b", 256, 512, 256, "output", {1: 12277, 4: 13203}),
+    ("7b", 32, 4096, 1, "prompt", {1: 45047, 4: 115907}),
+    ("72b", 1, 512, 64, "output", {4: 25.3}),
+    ("72b", 64, 512, 128, "output", {4: 822}),
+    ("72b", 256, 512, 128, "output", {4: 1808}),
+    ("72b", 32, 4096, 1, "prompt", {4: 12047}),
+]
+
+
+class Check:
+    """A program to run, with a time limit; `judge` makes an outcome of how it ended."""
+
+    def __init__(self, name, command, limit, env=None, judge=None, log=None):
+        self.name, self.command, self.limit, self.env, self.judge = name, command, limit, env or {}, judge or judge_tests
+        self.log_name = log or name
+        self.outcome, self.seconds, self.failed = "", 0.0, False
+
+    def start(self, logs, env):
+        self.log = logs / f"{self.log_name}.log"
+        self.began = time.time()
+        with open(self.log, "a") as log:
+            self.log_start = log.tell()
+            self.process = subprocess.Popen([str(c) for c in self.command], stdout=log, stderr=subprocess.STDOUT,
+                                            env={**env, **self.env}, start_new_session=True)
+
+    def finish(self):
+        try:
+            code = self.process.wait(max(1.0, self.began + self.limit - time.time()))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)  # a sanitizer's child too
+            self.process.wait()
+            code = None
+        self.seconds = time.time() - self.began
+        text = self.text()
+        self.outcome, ok = self.judge(code, text)
+        if code is None:
+            self.outcome, ok = f"not done after {self.limit} s; {self.outcome}", False
+        self.failed = not ok
+        if self.failed:
+            show_failure(self, text)
+
+    def text(self):
+        return self.log.read_bytes()[self.log_start:].decode(errors="replace")
+
+
+def judge_tests(code, text):
+    """Of libtest's output, perhaps under compute-sanitizer."""
+    summary = re.search(r"^test result: .*? (\d+) passed; (\d+) failed", text, re.M)
+    counted = lambda how: len(re.findall(rf"\.\.\. {how}$", text, re.M))
+    passed, failed = map(int, summary.groups()) if summary else (counted("ok"), counted("FAILED"))
+    errors = re.search(r"ERROR SUMMARY: (\d+) error", text) or re.search(r"RACECHECK SUMMARY: (\d+) hazard", text)
+    parts = [f"{passed} passed"] + [f"{failed} failed"] * (failed > 0)
+    if errors and errors[1] != "0":
+        parts.append(f"{errors[1]} errors found")
+    if code not in (0, 101, None):
+        parts.append(f"exit code {code}")
+    return ", ".join(parts), code == 0 and passed > 0
+
+
+def judge_bench(goal, measured):
+    def judge(code, text):
+        lines = [line for line in text.splitlines() if line.startswith("{")]
+        if code != 0 or not lines:
+            return text.strip().splitlines()[-1][:160] if text.strip() else f"exit code {code}", False
+        rate = json.loads(lines[-1])[f"{measured}_tokens_per_s"]
+        rate = rate["best"] if isinstance(rate, dict) else rate
+        share = f", {rate / goal:.2f} of the goal of {goal:,}" if goal else ""
+        return f"{rate:,.1f} {measured} tokens/s{share}", not goal or rate >= goal
+    return judge
+
+
+def show_failure(check, text):
+    print(f"--- {check.name}: {check.outcome}; the end of {check.log}:")
+    hazards = [line for line in text.splitlines() if line.startswith("=========")][:60]
+    print("\n".join(panics(text) or text.splitlines()[-25:]) + "\n" + "\n".join(hazards), flush=True)
+
+
+def panics(text):
+    """What failed tests said, each in a few lines."""
+    said = [block.splitlines()[:6] for block in re.split(r"\n(?=---- )", text) if block.startswith("---- ")]
+    return [line[:400] for block in said[:12] for line in block if line]
+
+
+def alone(check, text, env, limit):
+    """An access out of bounds fails all tests after it too: those that did not pass are run again, each by itself."""
+    listed = subprocess.run([check.command[0], "--list"], capture_output=True, text=True, env=env).stdout
+    chosen = check.command[2:]
+    names = [n for n in re.findall(r"^(\S+): test$", listed, re.M) if all(c in n for c in chosen)]
+    passed = set(re.findall(r"^test (\S+) \.\.\. ok$", text, re.M))
+    names = [name for name in names if name not in passed]
+    end, failed = time.time() + limit, []
+
+    def run(name):
+        left = end - time.time()
+        if left < 1:
+            return name, "not tried"
+        try:
+            done = subprocess.run([check.command[0], "--exact", name], capture_output=True, text=True, env=env,
+                                  timeout=min(60, left))
+        except subprocess.TimeoutExpired:
+            return name, "not done in time"
+        if done.returncode == 0:
+            return name, None
+        return name, "\n    ".join(panics(done.stdout)[1:] or [f"exit code {done.returncode}", *done.stderr.splitlines()[-3:]])
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for name, why in pool.map(run, names):
+            failed += [name] if why else []
+            print(f"alone: {name}: {why or 'ok'}", flush=True)
+    check.outcome += f"; alone {len(failed)} of {len(names)} fail: {' '.join(failed[:6])}{' …' * (len(failed) > 6)}"
+
+
+def libraries():
+    """For LD_LIBRARY_PATH: what it is, and folders with NVRTC and cublasLt."""
+    given = [p for p in os.environ.get("LD_LIBRARY_PATH", "").split(":") if p]
+    packages = pathlib.Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    toolkits = [pathlib.Path("/usr/local/cuda/lib64"), *sorted(pathlib.Path("/usr/local").glob("cuda-*/lib64"))]
+    for name in ("libnvrtc.so*", "libcublasLt.so*"):
+        folders = (str(f) for f in [*map(pathlib.Path, given), *toolkits, *sorted(packages.glob("*/lib"))] if any(f.glob(name)))
+        given.append(next(folders, ""))
+    return list(dict.fromkeys(p for p in given if p))
+
+
+def sanitizer():
+    toolkits = [pathlib.Path("/usr/local/cuda/bin/compute-sanitizer"),
+                *pathlib.Path("/usr/local").glob("cuda*/bin/compute-sanitizer"),
+                *pathlib.Path("/usr/local").glob("cuda*/compute-sanitizer/compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or next((str(p) for p in toolkits if p.exists()), None)
+
+
+def gpus():
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+    except OSError:
+        return []
+    return [line for line in listed.splitlines() if line.startswith("GPU ")]
+
+
+def plan(bundle, count, test_filter):
+    """Groups of checks; those of a group run at the same time."""
+    programs = bundle / "bin"
+    threads = f"--test-threads={max(1, min(8, (os.cpu_count() or 2) // 2))}"
+    chosen = [test_filter] if test_filter else []
+    groups = [[Check("ops", [programs / "gpu", threads, *chosen], 300)],
+              [Check("models", [programs / "gpu_model", threads, *chosen], 300)]]
+    if sanitizer():
+        skips = [part for name in NOT_SANITIZED for part in ("--skip", name)]
+        quick = {"PIPELINE_INFER_GPU_QUICK": "1"}
+
+        def under(tool, *more):
+            command = [sanitizer(), "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *more,
+                       programs / "gpu", "--test-threads=1", *skips, *chosen]
+            return Check(tool, command, 180, quick)
+        groups.append([under("memcheck"), under("racecheck", "--racecheck-report", "analysis")])
+    for model, requests, given, new, measured, goals in BENCHES:
+        fits = count >= (1 if model == "7b" else 4)
+        if fits and not test_filter:
+            command = [programs / "pipeline-infer", "bench", "throughput", "--model", bundle / "models" / model, "--weights",
+                       "dummy", "--stages", count, "--requests", requests, "--input-len", given, "--output-len", new,
+                       "--format", "json"]
+            name, goal = f"{model}-{requests}x{given}x{new}", goals.get(count)
+            groups.append([Check(name, command, 180, judge=judge_bench(goal, measured), log="benches")])
+    return groups
+
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("bundle", nargs="?", type=pathlib.Path, default=HERE)
+    args.add_argument("--only", nargs="+", default=[], help="names of checks, or their beginnings")
+    args.add_argument("--skip", nargs="+", default=[], help="likewise")
+    args.add_argument("--filter", help="only tests with this in their names, and no benches")
+    args.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("gpu_check_logs"))
+    args = args.parse_args()
+    bundle = args.bundle.resolve()
+    args.logs.mkdir(parents=True, exist_ok=True)
+    found = gpus()
+    if not found:
+        sys.exit("no GPU: nvidia-smi lists none")
+    print("\n".join(found), flush=True)
+    env = {**os.environ, "PIPELINE_INFER_ROOT": str(bundle), "PIPELINE_INFER_REQUIRE_GPU": "1", "RUST_BACKTRACE": "0",
+           "LD_LIBRARY_PATH": ":".join(libraries())}
+    print("libraries:", env["LD_LIBRARY_PATH"] or "the system's", "| sanitizer:", sanitizer() or "none", flush=True)
+    wanted = lambda name: ((not args.only or any(name.startswith(o) for o in args.only))
+                           and not any(name.startswith(s) for s in args.skip))
+    done = []
+    for group in plan(bundle, len(found), args.filter):
+        group = [check for check in group if wanted(check.name)]
+        for check in group:
+            check.start(args.logs, env)
+        for check in group:
+            check.finish()
+            if check.failed and check.name in ("ops", "models"):
+                alone(check, check.text(), env, 120)
+            done.append(check)
+            print(f"{check.name}: {check.outcome} ({check.seconds:.0f} s)", flush=True)
+    print(f"\n{'check':16} {'':6} {'seconds':>8}  outcome")
+    for check in done:
+        print(f"{check.name:16} {'FAILED' if check.failed else 'ok':6} {check.seconds:8.1f}  {check.outcome}")
+    sys.exit(any(check.failed for check in done))
+
+
+if __name__ == "__main__":
+    main()
