@@ -23,9 +23,12 @@ rotations(float2* __restrict__ out, Batch batch, const float* __restrict__ inv_f
 }
 
 // Neighbouring numbers that a lane takes together.
-constexpr int TOGETHER = HALF % 2 == 0 ? 2 : 1;
+constexpr int TOGETHER = HALF % 4 == 0 ? 4 : HALF % 2 == 0 ? 2 : 1;
+// Lanes that share a head: a warp takes several short ones.
+constexpr int lanes(int wanted) { return wanted >= 32 ? 32 : wanted > 16 ? 32 : wanted > 8 ? 16 : wanted > 4 ? 8 : 4; }
+constexpr int LANES = lanes(HALF / TOGETHER);
 // How often a lane takes some, to cover half a head.
-constexpr int TURNS = (HALF + 32 * TOGETHER - 1) / (32 * TOGETHER);
+constexpr int TURNS = (HALF + LANES * TOGETHER - 1) / (LANES * TOGETHER);
 
 struct alignas(TOGETHER * sizeof(T)) Few {
     T v[TOGETHER];
@@ -36,7 +39,7 @@ struct Part {
     float low[TURNS][TOGETHER], high[TURNS][TOGETHER];
 };
 
-DEVICE u32 place(int turn) { return (turn * 32 + threadIdx.x % 32) * TOGETHER; }
+DEVICE u32 place(int turn) { return (turn * LANES + threadIdx.x % LANES) * TOGETHER; }
 
 DEVICE void load(Part& part, const T* head) {
 #pragma unroll
@@ -66,20 +69,22 @@ DEVICE void store(T* head, const Part& part) {
     }
 }
 
-DEVICE void normalise(Part& part, const float* weights, float eps) {
+DEVICE void normalise(Part& part, const float* weights, float eps, bool wanted) {
     float squares = 0.0f;
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
         for (int i = 0; i < TOGETHER; i++)
             squares += part.low[turn][i] * part.low[turn][i] + part.high[turn][i] * part.high[turn][i];
-    const float scale = rsqrtf(warp_sum(squares) / HEAD_DIM + eps);
+#pragma unroll
+    for (int far = LANES / 2; far > 0; far /= 2) squares += __shfl_xor_sync(~0u, squares, far);
+    const float scale = rsqrtf(squares / HEAD_DIM + eps);
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
         for (int i = 0; i < TOGETHER; i++) {
             const u32 at = place(turn) + i;
-            if (at >= HALF) continue;
+            if (at >= HALF || !wanted) continue;
             part.low[turn][i] *= scale * weights[at];
             part.high[turn][i] *= scale * weights[HALF + at];
         }
@@ -99,11 +104,12 @@ DEVICE void rotate(Part& part, const float2* turns) {
         }
 }
 
-// A warp a head of a row: grid (rows, heads with both kinds of KV heads over the block's warps). Norm weights may be null.
+// LANES lanes a head of a row: grid (rows, heads with both kinds of KV heads over the block's groups of lanes). Norm weights
+// may be null.
 extern "C" __global__ void __launch_bounds__(128)
 rope_kv(T* qkv, T* keys, T* values, const float* __restrict__ q_norm,
         const float* __restrict__ k_norm, Batch batch, u32 heads, u32 kv_heads, float eps) {
-    const u32 row = blockIdx.x, head = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
+    const u32 row = blockIdx.x, head = blockIdx.y * (blockDim.x / LANES) + threadIdx.x / LANES;
     const u32 seq = row < batch.counts[COUNT_ROWS] ? batch.row_seq[row] : NONE;
     const bool mine = seq != NONE && head < heads + 2 * kv_heads;
     u64 page = 0; // where the row's token lies in the pages, for KV head 0
@@ -113,15 +119,13 @@ rope_kv(T* qkv, T* keys, T* values, const float* __restrict__ q_norm,
     }
     wait_for_previous();
     let_next_start();
-    if (!mine) return;
     T* from = qkv + ((u64)row * (heads + 2 * kv_heads) + head) * HEAD_DIM;
-    Part part;
-    load(part, from);
-    if (head < heads + kv_heads) {
-        const float* norm = head < heads ? q_norm : k_norm;
-        if (norm) normalise(part, norm, eps);
-        rotate(part, batch.rotations + (u64)row * HALF);
-    }
+    Part part = {};
+    if (mine) load(part, from);
+    // Of a warp's lanes some may have a value's head, or none: they take part in the norm's sums all the same.
+    if (q_norm) normalise(part, head < heads ? q_norm : k_norm, eps, head < heads + kv_heads);
+    if (!mine) return;
+    if (head < heads + kv_heads) rotate(part, batch.rotations + (u64)row * HALF);
     if (head < heads + kv_heads) store(from, part);
     if (head >= heads) {
         T* pages = head < heads + kv_heads ? keys : values;

@@ -175,7 +175,7 @@ def plan(bundle, count, test_filter):
         def under(tool, *more):
             command = [sanitizer(), "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *more,
                        programs / "gpu", "--test-threads=1", *skips, *chosen]
-            return Check(tool, command, 180, quick)
+            return Check(tool, command, 240, quick)
         groups.append([under("memcheck"), under("racecheck", "--racecheck-report", "analysis")])
     for model, requests, given, new, measured, goals in BENCHES:
         fits = count >= (1 if model == "7b" else 4)

@@ -51,8 +51,8 @@ pub(super) fn rope_kv(
         None => (DevicePtr::NULL, DevicePtr::NULL, 0.0),
     };
     let (q_heads, kv_heads) = (heads.heads as u32, heads.kv_heads as u32);
-    let warps = q_heads + 2 * kv_heads;
-    let grid = Grid { blocks: [rows as u32, warps.div_ceil(THREADS / 32), 1], threads: THREADS, shared: 0 };
+    let groups = (q_heads + 2 * kv_heads).div_ceil(THREADS / lanes(heads.head_dim / 2));
+    let grid = Grid { blocks: [rows as u32, groups, 1], threads: THREADS, shared: 0 };
     let (keys, values, view) = (kv.keys(), kv.values(), batch.view());
     // SAFETY: (ptr × 5, Batch, u32, u32, f32) matches rope.cu; the sizes have been checked, and a sequence's blocks are
     // among the layer's, since all stages have as many as the scheduler leases.
@@ -63,4 +63,10 @@ pub(super) fn rope_kv(
             &mut args![qkv, keys, values, q_norm, k_norm, view, q_heads, kv_heads, eps],
         )
     }
+}
+
+/// `LANES` in rope.cu: lanes that share a head, half of which has so many numbers.
+fn lanes(half: usize) -> u32 {
+    let together = [4, 2, 1].into_iter().find(|n| half.is_multiple_of(*n)).unwrap_or(1);
+    (half / together).next_power_of_two().clamp(4, 32) as u32
 }
