@@ -1,11 +1,10 @@
 // Attention of sequences with one row: the query heads of a KV head go through its tokens together.
 //
-// It is bound by memory, so all that counts is that every multiprocessor has enough bytes under way, from the first moment to
-// the last. The pages of all (sequence, KV head) pairs are thought of as one long row, which is cut into equal shares, a warp
-// each, whatever the lengths. A warp goes through its share without meeting any other and writes out the pairs that lie
-// in it as a whole. Of others it keeps a part: of one that began before its share, and of one that goes on after it. At the end
-// the block adds up its warps' parts in shared memory, and where several blocks had a part of a pair, the last to arrive
-// adds up all parts, in the order of the blocks.
+// For many tokens all that counts is that every multiprocessor has enough bytes under way, from the first moment to the last; for
+// few, how long the chain of what must wait for something else is. So a warp goes through its share (attention_share.cuh) without
+// meeting any other, with pages under way ahead of it, the first of them before the kernel before has ended. It writes out the
+// pairs that lie in its share as a whole. Of others it keeps a part: of one that began before its share, and of one that goes on
+// after it. At the end parts become one (attention_parts.cuh).
 //
 // Scores are computed as K·Qᵀ (rows are tokens), values as Vᵀ·Pᵀ (rows are places in a head): 8 query heads are a product's
 // columns. Tokens and places are dealt to lanes such that what a lane reads of a page is whole 16-byte pieces.
@@ -13,27 +12,14 @@
 // variants: DTYPE=1,2 HEAD_DIM=256 HEAD_TILES=1 WARPS=4,8
 #include "attention_pages.cuh"
 
-constexpr int TILES = D / 16;         // of 16 places each
 constexpr int K_WIDE = D / 32, K_TAIL = D % 32 / 4; // a key: 16-byte pieces a lane, then K_TAIL numbers
-constexpr int V_WIDE = D / 64, V_TAIL = D % 64 / 8; // a value
-constexpr u32 SUMS = HEAD_TILES * TILES * 32; // float4
 
 static_assert(D % 16 == 0 && (V_TAIL == 0 || V_TAIL == 2 || V_TAIL == 4), "no load has V_TAIL numbers");
 
-// A part of a pair: sums [HEAD_TILES][TILES][lane], and (largest score, sum of weights) of each head.
-struct Part {
-    float4 values[SUMS];
-    float2 softmax[HEADS];
-};
 // A warp's shared memory: its part of the pair that began before its share, then its ring, which in the end gives place to its part
 // of the pair that goes on after it.
 constexpr u32 WARP_BYTES = sizeof(Part) + RING_BYTES;
 static_assert(sizeof(Part) <= RING_BYTES && sizeof(Part) % 16 == 0, "the second part takes the place of the ring");
-
-struct Args : Attention {
-    Part* parts;  // [2 * blocks of the grid]
-    u32* arrived; // [blocks of the grid]: zeros between launches
-};
 
 // What a warp has still to fetch. The page's block is read one fetch ahead, so that no fetch waits for it.
 struct Fetch {
@@ -52,12 +38,14 @@ DEVICE void next_page(Fetch& f, const Args& a, const Batch& batch, u32 end) {
     f.block = batch.blocks[f.segment.table + f.segment.first + f.page];
 }
 
-// Whether the page holds this step's token, which an earlier kernel of the same pass writes.
-DEVICE bool is_fresh(const Fetch& f) { return f.page + 1 == f.segment.pages; }
+// Where a pair's keys and values lie in a block of the pages.
+DEVICE u64 page_at(const Args& a, u32 block, u32 pair) {
+    return ((u64)block * a.kv_heads + pair / tiles_of_group(a)) * (KV_BLOCK * D);
+}
 
 DEVICE void fetch(Fetch& f, const Args& a, const Batch& batch, u32 end, const Ring& ring, u32 stage) {
     if (f.more) {
-        const u64 at = ((u64)f.block * a.kv_heads + f.segment.pair / tiles_of_group(a)) * (KV_BLOCK * D);
+        const u64 at = page_at(a, f.block, f.segment.pair);
         fill(ring, stage, a.keys + at, a.values + at);
         f.page++;
         next_page(f, a, batch, end);
@@ -207,15 +195,10 @@ DEVICE void add_values(Sums& sums, const uint2 (&weights)[HEAD_TILES], u32 value
     }
 }
 
-// The first of the two places that a lane has in a tile.
-DEVICE u32 place(u32 tile, u32 g) {
-    return tile < V_WIDE * 4 ? tile / 4 * 64 + g * 8 + tile % 4 * 2 : V_WIDE * 64 + g * V_TAIL + (tile - V_WIDE * 4) * 2;
-}
-
 // One page, which lies in `slot`.
-DEVICE void take_page(Sums& sums, const Queries& q, const Segment& s, u32 page, u32 slot, float scale) {
+DEVICE void take_page(Sums& sums, const Queries& q, const Newest& newest, const Segment& s, u32 page, u32 slot, float scale) {
     const u32 g = threadIdx.x % 32 / 4, token = (s.first + page) * KV_BLOCK;
-    if (token + KV_BLOCK > s.len) clear_values(slot, s.len - token);
+    if (page + 1 == s.pages) complete_page(slot, s.len - token, newest);
     const u32 position = token + group_token(g / 2, g % 2) + g % 2;
     const bool low = position >= s.begin && position < s.len;
     const bool high = position + 2 >= s.begin && position + 2 < s.len;
@@ -229,43 +212,6 @@ DEVICE void take_page(Sums& sums, const Queries& q, const Segment& s, u32 page, 
         weights[h] = soften(sums, score[h], h, scale);
     }
     add_values(sums, weights, slot + HALF_BYTES);
-}
-
-// A pair that a warp has a part of.
-struct Note {
-    u32 unit, pages; // where the pair begins in the long row; NONE: there is no part
-    u32 row, pair;
-};
-DEVICE Note note_of(const Segment& s) { return {s.unit - s.from, s.pages, s.row, s.pair}; }
-
-// Two heads' softmax over several parts: the largest score, the sum of weights.
-struct Pair {
-    float largest[2], weight[2];
-};
-DEVICE Pair no_part() { return {{-INFINITY_F, -INFINITY_F}, {0.0f, 0.0f}}; }
-DEVICE void widen(Pair& p, float4 softmax) {
-    p.largest[0] = fmaxf(p.largest[0], softmax.x);
-    p.largest[1] = fmaxf(p.largest[1], softmax.z);
-}
-// Adds a part's weights; the factor of its sums comes back.
-DEVICE float2 add_weight(Pair& p, float4 softmax, float scale) {
-    const float2 by = make_float2(power_of_2((softmax.x - p.largest[0]) * scale), power_of_2((softmax.z - p.largest[1]) * scale));
-    p.weight[0] = fmaf(softmax.y, by.x, p.weight[0]);
-    p.weight[1] = fmaf(softmax.w, by.y, p.weight[1]);
-    return by;
-}
-DEVICE void add_part(float4& sum, float4 part, float2 by) {
-    sum.x = fmaf(part.x, by.x, sum.x), sum.y = fmaf(part.y, by.y, sum.y);
-    sum.z = fmaf(part.z, by.x, sum.z), sum.w = fmaf(part.w, by.y, sum.w);
-}
-
-// Writes two heads' two places of tile `at`, counted over head tiles.
-DEVICE void write_out(const Args& a, const Note& note, u32 at, float4 sum, const Pair& p) {
-    const u32 lane = threadIdx.x % 32, head = at / TILES * 8 + lane % 4 * 2;
-    const Heads heads = heads_of(note.pair, a);
-    T* to = a.out + ((u64)note.row * a.heads + heads.first + head) * D + place(at % TILES, lane / 4);
-    if (head < heads.count) *reinterpret_cast<u32*>(to) = pack(sum.x / p.weight[0], sum.z / p.weight[0]);
-    if (head + 1 < heads.count) *reinterpret_cast<u32*>(to + D) = pack(sum.y / p.weight[1], sum.w / p.weight[1]);
 }
 
 // Sums of weights over all lanes of a head.
@@ -284,12 +230,12 @@ DEVICE float4 values_of(const Sums& sums, int h, int tile) {
 }
 
 // A pair that lay in the warp's share as a whole.
-DEVICE void write_pair(const Sums& sums, const Args& a, const Note& note) {
+DEVICE void write_pair(const Sums& sums, const Args& a, const Segment& s) {
 #pragma unroll
     for (int h = 0; h < HEAD_TILES; h++) {
         const Pair p = {{sums.largest[h][0], sums.largest[h][1]}, {sums.weight[h][0], sums.weight[h][1]}};
 #pragma unroll
-        for (int i = 0; i < TILES; i++) write_out(a, note, h * TILES + i, values_of(sums, h, i), p);
+        for (int i = 0; i < TILES; i++) write_out(a, s.row, s.pair, h * TILES + i, values_of(sums, h, i), p);
     }
 }
 
@@ -305,136 +251,37 @@ DEVICE void keep(Part& part, const Sums& sums) {
     }
 }
 
-// Two heads' softmax in a part.
-DEVICE float4 softmax_of(const float2* softmax, u32 at) {
-    return *reinterpret_cast<const float4*>(softmax + at / TILES * 8 + threadIdx.x % 4 * 2);
-}
-
-// The parts of a block's warps: two each, in the order of the long row.
-struct Board {
-    Note notes[2 * WARPS];
-    Note over[2]; // pairs that other blocks have parts of too: one begun before this block's share, one in it
-    bool last[2]; // this block is the last of them
-};
-
 DEVICE Part& part_of(uint4* shared, u32 i) {
     return *reinterpret_cast<Part*>(reinterpret_cast<u8*>(shared) + i / 2 * WARP_BYTES + i % 2 * sizeof(Part));
 }
 
-// Adds up parts `from` to `to` of the block's warps, all of one pair: to its row, or to the block's part.
-DEVICE void add_warps(const Args& a, const Board& board, uint4* shared, u32 from, u32 to, Part* part) {
-    const u32 lane = threadIdx.x % 32;
-    for (u32 at = threadIdx.x / 32; at < HEAD_TILES * TILES; at += WARPS) {
-        Pair p = no_part();
-        for (u32 i = from; i < to; i++)
-            if (board.notes[i].unit != NONE) widen(p, softmax_of(part_of(shared, i).softmax, at));
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (u32 i = from; i < to; i++)
-            if (board.notes[i].unit != NONE) {
-                const Part& x = part_of(shared, i);
-                add_part(sum, x.values[at * 32 + lane], add_weight(p, softmax_of(x.softmax, at), a.scale));
-            }
-        if (!part) {
-            write_out(a, board.notes[from], at, sum, p);
-            continue;
-        }
-        part->values[at * 32 + lane] = sum;
-        if (at % TILES == 0 && lane < 4)
-            *reinterpret_cast<float4*>(part->softmax + at / TILES * 8 + lane * 2) =
-                make_float4(p.largest[0], p.weight[0], p.largest[1], p.weight[1]);
-    }
-}
-
-constexpr int DEEP = 16; // parts that a thread has under way
-
-// Adds up a pair's parts, of blocks `from` to `to`. `softmax` is shared memory for all of theirs.
-DEVICE void merge_parts(const Args& a, const Note& note, u32 from, u32 to, float2* softmax) {
-    const u32 lane = threadIdx.x % 32;
-    const auto part = [&](u32 block) -> const Part& { return a.parts[2 * block + (block == from)]; };
-    float4 x[DEEP];
-    const auto load = [&](u32 at, u32 first) {
-#pragma unroll
-        for (int i = 0; i < DEEP; i++)
-            if (first + i <= to) x[i] = __ldcg(&part(first + i).values[at * 32 + lane]);
-    };
-    u32 at = threadIdx.x / 32;
-    if (at < HEAD_TILES * TILES) load(at, from);
-    for (u32 i = threadIdx.x; i < (to - from + 1) * HEADS; i += 32 * WARPS)
-        softmax[i] = __ldcg(&part(from + i / HEADS).softmax[i % HEADS]);
-    __syncthreads();
-    while (at < HEAD_TILES * TILES) {
-        Pair p = no_part();
-#pragma unroll 8
-        for (u32 i = 0; i <= to - from; i++) widen(p, softmax_of(softmax + i * HEADS, at));
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (u32 first = from; first <= to; first += DEEP) {
-            if (first > from) load(at, first);
-#pragma unroll
-            for (int i = 0; i < DEEP; i++)
-                if (first + i <= to)
-                    add_part(sum, x[i], add_weight(p, softmax_of(softmax + (first - from + i) * HEADS, at), a.scale));
-        }
-        write_out(a, note, at, sum, p);
-        at += WARPS;
-        if (at < HEAD_TILES * TILES) load(at, from);
-    }
-}
-
-// The end of a block: its warps' parts become one a pair, and the last of a pair's blocks adds up all.
-DEVICE void finish(const Args& a, const Shares& shares, Board& board, uint4* shared) {
-    const u32 block = blockIdx.x;
-    const auto first = [&](const Note& note) { return block_of(shares, note.unit); };
-    const auto last = [&](const Note& note) { return block_of(shares, note.unit + note.pages - 1); };
-    bool over = false;
-    for (u32 i = 0, end; i < 2 * WARPS; i = end) {
-        end = i + 1;
-        const Note note = board.notes[i];
-        if (note.unit == NONE) continue;
-        while (end < 2 * WARPS && (board.notes[end].unit == NONE || board.notes[end].unit == note.unit)) end++;
-        const bool here = first(note) == block;
-        const bool whole = here && last(note) == block;
-        if (!whole && threadIdx.x == 0) board.over[here] = note;
-        over = over || !whole;
-        add_warps(a, board, shared, i, end, whole ? nullptr : a.parts + 2 * block + here);
-    }
-    if (!over) return;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x < 2 && board.over[threadIdx.x].unit != NONE) {
-        const Note& note = board.over[threadIdx.x];
-        u32& arrived = a.arrived[first(note)];
-        const bool is_last = atomicAdd(&arrived, 1) == last(note) - first(note);
-        board.last[threadIdx.x] = is_last;
-        if (is_last) arrived = 0;
-    }
-    __syncthreads();
-    for (u32 i = 0; i < 2; i++) {
-        const Note& note = board.over[i];
-        if (note.unit == NONE || !board.last[i]) continue;
-        __threadfence();
-        __syncthreads(); // the shared memory is free
-        merge_parts(a, note, first(note), last(note), reinterpret_cast<float2*>(shared));
-    }
+// The block that holds a segment's newest token, if the segment has it.
+DEVICE u32 newest_block(const Segment& s, const Batch& batch) {
+    return s.to == s.pages ? batch.blocks[s.table + s.first + s.pages - 1] : NONE;
 }
 
 // The warp's share. Pairs that lie in it as a whole are written out; parts of others are noted and kept where its ring was.
-DEVICE void take_share(const Args& a, const Batch& batch, Segment s, u32 end, Ring ring, uint4* shared, Note* notes) {
+DEVICE void take_share(const Args& a, const Batch& batch, const Share& share, Ring ring, uint4* shared, Note* notes) {
+    const u32 warp = threadIdx.x / 32, end = share.end;
+    Segment s = share.first;
     Fetch f = {s, s.from, 0, true};
     next_page(f, a, batch, end);
-    u32 ahead = 0;
-    for (; ahead < STAGES && f.more && !is_fresh(f); ahead++) fetch(f, a, batch, end, ring, ahead);
+    u32 newest_in = newest_block(s, batch);
+    for (u32 ahead = 0; ahead < STAGES; ahead++) fetch(f, a, batch, end, ring, ahead);
     wait_for_previous();
-    let_next_start();
-    for (; ahead < STAGES; ahead++) fetch(f, a, batch, end, ring, ahead);
 
-    const u32 warp = threadIdx.x / 32;
     while (true) {
         Queries q;
         load_queries(q, s, a);
+        Newest newest;
+        if (newest_in != NONE) {
+            const u64 at = page_at(a, newest_in, s.pair) + (s.len - 1) % KV_BLOCK * D;
+            load_newest(newest, a.keys + at, a.values + at);
+        }
         Sums sums;
         clear(sums);
         for (u32 page = s.from; page < s.to; page++) {
-            take_page(sums, q, s, page, take(ring), a.scale);
+            take_page(sums, q, newest, s, page, take(ring), a.scale);
             __syncwarp(); // all have read the slot
             fetch(f, a, batch, end, ring, ring.stage);
             next_slot(ring);
@@ -442,45 +289,44 @@ DEVICE void take_share(const Args& a, const Batch& batch, Segment s, u32 end, Ri
         add_lanes(sums);
         const bool more = segment_end(s) < end;
         if (s.from == 0 && s.to == s.pages) {
-            write_pair(sums, a, note_of(s));
+            write_pair(sums, a, s);
         } else {
-            if (threadIdx.x % 32 == 0) notes[!more] = note_of(s);
+            if (threadIdx.x % 32 == 0) notes[!more] = note_of(share, s);
             keep(part_of(shared, 2 * warp + !more), sums);
         }
         if (!more) return;
         advance(s, a, batch, end);
+        newest_in = newest_block(s, batch);
     }
 }
 
-DEVICE void run(const Args& a, const Batch& batch, uint4* shared, Board& board, u32 barriers) {
-    const u32 warp = threadIdx.x / 32, index = blockIdx.x * WARPS + warp;
+DEVICE void run(const Args& a, const Batch& batch, uint4* shared, u32 barriers) {
+    __shared__ Note notes[2 * WARPS];
+    let_next_start();
+    const u32 warp = threadIdx.x / 32;
     const u32 slots = shared_address(shared) + warp * WARP_BYTES + sizeof(Part);
     const Ring ring = make_ring(slots, barriers + warp * STAGES * 8);
-    if (threadIdx.x < 2 * WARPS) board.notes[threadIdx.x].unit = NONE;
-    if (threadIdx.x < 2) board.over[threadIdx.x].unit = NONE;
-    Segment s;
-    const Shares shares = find_share(s, a, batch);
-    if (blockIdx.x >= shares.blocks) {
-        wait_for_previous();
+    if (threadIdx.x < 2 * WARPS) notes[threadIdx.x].row = NONE;
+    Share share;
+    if (!find_share(share, a, batch)) {
+        // Blocks without work make room at once. One must wait, or this launch could end before the one before it.
+        if (blockIdx.x == 0) wait_for_previous();
         return;
     }
-    const u32 end = share_begin(shares, index + 1);
-    if (share_begin(shares, index) < end) {
-        take_share(a, batch, s, end, ring, shared, board.notes + 2 * warp);
+    if (share.first.from < share.first.to) {
+        take_share(a, batch, share, ring, shared, notes + 2 * warp);
     } else {
         wait_for_previous();
     }
     __syncthreads();
-    finish(a, shares, board, shared);
+    finish(a, notes, [&](u32 i) -> const Part& { return part_of(shared, i); });
 }
 
 // Grid: as many blocks as fit on the device at once. Dynamic shared memory: WARPS * WARP_BYTES.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS < 8 ? 2 : 1)
-attention_decode(T* out, const T* qkv, const T* keys, const T* values, Part* parts, u32* arrived, Batch batch, u32 heads,
-                 u32 kv_heads, u32 window, float scale) {
+attention_decode(T* out, const T* qkv, const T* keys, const T* values, Parcel* parcels, Batch batch, u32 heads, u32 kv_heads,
+                 u32 window, float scale) {
     extern __shared__ uint4 shared[];
-    __shared__ Board board;
     __shared__ u64 barriers[WARPS * STAGES];
-    run({{out, qkv, keys, values, heads, kv_heads, window, scale * LOG2_E}, parts, arrived}, batch, shared, board,
-        shared_address(barriers));
+    run({{out, qkv, keys, values, heads, kv_heads, window, scale * LOG2_E}, parcels}, batch, shared, shared_address(barriers));
 }

@@ -7,7 +7,7 @@
 // group (t + 2o) % 4. The four that a lane has of values, 2t, 2t + 1, 2t + 8 and 2t + 9, are then tokens 0 to 3 of their groups.
 #pragma once
 
-#include "attention_share.cuh"
+#include "attention_parts.cuh"
 
 #ifndef STAGES
 #define STAGES 2 // pages a warp has under way or in use
@@ -16,7 +16,6 @@
 #define BULK (__CUDA_ARCH__ >= 900)
 #endif
 
-constexpr int D = HEAD_DIM;
 constexpr u32 ROW_BYTES = D * 2;
 constexpr u32 GROUP_BYTES = 4 * ROW_BYTES;         // of four tokens
 constexpr u32 HALF_BYTES = 4 * (GROUP_BYTES + 32); // of a slot: keys or values
@@ -115,13 +114,39 @@ DEVICE void next_slot(Ring& ring) {
     if (++ring.stage == STAGES) ring.stage = 0, ring.parity ^= 1;
 }
 
-// Makes zeros of a page's values from token `tokens` on: whatever lies there, times a weight of zero, must be zero.
-DEVICE void clear_values(u32 slot, u32 tokens) {
-    __syncwarp();
-    for (u32 piece = tokens * (D / 8) + threadIdx.x % 32; piece < KV_BLOCK * D / 8; piece += 32) {
-        const u32 at = slot + HALF_BYTES + piece * 16 + piece / (GROUP_BYTES / 16) * 32;
-        asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(at), "r"(0) : "memory");
+// The keys and values of a sequence's newest token, for one KV head. An earlier kernel of the same pass writes them, so the page
+// that they belong to is fetched as it was before, and they are put in.
+constexpr u32 ROW_PIECES = D / 8; // of 16 bytes
+constexpr int NEWEST = (2 * ROW_PIECES + 31) / 32;
+struct Newest {
+    uint4 v[NEWEST];
+};
+
+// `keys` and `values` are the token's.
+DEVICE void load_newest(Newest& newest, const T* keys, const T* values) {
+#pragma unroll
+    for (int i = 0; i < NEWEST; i++) {
+        const u32 piece = i * 32 + threadIdx.x % 32;
+        if (piece < 2 * ROW_PIECES)
+            newest.v[i] = load_16(piece < ROW_PIECES ? keys + piece * 8 : values + (piece - ROW_PIECES) * 8);
     }
+}
+
+// Puts the newest token, the last of `tokens`, into its page. Values after it become zeros: whatever lies there, times a weight of
+// zero, must be zero.
+DEVICE void complete_page(u32 slot, u32 tokens, const Newest& newest) {
+    const auto write = [](u32 at, uint4 x) {
+        asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+    };
+    const u32 lane = threadIdx.x % 32, row = slot + row_at(tokens - 1);
+#pragma unroll
+    for (int i = 0; i < NEWEST; i++) {
+        const u32 piece = i * 32 + lane;
+        if (piece < 2 * ROW_PIECES)
+            write(piece < ROW_PIECES ? row + piece * 16 : row + HALF_BYTES + (piece - ROW_PIECES) * 16, newest.v[i]);
+    }
+    for (u32 piece = tokens * ROW_PIECES + lane; piece < KV_BLOCK * ROW_PIECES; piece += 32)
+        write(slot + HALF_BYTES + piece * 16 + piece / (GROUP_BYTES / 16) * 32, make_uint4(0, 0, 0, 0));
 #if BULK
     before_bulk();
 #endif

@@ -1,15 +1,14 @@
 // How decoding's work is cut: the pages of all pairs of a sequence and a KV head are thought of as one long row, in the order of
-// the sequences, their KV heads and their tokens. Each warp takes an equal share, whatever the lengths; a share begins
-// and ends anywhere. Where it lies follows from the batch alone.
+// the sequences, their KV heads and their tokens. Each warp takes a share of it. Where shares lie follows from the batch alone.
+//
+// Pairs are cut one by one if they fit well: best so that each block has a single pair, whose parts then meet in shared memory;
+// else so that each warp has. Otherwise shares are equal, whatever the lengths, and begin and end anywhere.
 #pragma once
 
 #include "attention.cuh"
 
 #ifndef WARPS
 #define WARPS 8 // of a block
-#endif
-#ifndef SPREAD
-#define SPREAD 16 // a larger number makes fewer blocks of a small batch; in 16ths
 #endif
 
 constexpr int HEADS = 8 * HEAD_TILES; // query heads that go together
@@ -55,42 +54,108 @@ DEVICE void advance(Segment& s, const Attention& a, const Batch& batch, u32 end)
     s.to = min(s.pages, s.from + (end - s.unit));
 }
 
-// The long row's division: the first `longer` shares have a page more than `each`.
-struct Shares {
-    u32 each, longer;
-    u32 blocks; // that have work
+// How the long row is cut.
+struct Division {
+    u32 most, together; // pairs one by one: each into shares of at most `most` pages, `together` of them or a multiple
+    u32 each, longer;   // `most` is 0: the first `longer` shares have a page more than `each`
 };
 
-DEVICE u32 share_begin(const Shares& shares, u32 warp) { return warp * shares.each + min(warp, shares.longer); }
-// Whose share a unit is in.
-DEVICE u32 block_of(const Shares& shares, u32 unit) {
-    const u32 first = shares.longer * (shares.each + 1);
-    const u32 warp = unit < first ? unit / (shares.each + 1) : shares.longer + (unit - first) / shares.each;
+// The warps of a pair of so many pages, where pairs are cut one by one.
+DEVICE u32 warps_of(const Division& d, u32 pages) {
+    const u32 together = d.most * d.together;
+    return (pages + together - 1) / together * d.together;
+}
+// Where a share begins, where shares are equal.
+DEVICE u32 share_begin(const Division& d, u32 warp) { return warp * d.each + min(warp, d.longer); }
+// Whose share a unit is in, where shares are equal.
+DEVICE u32 block_of(const Division& d, u32 unit) {
+    const u32 first = d.longer * (d.each + 1);
+    const u32 warp = unit < first ? unit / (d.each + 1) : d.longer + (unit - first) / d.each;
     return warp / WARPS;
 }
 
-// One more page in turn for every warp of a block costs about as much as 8 more parts in a merge. With n pages a pair, the sum
-// of both is least near √n pages a block; but never fewer pages than warps.
-DEVICE Shares divide(u32 total, u32 pairs) {
-    const float least = SPREAD / 16.0f * sqrtf((float)total / pairs);
-    const u32 pages = max((u32)WARPS, (u32)least), blocks = min(gridDim.x, (total + pages - 1) / pages);
-    const u32 warps = blocks * WARPS;
-    return {total / warps, total % warps, min(blocks, (total + WARPS - 1) / WARPS)};
+constexpr u32 LEAST = 2;     // pages of a share, if there are warps to spare
+constexpr u32 ATTEMPTS = 8;  // to cut pairs one by one
+constexpr u32 PER_KIND = ATTEMPTS / 2;
+
+// Attempts in order of preference: whole blocks for a pair, with shares up to two pages longer than equal ones would be; then
+// without regard to blocks, up to one page longer.
+DEVICE Division attempt(u32 i, u32 even) {
+    const bool blocks = i < PER_KIND;
+    const u32 spare = even / 16 + (blocks ? 2 : 1);
+    return {max(LEAST, even + spare * (i % PER_KIND) / (PER_KIND - 1)), blocks ? (u32)WARPS : 1, 0, 0};
 }
 
-// Finds the division and this warp's first segment, if its share is not empty. Every thread adds up the pages of some sequences.
-DEVICE Shares find_share(Segment& first, const Attention& a, const Batch& batch) {
+// The block's sums, in every thread.
+template <int N> DEVICE void block_sums(u32 (&x)[N]) {
+    __shared__ u32 sums[WARPS][N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        x[i] = __reduce_add_sync(~0u, x[i]);
+        if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32][i] = x[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        x[i] = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) x[i] += sums[w][i];
+    }
+}
+
+// A thread's sequences, to find the division. Most often there is one at most, which is read once.
+struct Own {
+    u32 begin, end;
+    Segment s;
+};
+
+template <typename Use> DEVICE void each_own(Own& own, const Attention& a, const Batch& batch, const Use& use) {
+    for (u32 i = own.begin; i < own.end; i++) {
+        if (own.end - own.begin > 1) enter(own.s, a, batch, i);
+        use(own.s);
+    }
+}
+
+DEVICE Division divide(Own& own, const Attention& a, const Batch& batch) {
+    const u32 warps = gridDim.x * WARPS;
+    u32 total[1] = {0};
+    each_own(own, a, batch, [&](const Segment& s) { total[0] += s.pages * pairs(a); });
+    block_sums(total);
+    const u32 even = (total[0] + warps - 1) / warps;
+    u32 need[ATTEMPTS] = {};
+    each_own(own, a, batch, [&](const Segment& s) {
+#pragma unroll
+        for (u32 i = 0; i < ATTEMPTS; i++) need[i] += warps_of(attempt(i, even), s.pages);
+    });
+    block_sums(need);
+    Division d = {0, 0, total[0] / warps, total[0] % warps};
+#pragma unroll
+    for (int i = ATTEMPTS - 1; i >= 0; i--)
+        if (need[i] * pairs(a) <= warps) d = attempt(i, even);
+    return d;
+}
+
+// A warp's share: from `first` on to `end` in the long row. An empty one has first.from == first.to.
+struct Share {
+    Division division;
+    Segment first;
+    u32 end;
+    u32 from_block, to_block; // pairs one by one: the blocks of the pair's warps
+};
+
+// Finds the warp's share; false if none of the block's warps has one. Every thread looks at some sequences.
+DEVICE bool find_share(Share& share, const Attention& a, const Batch& batch) {
     __shared__ u32 warp_totals[WARPS], before_found[WARPS];
     __shared__ Segment found[WARPS]; // the sequences that the warps' shares begin in
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, index = blockIdx.x * WARPS + warp;
     const u32 singles = batch.counts[COUNT_SINGLE], each = (singles + 32 * WARPS - 1) / (32 * WARPS);
-    const u32 i_begin = min(threadIdx.x * each, singles), i_end = min(i_begin + each, singles);
-    Segment s;
+    Own own = {min(threadIdx.x * each, singles), min(threadIdx.x * each + each, singles)};
+    if (own.end - own.begin == 1) enter(own.s, a, batch, own.begin);
+    const Division d = divide(own, a, batch);
+    // What lies before the thread's sequences, in warps or in pages.
+    const auto length = [&](const Segment& s) { return (d.most ? warps_of(d, s.pages) : s.pages) * pairs(a); };
     u32 mine = 0;
-    for (u32 i = i_begin; i < i_end; i++) {
-        enter(s, a, batch, i);
-        mine += s.pages * pairs(a);
-    }
+    each_own(own, a, batch, [&](const Segment& s) { mine += length(s); });
     u32 sum = mine;
 #pragma unroll
     for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -105,29 +170,43 @@ DEVICE Shares find_share(Segment& first, const Attention& a, const Batch& batch)
         if (w < warp) sum += warp_totals[w];
         total += warp_totals[w];
     }
-    if (total == 0) return {0, 0, 0};
-    const Shares shares = divide(total, singles * pairs(a));
-    if (blockIdx.x >= shares.blocks) return shares;
+    const auto begin_of = [&](u32 w) { return d.most ? w : share_begin(d, w); };
+    if (begin_of(blockIdx.x * WARPS) >= total) return false;
     u32 before = sum - mine;
-    for (u32 i = i_begin; i < i_end; i++) {
-        if (i_end - i_begin > 1) enter(s, a, batch, i);
-        const u32 after = before + s.pages * pairs(a);
+    each_own(own, a, batch, [&](const Segment& s) {
+        const u32 after = before + length(s);
 #pragma unroll
         for (u32 w = 0; w < WARPS; w++) {
-            const u32 begin = share_begin(shares, blockIdx.x * WARPS + w);
+            const u32 begin = begin_of(blockIdx.x * WARPS + w);
             if (before <= begin && begin < after) found[w] = s, before_found[w] = before;
         }
         before = after;
-    }
+    });
     __syncthreads();
-    const u32 begin = share_begin(shares, blockIdx.x * WARPS + warp), end = share_begin(shares, blockIdx.x * WARPS + warp + 1);
-    if (begin == end) return shares;
-    first = found[warp];
-    first.unit = begin;
-    first.pair = (begin - before_found[warp]) / first.pages;
-    first.from = (begin - before_found[warp]) % first.pages;
-    first.to = min(first.pages, first.from + (end - begin));
-    return shares;
+    share.division = d;
+    Segment& s = share.first;
+    s.from = s.to = 0;
+    const u32 begin = begin_of(index), end = min(begin_of(index + 1), total);
+    if (begin >= end) return true;
+    s = found[warp];
+    const u32 at = begin - before_found[warp];
+    if (d.most) {
+        const u32 warps = warps_of(d, s.pages), part = at % warps;
+        s.pair = at / warps;
+        s.from = part * s.pages / warps;
+        s.to = (part + 1) * s.pages / warps;
+        s.unit = 0;
+        share.end = s.to - s.from;
+        share.from_block = (index - part) / WARPS;
+        share.to_block = (index - part + warps - 1) / WARPS;
+    } else {
+        s.unit = begin;
+        s.pair = at / s.pages;
+        s.from = at % s.pages;
+        s.to = min(s.pages, s.from + (end - begin));
+        share.end = end;
+    }
+    return true;
 }
 
 // The pair's first query head, and how many of HEADS there are.

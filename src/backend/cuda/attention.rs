@@ -20,8 +20,8 @@ const HEAD_DIM_MAX: usize = 256;
 const FAST_HEADS: [usize; 5] = [64, 80, 96, 128, 256];
 /// Warps of a block of attention_decode.cu and pages that each has under way, best first.
 const DECODE_RINGS: [(usize, usize); 6] = [(8, 4), (8, 3), (8, 2), (6, 2), (4, 2), (2, 2)];
-/// Bytes of shared memory of a block of attention_decode.cu beside the rings, at most.
-const DECODE_BOARD: u32 = 1 << 10;
+/// Bytes of shared memory of a block of attention_decode.cu beside the dynamic ones, at most.
+const DECODE_STATIC: u32 = 2 << 10;
 
 /// What the type and the head size allow.
 pub(super) enum Kernels {
@@ -45,8 +45,8 @@ struct Decode {
     /// Query heads of a KV head that go together.
     heads: usize,
     grid: Grid,
-    parts: DeviceBuf,
-    arrived: DeviceBuf,
+    /// What blocks leave for each other; ones in all bits between launches.
+    parcels: DeviceBuf,
 }
 
 impl Kernels {
@@ -89,6 +89,11 @@ fn part_bytes(head_dim: usize, head_tiles: usize) -> usize {
     head_tiles * (head_dim / 16 * 32 * 16 + 8 * 8)
 }
 
+/// Bytes of a block's `Parcel`s in attention_decode.cu.
+fn parcel_bytes(head_dim: usize, head_tiles: usize) -> usize {
+    head_tiles * (head_dim / 16) * (32 * 16 + 4 * 16)
+}
+
 /// Bytes of dynamic shared memory of a block of attention_decode.cu: of each warp a part, then `stages` pages of keys and
 /// values, padded by 32 bytes for every four tokens.
 fn decode_shared(head_dim: usize, head_tiles: usize, (warps, stages): (usize, usize)) -> u32 {
@@ -99,7 +104,7 @@ fn decode_shared(head_dim: usize, head_tiles: usize, (warps, stages): (usize, us
 /// Warps and pages of each that fit.
 fn decode_ring(facts: &DeviceFacts, head_dim: usize, head_tiles: usize) -> Option<(usize, usize)> {
     let room = facts.shared_per_block_max;
-    DECODE_RINGS.into_iter().find(|&ring| decode_shared(head_dim, head_tiles, ring) + DECODE_BOARD <= room)
+    DECODE_RINGS.into_iter().find(|&ring| decode_shared(head_dim, head_tiles, ring) + DECODE_STATIC <= room)
 }
 
 impl Fast {
@@ -139,14 +144,13 @@ impl Decode {
         kernel.allow_shared(shared)?;
         let threads = 32 * ring.0 as u32;
         let blocks = load.facts.multiprocessors * kernel.blocks_per_multiprocessor(threads, shared)?.max(1);
-        let parts = DeviceBuf::new(load.context, 2 * blocks as usize * part_bytes(head_dim, head_tiles))?;
-        let arrived = DeviceBuf::new(load.context, 4 * blocks as usize)?;
+        let parcels = DeviceBuf::new(load.context, blocks as usize * parcel_bytes(head_dim, head_tiles))?;
         let stream = Stream::new(load.context)?;
         // SAFETY: as many bytes, of nobody else.
-        unsafe { stream.fill(arrived.ptr(), 0, arrived.bytes())? };
+        unsafe { stream.fill(parcels.ptr(), 0xff, parcels.bytes())? };
         stream.synchronize()?;
         let grid = Grid { blocks: [blocks, 1, 1], threads, shared };
-        Ok(Decode { kernel, heads: 8 * head_tiles, grid, parts, arrived })
+        Ok(Decode { kernel, heads: 8 * head_tiles, grid, parcels })
     }
 }
 
@@ -219,16 +223,14 @@ impl Operands {
 
     fn decode(&self, cuda: &Cuda, decode: &Decode) -> Result<()> {
         let Operands { out, qkv, keys, values, batch, heads, kv_heads, window, scale } = self;
-        let (parts, arrived) = (decode.parts.ptr(), decode.arrived.ptr());
-        // SAFETY: (ptr × 6, Batch, u32 × 3, f32) matches attention_decode.cu; the sizes have been checked, and the
+        let parcels = decode.parcels.ptr();
+        // SAFETY: (ptr × 5, Batch, u32 × 3, f32) matches attention_decode.cu; the sizes have been checked, and the
         // scratch is as large as the grid needs. One stream uses it, so launches do not meet in it.
         unsafe {
             cuda.launch(
                 &decode.kernel,
                 decode.grid,
-                &mut args![
-                    *out, *qkv, *keys, *values, parts, arrived, *batch, *heads, *kv_heads, *window, *scale
-                ],
+                &mut args![*out, *qkv, *keys, *values, parcels, *batch, *heads, *kv_heads, *window, *scale],
             )
         }
     }

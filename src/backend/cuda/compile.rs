@@ -35,6 +35,7 @@ const SOURCES: &[(&str, &str)] = &[
 const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
     ("attention_pages.cuh", include_str!("../../../kernels/attention_pages.cuh")),
+    ("attention_parts.cuh", include_str!("../../../kernels/attention_parts.cuh")),
     ("attention_share.cuh", include_str!("../../../kernels/attention_share.cuh")),
     ("batch.cuh", include_str!("../../../kernels/batch.cuh")),
     ("cluster.cuh", include_str!("../../../kernels/cluster.cuh")),
