@@ -38,14 +38,14 @@ DEVICE void next_page(Fetch& f, const Args& a, const Batch& batch, u32 end) {
     f.block = batch.blocks[f.segment.table + f.segment.first + f.page];
 }
 
-// Where a pair's keys and values lie in a block of the pages.
-DEVICE u64 page_at(const Args& a, u32 block, u32 pair) {
-    return ((u64)block * a.kv_heads + pair / tiles_of_group(a)) * (KV_BLOCK * D);
+// Where a KV head's keys and values lie in a block of the pages.
+DEVICE u64 page_at(const Args& a, u32 block, u32 kv_head) {
+    return ((u64)block * a.kv_heads + kv_head) * (KV_BLOCK * D);
 }
 
 DEVICE void fetch(Fetch& f, const Args& a, const Batch& batch, u32 end, const Ring& ring, u32 stage) {
     if (f.more) {
-        const u64 at = page_at(a, f.block, f.segment.pair);
+        const u64 at = page_at(a, f.block, f.segment.kv_head);
         fill(ring, stage, a.keys + at, a.values + at);
         f.page++;
         next_page(f, a, batch, end);
@@ -60,7 +60,7 @@ struct Queries {
 
 DEVICE void load_queries(Queries& q, const Segment& s, const Args& a) {
     const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const Heads heads = heads_of(s.pair, a);
+    const Heads heads = heads_of(s, a);
     const T* row = a.qkv + ((u64)s.row * (a.heads + 2 * a.kv_heads) + heads.first) * D;
 #pragma unroll
     for (int h = 0; h < HEAD_TILES; h++) {
@@ -235,7 +235,7 @@ DEVICE void write_pair(const Sums& sums, const Args& a, const Segment& s) {
     for (int h = 0; h < HEAD_TILES; h++) {
         const Pair p = {{sums.largest[h][0], sums.largest[h][1]}, {sums.weight[h][0], sums.weight[h][1]}};
 #pragma unroll
-        for (int i = 0; i < TILES; i++) write_out(a, s.row, s.pair, h * TILES + i, values_of(sums, h, i), p);
+        for (int i = 0; i < TILES; i++) write_out(a, s.row, heads_of(s, a), h * TILES + i, values_of(sums, h, i), p);
     }
 }
 
@@ -275,7 +275,7 @@ DEVICE void take_share(const Args& a, const Batch& batch, const Share& share, Ri
         load_queries(q, s, a);
         Newest newest;
         if (newest_in != NONE) {
-            const u64 at = page_at(a, newest_in, s.pair) + (s.len - 1) % KV_BLOCK * D;
+            const u64 at = page_at(a, newest_in, s.kv_head) + (s.len - 1) % KV_BLOCK * D;
             load_newest(newest, a.keys + at, a.values + at);
         }
         Sums sums;
@@ -291,7 +291,7 @@ DEVICE void take_share(const Args& a, const Batch& batch, const Share& share, Ri
         if (s.from == 0 && s.to == s.pages) {
             write_pair(sums, a, s);
         } else {
-            if (threadIdx.x % 32 == 0) notes[!more] = note_of(share, s);
+            if (threadIdx.x % 32 == 0) notes[!more] = note_of(a, share, s);
             keep(part_of(shared, 2 * warp + !more), sums);
         }
         if (!more) return;
@@ -328,5 +328,7 @@ attention_decode(T* out, const T* qkv, const T* keys, const T* values, Parcel* p
                  u32 window, float scale) {
     extern __shared__ uint4 shared[];
     __shared__ u64 barriers[WARPS * STAGES];
-    run({{out, qkv, keys, values, heads, kv_heads, window, scale * LOG2_E}, parcels}, batch, shared, shared_address(barriers));
+    const u32 group = heads / kv_heads, tiles = (group + HEADS - 1) / HEADS;
+    const Attention attention = {out, qkv, keys, values, heads, kv_heads, window, scale * LOG2_E};
+    run({{attention, group, tiles}, parcels}, batch, shared, shared_address(barriers));
 }

@@ -25,20 +25,21 @@ struct Parcel {
     float4 softmax[4];
 };
 
-struct Args : Attention {
+struct Args : Decode {
     Parcel* parcels; // [blocks of the grid, ALL_TILES]
 };
 
 // A pair that a warp has a part of, and the blocks that have.
 struct Note {
-    u32 row, pair; // row NONE: there is no part
+    u32 row; // NONE: there is no part
+    Heads heads;
     u32 from_block, to_block;
 };
-DEVICE Note note_of(const Share& share, const Segment& s) {
+DEVICE Note note_of(const Args& a, const Share& share, const Segment& s) {
     const Division& d = share.division;
-    if (d.most) return {s.row, s.pair, share.from_block, share.to_block};
+    if (d.most) return {s.row, heads_of(s, a), share.from_block, share.to_block};
     const u32 begin = s.unit - s.from;
-    return {s.row, s.pair, block_of(d, begin), block_of(d, begin + s.pages - 1)};
+    return {s.row, heads_of(s, a), block_of(d, begin), block_of(d, begin + s.pages - 1)};
 }
 
 // Two heads' softmax over several parts: the largest score, the sum of weights.
@@ -75,12 +76,12 @@ DEVICE u32 place(u32 tile, u32 g) {
 }
 
 // Writes two heads' two places of tile `at`, counted over head tiles.
-DEVICE void write_out(const Args& a, u32 row, u32 pair, u32 at, float4 sum, const Pair& p) {
+DEVICE void write_out(const Args& a, u32 row, Heads heads, u32 at, float4 sum, const Pair& p) {
     const u32 lane = threadIdx.x % 32, head = at / TILES * 8 + lane % 4 * 2;
-    const Heads heads = heads_of(pair, a);
+    const float x = 1.0f / p.weight[0], y = 1.0f / p.weight[1];
     T* to = a.out + ((u64)row * a.heads + heads.first + head) * D + place(at % TILES, lane / 4);
-    if (head < heads.count) *reinterpret_cast<u32*>(to) = pack(sum.x / p.weight[0], sum.z / p.weight[0]);
-    if (head + 1 < heads.count) *reinterpret_cast<u32*>(to + D) = pack(sum.y / p.weight[1], sum.w / p.weight[1]);
+    if (head < heads.count) *reinterpret_cast<u32*>(to) = pack(sum.x * x, sum.z * x);
+    if (head + 1 < heads.count) *reinterpret_cast<u32*>(to + D) = pack(sum.y * y, sum.w * y);
 }
 
 DEVICE float4 look(const float4& at) {
@@ -95,7 +96,8 @@ DEVICE void leave(float4& at, float4 x) {
     asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(&at), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 }
 DEVICE bool is_whole(float4 x) {
-    return __float_as_uint(x.x) != NONE && __float_as_uint(x.y) != NONE && __float_as_uint(x.z) != NONE && __float_as_uint(x.w) != NONE;
+    const u32 largest = max(max(__float_as_uint(x.x), __float_as_uint(x.y)), max(__float_as_uint(x.z), __float_as_uint(x.w)));
+    return largest != NONE;
 }
 
 DEVICE void send(Parcel& to, float4 sum, const Pair& p) {
@@ -104,29 +106,33 @@ DEVICE void send(Parcel& to, float4 sum, const Pair& p) {
     if (lane < 4) leave(to.softmax[lane], make_float4(p.largest[0], p.weight[0], p.largest[1], p.weight[1]));
 }
 
-constexpr int DEEP = 16; // parts under way
+constexpr int DEEP = 8; // parts under way
 
 // Adds tile `at` of the parts of blocks `from` to `to`, without the last.
 DEVICE void receive(const Args& a, u32 at, u32 from, u32 to, Pair& p, float4& sum) {
     const u32 lane = threadIdx.x % 32;
+#pragma unroll 1
     for (u32 first = from; first < to; first += DEEP) {
         Parcel* parcel = a.parcels + (u64)first * ALL_TILES + at;
         float4 softmax[DEEP], values[DEEP];
 #pragma unroll
-        for (int i = 0; i < DEEP; i++) {
-            softmax[i] = no_softmax(), values[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (first + i >= to) continue;
-            values[i] = look(parcel[i * ALL_TILES].values[lane]);
-            softmax[i] = look(parcel[i * ALL_TILES].softmax[lane % 4]);
-        }
+        for (int i = 0; i < DEEP; i++) softmax[i] = no_softmax(), values[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        bool there;
+        do {
+            there = true;
 #pragma unroll
-        for (int i = 0; i < DEEP; i++) {
-            while (!is_whole(values[i])) values[i] = look(parcel[i * ALL_TILES].values[lane]);
-            while (!is_whole(softmax[i])) softmax[i] = look(parcel[i * ALL_TILES].softmax[lane % 4]);
-        }
+            for (int i = 0; i < DEEP; i++) {
+                if (first + i >= to) continue;
+                values[i] = look(parcel[i * ALL_TILES].values[lane]);
+                softmax[i] = look(parcel[i * ALL_TILES].softmax[lane % 4]);
+            }
+#pragma unroll
+            for (int i = 0; i < DEEP; i++) there = there && is_whole(values[i]) && is_whole(softmax[i]);
+        } while (!__all_sync(~0u, there));
         absorb(p, sum, softmax, values, a.scale);
         __syncwarp(); // all lanes have read what they share
         const float none = __uint_as_float(NONE);
+#pragma unroll 1
         for (int i = 0; i < DEEP && first + i < to; i++) {
             leave(parcel[i * ALL_TILES].values[lane], make_float4(none, none, none, none));
             if (lane < 4) leave(parcel[i * ALL_TILES].softmax[lane], make_float4(none, none, none, none));
@@ -156,7 +162,7 @@ template <typename PartOf> DEVICE void finish_pair(const Args& a, const Note& no
             send(a.parcels[(u64)blockIdx.x * ALL_TILES + at], sum, p);
         } else {
             receive(a, at, note.from_block, note.to_block, p, sum);
-            write_out(a, note.row, note.pair, at, sum, p);
+            write_out(a, note.row, note.heads, at, sum, p);
         }
     }
 }
@@ -165,11 +171,11 @@ template <typename PartOf> DEVICE void finish_pair(const Args& a, const Note& no
 template <typename PartOf> DEVICE void finish(const Args& a, const Note* notes, const PartOf& part_of) {
     static_assert(2 * WARPS <= 32, "a lane a note");
     const u32 lane = threadIdx.x % 32;
-    const u32 row = lane < 2 * WARPS ? notes[lane].row : NONE, pair = row == NONE ? 0 : notes[lane].pair;
+    const u32 row = lane < 2 * WARPS ? notes[lane].row : NONE, head = row == NONE ? 0 : notes[lane].heads.first;
     const u32 there = __ballot_sync(~0u, row != NONE), before = there & ((1u << lane) - 1);
     const u32 last = 31 - __clz(before | 1); // the part before this one, if there is any
-    const u32 row_before = __shfl_sync(~0u, row, last), pair_before = __shfl_sync(~0u, pair, last);
-    u32 begins = __ballot_sync(~0u, row != NONE && (!before || row != row_before || pair != pair_before));
+    const u32 row_before = __shfl_sync(~0u, row, last), head_before = __shfl_sync(~0u, head, last);
+    u32 begins = __ballot_sync(~0u, row != NONE && (!before || row != row_before || head != head_before));
     // From the last on: a part that another block waits for is sent before this one waits for others'.
     for (u32 left = there; begins;) {
         const u32 first = 31 - __clz(begins), members = left >> first << first;

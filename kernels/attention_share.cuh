@@ -13,21 +13,24 @@
 
 constexpr int HEADS = 8 * HEAD_TILES; // query heads that go together
 
+struct Decode : Attention {
+    u32 group; // query heads of a KV head
+    u32 tiles; // of HEADS query heads each, that they make
+    DEVICE u32 pairs() const { return kv_heads * tiles; } // of a sequence
+};
+
 // A run of pages of one pair, all in this warp's share. A pair is a sequence, a KV head, and HEADS of its query heads.
 struct Segment {
     u32 i;            // which of the single-row sequences
     u32 begin, len;   // tokens that its row sees
     u32 first, pages; // pages that hold them
     u32 table, row;   // where its blocks begin in the batch's; its row
-    u32 pair;         // of the sequence
+    u32 kv_head, tile;
     u32 from, to;     // pages, counted from `first`
     u32 unit;         // where `from` lies in the long row
 };
 
-DEVICE u32 tiles_of_group(const Attention& a) { return (a.heads / a.kv_heads + HEADS - 1) / HEADS; }
-DEVICE u32 pairs(const Attention& a) { return a.kv_heads * tiles_of_group(a); }
-
-DEVICE void enter(Segment& s, const Attention& a, const Batch& batch, u32 i) {
+DEVICE void enter(Segment& s, const Decode& a, const Batch& batch, u32 i) {
     const u32 seq = batch.single[i];
     s.i = i;
     s.len = batch.seq_len[seq];
@@ -41,14 +44,17 @@ DEVICE void enter(Segment& s, const Attention& a, const Batch& batch, u32 i) {
 DEVICE u32 segment_end(const Segment& s) { return s.unit + (s.to - s.from); }
 
 // On to the segment that begins where this one ends; the share ends at `end`, and there is more before it.
-DEVICE void advance(Segment& s, const Attention& a, const Batch& batch, u32 end) {
+DEVICE void advance(Segment& s, const Decode& a, const Batch& batch, u32 end) {
     s.unit = segment_end(s);
     s.from = s.to;
     if (s.from == s.pages) {
         s.from = 0;
-        if (++s.pair == pairs(a)) {
-            s.pair = 0;
-            enter(s, a, batch, s.i + 1);
+        if (++s.tile == a.tiles) {
+            s.tile = 0;
+            if (++s.kv_head == a.kv_heads) {
+                s.kv_head = 0;
+                enter(s, a, batch, s.i + 1);
+            }
         }
     }
     s.to = min(s.pages, s.from + (end - s.unit));
@@ -109,17 +115,18 @@ struct Own {
     Segment s;
 };
 
-template <typename Use> DEVICE void each_own(Own& own, const Attention& a, const Batch& batch, const Use& use) {
+template <typename Use> DEVICE void each_own(Own& own, const Decode& a, const Batch& batch, const Use& use) {
+#pragma unroll 1
     for (u32 i = own.begin; i < own.end; i++) {
         if (own.end - own.begin > 1) enter(own.s, a, batch, i);
         use(own.s);
     }
 }
 
-DEVICE Division divide(Own& own, const Attention& a, const Batch& batch) {
+DEVICE Division divide(Own& own, const Decode& a, const Batch& batch) {
     const u32 warps = gridDim.x * WARPS;
     u32 total[1] = {0};
-    each_own(own, a, batch, [&](const Segment& s) { total[0] += s.pages * pairs(a); });
+    each_own(own, a, batch, [&](const Segment& s) { total[0] += s.pages * a.pairs(); });
     block_sums(total);
     const u32 even = (total[0] + warps - 1) / warps;
     u32 need[ATTEMPTS] = {};
@@ -131,7 +138,7 @@ DEVICE Division divide(Own& own, const Attention& a, const Batch& batch) {
     Division d = {0, 0, total[0] / warps, total[0] % warps};
 #pragma unroll
     for (int i = ATTEMPTS - 1; i >= 0; i--)
-        if (need[i] * pairs(a) <= warps) d = attempt(i, even);
+        if (need[i] * a.pairs() <= warps) d = attempt(i, even);
     return d;
 }
 
@@ -144,7 +151,7 @@ struct Share {
 };
 
 // Finds the warp's share; false if none of the block's warps has one. Every thread looks at some sequences.
-DEVICE bool find_share(Share& share, const Attention& a, const Batch& batch) {
+DEVICE bool find_share(Share& share, const Decode& a, const Batch& batch) {
     __shared__ u32 warp_totals[WARPS], before_found[WARPS];
     __shared__ Segment found[WARPS]; // the sequences that the warps' shares begin in
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, index = blockIdx.x * WARPS + warp;
@@ -153,7 +160,7 @@ DEVICE bool find_share(Share& share, const Attention& a, const Batch& batch) {
     if (own.end - own.begin == 1) enter(own.s, a, batch, own.begin);
     const Division d = divide(own, a, batch);
     // What lies before the thread's sequences, in warps or in pages.
-    const auto length = [&](const Segment& s) { return (d.most ? warps_of(d, s.pages) : s.pages) * pairs(a); };
+    const auto length = [&](const Segment& s) { return (d.most ? warps_of(d, s.pages) : s.pages) * a.pairs(); };
     u32 mine = 0;
     each_own(own, a, batch, [&](const Segment& s) { mine += length(s); });
     u32 sum = mine;
@@ -189,32 +196,31 @@ DEVICE bool find_share(Share& share, const Attention& a, const Batch& batch) {
     const u32 begin = begin_of(index), end = min(begin_of(index + 1), total);
     if (begin >= end) return true;
     s = found[warp];
-    const u32 at = begin - before_found[warp];
+    const u32 at = begin - before_found[warp], length_of_pair = d.most ? warps_of(d, s.pages) : s.pages;
+    const u32 pair = at / length_of_pair, part = at % length_of_pair;
+    s.kv_head = pair / a.tiles;
+    s.tile = pair % a.tiles;
     if (d.most) {
-        const u32 warps = warps_of(d, s.pages), part = at % warps;
-        s.pair = at / warps;
-        s.from = part * s.pages / warps;
-        s.to = (part + 1) * s.pages / warps;
+        s.from = part * s.pages / length_of_pair;
+        s.to = (part + 1) * s.pages / length_of_pair;
         s.unit = 0;
         share.end = s.to - s.from;
         share.from_block = (index - part) / WARPS;
-        share.to_block = (index - part + warps - 1) / WARPS;
+        share.to_block = (index - part + length_of_pair - 1) / WARPS;
     } else {
         s.unit = begin;
-        s.pair = at / s.pages;
-        s.from = at % s.pages;
+        s.from = part;
         s.to = min(s.pages, s.from + (end - begin));
         share.end = end;
     }
     return true;
 }
 
-// The pair's first query head, and how many of HEADS there are.
+// The query heads of a segment's pair: the first, and how many of HEADS there are.
 struct Heads {
     u32 first, count;
 };
-DEVICE Heads heads_of(u32 pair, const Attention& a) {
-    const u32 group = a.heads / a.kv_heads, tiles = tiles_of_group(a);
-    const u32 from = pair % tiles * HEADS;
-    return {pair / tiles * group + from, min((u32)HEADS, group - from)};
+DEVICE Heads heads_of(const Segment& s, const Decode& a) {
+    const u32 from = s.tile * HEADS;
+    return {s.kv_head * a.group + from, min((u32)HEADS, a.group - from)};
 }
