@@ -7,6 +7,7 @@
 #pragma once
 
 #include "batch.cuh"
+#include "bulk.cuh"
 
 #if DTYPE == 0
 #error "the fast attention kernels are for 16-bit types; attention_generic.cu takes f32"
@@ -23,8 +24,6 @@ struct Attention {
     u32 window;      // 0: none
     float scale;     // times log2 e
 };
-
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 template <typename U> DEVICE U read_shared(u32 address);
 template <> DEVICE uint4 read_shared(u32 address) {

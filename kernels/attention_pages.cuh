@@ -13,7 +13,7 @@
 #define STAGES 2 // pages a warp has under way or in use
 #endif
 #ifndef BULK
-#define BULK (__CUDA_ARCH__ >= 900)
+#define BULK HAS_BULK
 #endif
 
 constexpr u32 ROW_BYTES = D * 2;
@@ -27,31 +27,6 @@ DEVICE u32 row_at(u32 token) { return token / 4 * (GROUP_BYTES + 32) + token % 4
 // Of the group that the products' tokens 2t + o and 2t + o + 8 lie in: its first token.
 DEVICE u32 group_token(u32 t, u32 o) { return (t + 2 * o) % 4 * 4; }
 
-#if BULK
-DEVICE void barrier_make(u32 barrier) { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory"); }
-DEVICE void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-DEVICE void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-// Later bulk copies come after what this thread did to shared memory.
-DEVICE void before_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-#endif
-
 // A warp's ring. Slots are filled and taken in turn, STAGES ahead at most; all lanes do all calls together.
 struct Ring {
     u32 slots, barriers;
@@ -62,8 +37,8 @@ DEVICE Ring make_ring(u32 slots, u32 barriers) {
 #if BULK
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
-        for (u32 i = 0; i < STAGES; i++) barrier_make(barriers + i * 8);
-        before_bulk();
+        for (u32 i = 0; i < STAGES; i++) barrier_init(barriers + i * 8, 1);
+        barriers_ready();
     }
     __syncwarp();
 #endif
@@ -79,7 +54,7 @@ DEVICE void fill(const Ring& ring, u32 stage, const T* keys, const T* values) {
     __syncwarp();
     if (lane < 8) {
         const T* from = (lane < 4 ? keys : values) + lane % 4 * 4 * D;
-        copy_bulk(slot + lane / 4 * HALF_BYTES + lane % 4 * (GROUP_BYTES + 32), from, GROUP_BYTES, barrier);
+        bulk_copy(slot + lane / 4 * HALF_BYTES + lane % 4 * (GROUP_BYTES + 32), from, GROUP_BYTES, barrier);
     }
 #else
 #pragma unroll

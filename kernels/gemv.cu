@@ -9,9 +9,9 @@
 //
 // The order of a sum is fixed and the same for every ROWS, TILES and COLS: warp w adds the steps of 32 columns w,
 // w + WARPS, …, then the warps' sums are added in order. So a row alone and a row in a batch give the same bits.
+#include "bulk.cuh"
 #include "common.cuh"
 #include "gemv.cuh"
-#include "ring.cuh"
 
 #ifndef TILES
 #define TILES 2

@@ -38,10 +38,10 @@ const HEADERS: &[(&str, &str)] = &[
     ("attention_parts.cuh", include_str!("../../../kernels/attention_parts.cuh")),
     ("attention_share.cuh", include_str!("../../../kernels/attention_share.cuh")),
     ("batch.cuh", include_str!("../../../kernels/batch.cuh")),
+    ("bulk.cuh", include_str!("../../../kernels/bulk.cuh")),
     ("cluster.cuh", include_str!("../../../kernels/cluster.cuh")),
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("gemv.cuh", include_str!("../../../kernels/gemv.cuh")),
-    ("ring.cuh", include_str!("../../../kernels/ring.cuh")),
     ("sample.cuh", include_str!("../../../kernels/sample.cuh")),
 ];
 
