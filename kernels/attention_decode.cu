@@ -300,12 +300,12 @@ DEVICE void take_share(const Args& a, const Batch& batch, const Share& share, Ri
     }
 }
 
-DEVICE void run(const Args& a, const Batch& batch, uint4* shared, u32 barriers) {
+DEVICE void run(const Args& a, const Batch& batch, uint4* shared) {
     __shared__ Note notes[2 * WARPS];
     let_next_start();
     const u32 warp = threadIdx.x / 32;
     const u32 slots = shared_address(shared) + warp * WARP_BYTES + sizeof(Part);
-    const Ring ring = make_ring(slots, barriers + warp * STAGES * 8);
+    const Ring ring = {slots, 0};
     if (threadIdx.x < 2 * WARPS) notes[threadIdx.x].row = NONE;
     Share share;
     if (!find_share(share, a, batch)) {
@@ -327,8 +327,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS < 8 ? 2 : 1)
 attention_decode(T* out, const T* qkv, const T* keys, const T* values, Parcel* parcels, Batch batch, u32 heads, u32 kv_heads,
                  u32 window, float scale) {
     extern __shared__ uint4 shared[];
-    __shared__ u64 barriers[WARPS * STAGES];
     const u32 group = heads / kv_heads, tiles = (group + HEADS - 1) / HEADS;
     const Attention attention = {out, qkv, keys, values, heads, kv_heads, window, scale * LOG2_E};
-    run({{attention, group, tiles}, parcels}, batch, shared, shared_address(barriers));
+    run({{attention, group, tiles}, parcels}, batch, shared);
 }

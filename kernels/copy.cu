@@ -1,12 +1,10 @@
 // Rows from one place to another, which may be another device's memory.
 // variants: DTYPE=0
-#include "batch.cuh"
+#include "common.cuh"
 
-// Copies `n` numbers, or as many as the micro-batch has rows of `dim` if `counts` is given.
 // Any grid; 256 threads. Both places are aligned to 16 bytes.
 extern "C" __global__ void __launch_bounds__(256)
-copy_f32(float* to, const float* from, const u32* counts, u64 n, u32 dim) {
-    if (counts) n = (u64)counts[COUNT_ROWS] * dim;
+copy_f32(float* to, const float* from, u64 n) {
     const u64 step = (u64)gridDim.x * blockDim.x, me = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     wait_for_previous();
     let_next_start();

@@ -18,7 +18,7 @@ struct Shape {
     u32 stages;     // of the ring in shared memory
 };
 
-DEVICE float silu(float x) { return x / (1.0f + __expf(-x)); }
+DEVICE float silu(float x) { return x / (1.0f + (DTYPE == 0 ? expf(-x) : __expf(-x))); }
 DEVICE float bias_at(const float* bias, u32 i) { return bias ? bias[i] : 0.0f; }
 
 // What an earlier kernel wrote is read past the first-level cache, where an older copy could be.

@@ -117,8 +117,9 @@ rope_kv(T* qkv, T* keys, T* values, const float* __restrict__ q_norm,
         const u32 position = batch.positions[row];
         page = (u64)batch.blocks[batch.seq_blocks[seq] + position / KV_BLOCK] * kv_heads * KV_BLOCK + position % KV_BLOCK;
     }
-    wait_for_previous();
+    // Attention begins before the wait: it fetches what earlier passes have left.
     let_next_start();
+    wait_for_previous();
     T* from = qkv + ((u64)row * (heads + 2 * kv_heads) + head) * HEAD_DIM;
     Part part = {};
     if (mine) load(part, from);

@@ -18,14 +18,13 @@ HERE = pathlib.Path(__file__).resolve().parent
 # Tests that would take the sanitizers minutes, and show nothing there that others do not.
 NOT_SANITIZED = ["a_large_head", "a_long_context", "many_draws", "the_batch_does_not_matter", "heads_of_12", "heads_of_96",
                  "has_the_same_bits", "a_row_does_not_see"]
-# Model, requests, prompt tokens, new tokens, what is measured, and its goal for a number of H200s: what the best engine at
-# hand gave there, in tokens per second.
+# Model, requests, prompt tokens, new tokens, what is measured, and its goal for a number of H200s, in tokens per second.
 BENCHES = [
-    ("7b", 1, 512, 128, "output", {1: 208, 4: 208}),
+    ("7b", 1, 512, 128, "output", {1: 240, 4: 230}),
     ("7b", 64, 512, 256, "output", {1: 7826, 4: 7837}),
     ("7b", 256, 512, 256, "output", {1: 12277, 4: 13203}),
-    ("7b", 32, 4096, 1, "prompt", {1: 45047, 4: 115907}),
-    ("72b", 1, 512, 64, "output", {4: 25.3}),
+    ("7b", 32, 4096, 1, "prompt", {1: 41000, 4: 115907}),
+    ("72b", 1, 512, 64, "output", {4: 26}),
     ("72b", 64, 512, 128, "output", {4: 822}),
     ("72b", 256, 512, 128, "output", {4: 1808}),
     ("72b", 32, 4096, 1, "prompt", {4: 12047}),
@@ -79,7 +78,7 @@ def judge_tests(code, text):
         parts.append(f"{errors[1]} errors found")
     if code not in (0, 101, None):
         parts.append(f"exit code {code}")
-    return ", ".join(parts), code == 0 and passed > 0
+    return ", ".join(parts), code == 0 and passed > 0 and (not errors or errors[1] == "0")
 
 
 def judge_bench(goal, measured):
@@ -88,7 +87,7 @@ def judge_bench(goal, measured):
         if code != 0 or not lines:
             return text.strip().splitlines()[-1][:160] if text.strip() else f"exit code {code}", False
         rate = json.loads(lines[-1])[f"{measured}_tokens_per_s"]
-        rate = rate["best"] if isinstance(rate, dict) else rate
+        rate = rate["median"] if isinstance(rate, dict) else rate
         share = f", {rate / goal:.2f} of the goal of {goal:,}" if goal else ""
         return f"{rate:,.1f} {measured} tokens/s{share}", not goal or rate >= goal
     return judge

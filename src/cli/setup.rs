@@ -22,10 +22,10 @@ pub(super) struct Setup {
     /// Cuts the layers into N stages of near-equal length [default: 1]
     #[arg(long, value_name = "N", conflicts_with = "layout")]
     stages: Option<usize>,
-    /// Which layers make each stage, and on which device: 0-9,10-29 or 0-9@cpu,10-29@cpu
+    /// Which layers make each stage, and on which device: 0-9,10-29 or 0-9@cuda:0,10-29@cuda:1
     #[arg(long, value_name = "STAGES")]
     layout: Option<String>,
-    /// Where the stages run: auto (GPUs if there are any), cpu, cuda (all GPUs) or cuda:N; a layout names devices itself
+    /// Where the stages run: auto (GPUs if there are any), cpu, cuda (successive GPUs) or cuda:N; a layout names devices itself
     #[arg(long, value_name = "DEVICE", default_value = "auto", conflicts_with = "layout")]
     device: String,
     /// The type that weights, keys and values are kept in; auto is the checkpoint's

@@ -26,7 +26,8 @@ use crate::{
 /// Threads that have been started, and the channels to them.
 pub(super) struct Wired {
     stages: Vec<(Vec<StageFacts>, StagesHandle)>,
-    steps: channel::Sender<Step>,
+    /// `None` once the engine's thread has it.
+    steps: Option<channel::Sender<Step>>,
     results: channel::Receiver<Outcome>,
 }
 
@@ -79,7 +80,7 @@ fn wire_on<B: Backend>(
     outputs.push(Output::Results(enqueued));
     let mut ends = inputs.into_iter().zip(outputs).zip(backends).enumerate();
     let turn = Arc::new(Mutex::new(()));
-    let mut stages = Vec::new();
+    let mut wired = Wired { stages: Vec::new(), steps: Some(steps), results };
     // Stages on the processor cannot overlap. Others have a thread each, and their device shares itself out.
     for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {
         let (mut facts, mut run_stages) = (Vec::new(), Vec::new());
@@ -99,37 +100,49 @@ fn wire_on<B: Backend>(
             let (device, layers) = (stage.device.to_string(), stage.to_string());
             facts.push(StageFacts { device, layers, weight_bytes: 0, metrics });
         }
-        stages.push((facts, pipeline::spawn(run_stages)?));
+        wired.stages.push((facts, pipeline::spawn(run_stages)?));
     }
-    Ok(Wired { stages, steps, results })
+    Ok(wired)
 }
 
 /// Waits until every stage has loaded, and starts the engine's own thread.
-pub(super) fn start(facts: Facts, wired: Wired, scheduler: Scheduler) -> Result<Engine> {
+pub(super) fn start(facts: Facts, mut wired: Wired, scheduler: Scheduler) -> Result<Engine> {
     let facts = Arc::new(facts);
-    let (mut stages, mut threads) = (Vec::new(), Vec::new());
-    for (run, handle) in wired.stages {
-        for mut stage in run {
+    let mut stages = Vec::new();
+    for (run, handle) in &mut wired.stages {
+        for mut stage in run.drain(..) {
             let i = stages.len();
             let gone = |_| Err(Error::Engine(format!("stage {i} ended while loading; this is a bug")));
             stage.weight_bytes = handle.loaded.recv().unwrap_or_else(gone)?;
             stages.push(stage);
         }
-        threads.push(handle.thread);
     }
+    let Wired { stages: threads, steps, results } = &mut wired;
     let (commands, commands_out) = channel::unbounded();
     let worker = Worker {
         facts: facts.clone(),
         scheduler,
         commands: commands_out,
-        steps: wired.steps,
-        results: wired.results,
+        steps: steps.take().expect("the steps' channel is taken once; this is a bug"),
+        results: results.clone(),
         running: Running::default(),
     };
     let thread = std::thread::Builder::new()
         .name("engine".into())
         .spawn(move || worker.run())
         .map_err(|e| Error::Engine(format!("no thread: {e}")))?;
-    threads.insert(0, thread);
-    Ok(Engine { facts, stages, commands, next_request: AtomicU64::new(0), threads })
+    let mut all = vec![thread];
+    all.extend(threads.drain(..).map(|(_, handle)| handle.thread));
+    Ok(Engine { facts, stages, commands, next_request: AtomicU64::new(0), threads: all })
+}
+
+impl Drop for Wired {
+    /// Of an engine that could not be started: its stages end, and give back what they hold, before the error is told.
+    fn drop(&mut self) {
+        self.steps = None;
+        for (_, handle) in self.stages.drain(..) {
+            // A stage's thread catches what panics in it.
+            let _ = handle.thread.join();
+        }
+    }
 }

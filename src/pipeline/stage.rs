@@ -102,13 +102,14 @@ fn run<B: Backend>(stages: Vec<Stage<B>>, loaded: &channel::Sender<Result<usize>
     while running.iter_mut().all(Running::serve) {}
 }
 
+/// Fields are dropped in this order: what the stage's own steps came to is told before its neighbours notice its end.
 struct Running<B: Backend> {
     index: usize,
+    outcomes: Outcomes<B::Pending>,
     backend: Arc<B>,
     decoder: Decoder<B>,
     input: Input<B>,
     output: Output<B>,
-    outcomes: Outcomes<B::Pending>,
     turn: Arc<Mutex<()>>,
     metrics: Arc<StageMetrics>,
     since: Instant,

@@ -25,14 +25,8 @@ pub(super) unsafe fn rows(cuda: &Cuda, to: DevicePtr, from: DevicePtr, numbers: 
     let blocks =
         (numbers as u64).div_ceil(4 * u64::from(THREADS)).min(4 * u64::from(cuda.facts.multiprocessors));
     let grid = Grid::row(blocks as u32, THREADS);
-    // SAFETY: (float*, const float*, const u32*, u64, u32) as in copy.cu; the rest is the caller's.
-    unsafe {
-        cuda.launch(
-            &cuda.kernels.copy.copy_f32,
-            grid,
-            &mut args![to, from, DevicePtr::NULL, numbers as u64, 0u32],
-        )
-    }
+    // SAFETY: (float*, const float*, u64) as in copy.cu; the rest is the caller's.
+    unsafe { cuda.launch(&cuda.kernels.copy.copy_f32, grid, &mut args![to, from, numbers as u64]) }
 }
 
 /// Waits for everything in the stream, and brings numbers to the host, widened.

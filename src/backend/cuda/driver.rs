@@ -1,10 +1,7 @@
 //! The driver, its devices and their contexts.
 #![allow(unsafe_code)]
 
-use std::{
-    cell::Cell,
-    sync::{Mutex, OnceLock},
-};
+use std::sync::{Mutex, OnceLock};
 
 use cudarc::{
     cublaslt,
@@ -148,11 +145,6 @@ unsafe impl Send for Context {}
 // SAFETY: as above.
 unsafe impl Sync for Context {}
 
-thread_local! {
-    /// The GPU whose context is current.
-    static CURRENT: Cell<Option<usize>> = const { Cell::new(None) };
-}
-
 impl Context {
     /// The context of a GPU, which must be one that kernels can be compiled for.
     pub(super) fn of(ordinal: usize) -> Result<Context> {
@@ -182,13 +174,12 @@ impl Context {
 
     /// Makes this the calling thread's GPU.
     pub(super) fn enter(self) -> Result<()> {
-        if CURRENT.get() == Some(self.ordinal) {
+        // Asking costs nanoseconds; remembering would go wrong where other code on the thread changes it.
+        if matches!(result::ctx::get_current(), Ok(Some(current)) if current == self.raw) {
             return Ok(());
         }
         // SAFETY: the context lives as long as the process.
-        self.check("entering its context", unsafe { result::ctx::set_current(self.raw) })?;
-        CURRENT.set(Some(self.ordinal));
-        Ok(())
+        self.check("entering its context", unsafe { result::ctx::set_current(self.raw) })
     }
 
     /// Names the GPU in an error.
