@@ -9,7 +9,7 @@ mod random;
 mod tensor;
 
 pub use random::{Random, mix};
-pub use tensor::{Bytes, DType, Tensor};
+pub use tensor::{Bytes, DType, Store, Tensor};
 
 use std::time::Duration;
 

@@ -36,26 +36,67 @@ impl DType {
     }
 }
 
-/// A part of memory that several tensors share: a mapped file, or converted numbers.
+/// What tensors' bytes lie in: a mapped file, or converted numbers.
+pub trait Store: Send + Sync {
+    /// All bytes, where they are.
+    fn bytes(&self) -> &[u8];
+    /// Copies the bytes from `at` on. A file is read, which is faster than looking at pages for the first time.
+    fn copy(&self, at: usize, to: &mut [u8]) -> Result<()>;
+}
+
+impl Store for Vec<u8> {
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+
+    fn copy(&self, at: usize, to: &mut [u8]) -> Result<()> {
+        to.copy_from_slice(&self[at..at + to.len()]);
+        Ok(())
+    }
+}
+
+/// A part of a store that several tensors share.
 #[derive(Clone)]
 pub struct Bytes {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    store: Arc<dyn Store>,
     range: Range<usize>,
 }
 
 impl Bytes {
-    /// A part of `owner`. The range must lie within it.
-    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>, range: Range<usize>) -> Self {
+    /// A part of `store`. The range must lie within it.
+    pub fn new(store: Arc<dyn Store>, range: Range<usize>) -> Self {
         assert!(
-            range.start <= range.end && range.end <= (*owner).as_ref().len(),
+            range.start <= range.end && range.end <= store.bytes().len(),
             "a tensor outside its file; this is a bug"
         );
-        Bytes { owner, range }
+        Bytes { store, range }
     }
 
-    /// The bytes.
+    /// The bytes, where they are.
     pub fn as_slice(&self) -> &[u8] {
-        &(*self.owner).as_ref()[self.range.clone()]
+        &self.store.bytes()[self.range.clone()]
+    }
+
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
+    /// A part of them, by its place among them.
+    pub fn part(&self, range: Range<usize>) -> Bytes {
+        assert!(range.end <= self.len(), "a part outside its tensor; this is a bug");
+        Bytes::new(self.store.clone(), self.range.start + range.start..self.range.start + range.end)
+    }
+
+    /// Copies all of them to where as many have room.
+    pub fn copy(&self, to: &mut [u8]) -> Result<()> {
+        assert_eq!(to.len(), self.len(), "room for other bytes; this is a bug");
+        self.store.copy(self.range.start, to)
     }
 }
 
@@ -156,8 +197,13 @@ impl Tensor {
 
     /// The numbers' bytes, little-endian. Random numbers must have been made.
     pub fn bytes(&self) -> &[u8] {
+        self.stored().as_slice()
+    }
+
+    /// Where the numbers' bytes are. Random numbers must have been made.
+    pub fn stored(&self) -> &Bytes {
         match &self.numbers {
-            Numbers::Bytes(bytes) => bytes.as_slice(),
+            Numbers::Bytes(bytes) => bytes,
             Numbers::Random(_) => panic!("tensor {} has not been made; this is a bug", self.name),
         }
     }

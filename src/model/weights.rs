@@ -16,7 +16,7 @@ use super::{
     mapped::Mapped,
 };
 use crate::{
-    backend::{Bytes, DType, Tensor},
+    backend::{Bytes, DType, Store, Tensor},
     error::{Error, Result, shown},
 };
 
@@ -129,8 +129,8 @@ impl Shard {
 impl Opened {
     fn new(path: &Path) -> Result<Opened> {
         let file = open_regular(path)?;
-        let map = Mapped::new(&file).map_err(|e| Error::io(path, e))?;
-        let header = parse_header(path, map.as_ref())?;
+        let map = Mapped::new(path, file)?;
+        let header = parse_header(path, map.bytes())?;
         Ok(Opened { map: Arc::new(map), header })
     }
 }

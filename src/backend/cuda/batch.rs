@@ -7,14 +7,15 @@ use std::{
 };
 
 use super::{
-    Cuda,
+    Buf, Cuda,
     attention::PREFILL_ROWS,
+    copy,
     graph::Graph,
     memory::{DeviceBuf, DevicePtr, Event, Pinned},
     pad_rows,
 };
 use crate::{
-    backend::Limits,
+    backend::{DType, Limits},
     batch::{KV_BLOCK, MicroBatch},
     error::Result,
 };
@@ -50,7 +51,7 @@ pub(crate) struct BatchView {
 /// Room for a micro-batch, and the passes recorded over it.
 pub struct Batch {
     limits: Limits,
-    inv_freq: DeviceBuf,  // [half]
+    inv_freq: Buf,        // [half]
     rotations: DeviceBuf, // [rows, half] of (cosine, sine)
     half: usize,
     scale: f32,
@@ -133,12 +134,13 @@ impl Batch {
         };
         let blocks = limits.seqs_max * limits.context_max.div_ceil(KV_BLOCK);
         let bytes = 4 * (places.fixed() + blocks);
-        let frequencies = cuda.upload_f32(inv_freq)?;
+        let mut frequencies = Buf { memory: cuda.take(4 * half)?.into(), dtype: DType::F32, len: half };
+        copy::write(cuda, &mut frequencies, inv_freq)?;
         let staging = (0..STAGING)
             .map(|_| Ok((Pinned::new(context, bytes)?, Event::new(context)?)))
             .collect::<Result<_>>()?;
-        let device = DeviceBuf::new(context, bytes)?;
-        let rotations = DeviceBuf::new(context, rows * half * 8)?;
+        let device = cuda.take(bytes)?;
+        let rotations = cuda.take(rows * half * 8)?;
         let (now, null) = (Shape::default(), DevicePtr::NULL);
         let view = BatchView {
             counts: null,
@@ -182,17 +184,12 @@ impl Batch {
 
     /// What rotations are made of: frequencies, how many, and what multiplies sines and cosines.
     pub(crate) fn frequencies(&self) -> (DevicePtr, usize, f32) {
-        (self.inv_freq.ptr(), self.half, self.scale)
+        (self.inv_freq.f32s(self.half), self.half, self.scale)
     }
 
     /// The table of the pass: cosine and sine of each row's frequencies.
     pub(crate) fn rotations(&self) -> DevicePtr {
         self.rotations.ptr() // [rows, half]
-    }
-
-    /// Bytes on the GPU.
-    pub(crate) fn bytes(&self) -> usize {
-        self.device.bytes() + self.rotations.bytes() + self.inv_freq.bytes()
     }
 
     /// Brings a micro-batch to the GPU.

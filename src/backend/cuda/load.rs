@@ -1,93 +1,170 @@
 //! Weights from the host to the GPU, through pinned memory, by several threads.
+//!
+//! Who loads a stage puts pieces into a queue and goes on; *lanes* bring them to the GPU, whatever matrix they belong to.
+//! What a piece is read from and where it goes to live until it is there, so that no order of dropping is wrong.
 #![allow(unsafe_code)]
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
+};
+
+use crossbeam_channel as channel;
 
 use super::{
     driver::Context,
-    memory::{DevicePtr, Event, Pinned, Stream},
+    memory::{DeviceBuf, Event, Pinned, Stream},
 };
-use crate::error::Result;
+use crate::{
+    backend::Bytes,
+    error::{Error, Result},
+};
 
-/// Threads that copy for one stage: one core reads the page cache at 5 to 10 GB/s, the bus takes 55.
+/// Threads that copy for one stage: one core reads the page cache at 5 to 13 GB/s, the bus takes 55.
 const LANES_MAX: usize = 8;
-/// Bytes that a lane copies at once.
-const CHUNK: usize = 8 << 20;
+/// Bytes of a piece. The buffers of all lanes together should stay in the processors' caches, and a copy should take the
+/// bus much longer (76 µs) than starting one.
+const PIECE: usize = 4 << 20;
+/// Pieces in the queue: lanes have work while memory for the next matrix is taken.
+const QUEUED: usize = 4 * LANES_MAX;
 
-/// Lanes that copy side by side.
+/// Brings bytes to a GPU.
 pub(super) struct Uploader {
-    lanes: Vec<Mutex<Lane>>,
+    context: Context,
+    lanes_max: usize,
+    /// Started when they are wanted, ended by `finish`: their pinned memory is needed for loading alone.
+    lanes: Mutex<Option<Lanes>>,
+}
+
+struct Lanes {
+    pieces: channel::Sender<Piece>,
+    /// The queue's other end, for lanes to come.
+    queue: channel::Receiver<Piece>,
+    threads: Vec<JoinHandle<Result<()>>>,
+}
+
+/// Bytes on their way to their place in a buffer.
+struct Piece {
+    from: Bytes,
+    to: Arc<DeviceBuf>,
+    at: usize,
+}
+
+impl Uploader {
+    /// For a stage that shares the host with others, so many in all.
+    pub(super) fn new(context: Context, stages: usize) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let lanes_max = (cores / stages.max(1)).clamp(1, LANES_MAX);
+        Uploader { context, lanes_max, lanes: Mutex::default() }
+    }
+
+    /// Copies bytes to `at` in a buffer. They are on their way when this returns; `finish` waits for them, and tells what
+    /// went wrong.
+    pub(super) fn upload(&self, to: &Arc<DeviceBuf>, at: usize, from: &Bytes) -> Result<()> {
+        assert!(at + from.len() <= to.bytes(), "an upload beyond its buffer; this is a bug");
+        let mut lanes = self.lock();
+        let lanes = lanes.get_or_insert_with(Lanes::none);
+        for start in (0..from.len()).step_by(PIECE) {
+            let part = from.part(start..from.len().min(start + PIECE));
+            lanes.put(Piece { from: part, to: to.clone(), at: at + start }, self)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until everything has arrived.
+    pub(super) fn finish(&self) -> Result<()> {
+        let Some(Lanes { pieces, queue, threads }) = self.lock().take() else { return Ok(()) };
+        // Lanes end when the queue is empty and closed.
+        drop((pieces, queue));
+        let ends = threads.into_iter().map(|t| t.join().expect("copying does not panic; this is a bug"));
+        ends.fold(Ok(()), Result::and)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Lanes>> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Uploader {
+    fn drop(&mut self) {
+        // Whoever wanted the bytes has waited for them, or has failed and said why.
+        let _ = self.finish();
+    }
+}
+
+impl Lanes {
+    fn none() -> Lanes {
+        let (pieces, queue) = channel::bounded(QUEUED);
+        Lanes { pieces, queue, threads: Vec::new() }
+    }
+
+    /// Enqueues a piece, with one lane more if those there are do not keep up.
+    fn put(&mut self, piece: Piece, of: &Uploader) -> Result<()> {
+        let busy = self.threads.is_empty() || self.queue.len() > 2 * self.threads.len();
+        if busy && self.threads.len() < of.lanes_max {
+            let (context, queue) = (of.context, self.queue.clone());
+            let thread = std::thread::Builder::new().name("load".into()).spawn(move || run(context, &queue));
+            self.threads.push(thread.map_err(|e| Error::Engine(format!("no thread: {e}")))?);
+        }
+        self.pieces.send(piece).expect("this end of the queue is open; this is a bug");
+        Ok(())
+    }
+}
+
+/// A lane, until the queue is closed.
+fn run(context: Context, queue: &channel::Receiver<Piece>) -> Result<()> {
+    let outcome = Lane::new(context).and_then(|mut lane| {
+        queue.iter().try_for_each(|piece| lane.copy(piece))?;
+        lane.stream.synchronize()
+    });
+    if outcome.is_err() {
+        // Nobody may wait for room in a queue that no lane empties.
+        queue.iter().for_each(drop);
+    }
+    outcome
 }
 
 /// Two buffers: one is filled while the other is on its way.
 struct Lane {
     stream: Stream,
-    buffers: [(Pinned, Event); 2],
+    slots: [Slot; 2],
     next: usize,
 }
 
-impl Uploader {
-    /// Lanes for a stage that shares the host with others.
-    pub(super) fn new(context: Context, stages: usize) -> Result<Self> {
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let lanes = (cores / stages.max(1)).clamp(1, LANES_MAX);
-        let lanes = (0..lanes).map(|_| Lane::new(context).map(Mutex::new)).collect::<Result<_>>()?;
-        Ok(Uploader { lanes })
-    }
-
-    /// Copies bytes to the GPU. They are on their way when this returns; `finish` waits for them.
-    ///
-    /// SAFETY: there is room for them, which nobody else uses before `finish` has returned.
-    pub(super) unsafe fn upload(&self, to: DevicePtr, bytes: &[u8]) -> Result<()> {
-        let chunks = bytes.len().div_ceil(CHUNK);
-        let used = self.lanes.len().min(chunks);
-        let copy = |lane: usize| -> Result<()> {
-            let mut guard = lock(&self.lanes[lane]);
-            for chunk in (lane..chunks).step_by(used) {
-                let part = &bytes[chunk * CHUNK..bytes.len().min((chunk + 1) * CHUNK)];
-                // SAFETY: the caller's.
-                unsafe { guard.copy(to.add(chunk * CHUNK), part)? };
-            }
-            Ok(())
-        };
-        if used <= 1 {
-            return if used == 1 { copy(0) } else { Ok(()) };
-        }
-        std::thread::scope(|scope| {
-            let copy = &copy;
-            let threads: Vec<_> = (1..used).map(|lane| scope.spawn(move || copy(lane))).collect();
-            let own = copy(0);
-            let others =
-                threads.into_iter().map(|t| t.join().expect("copying does not panic; this is a bug"));
-            others.fold(own, Result::and)
-        })
-    }
-
-    /// Waits until everything has arrived.
-    pub(super) fn finish(&self) -> Result<()> {
-        self.lanes.iter().try_for_each(|lane| lock(lane).stream.synchronize())
-    }
+struct Slot {
+    buffer: Pinned,
+    sent: Event,
+    /// What is on its way, or has been.
+    piece: Option<Piece>,
 }
 
 impl Lane {
     fn new(context: Context) -> Result<Self> {
-        let buffer = || Ok((Pinned::new(context, CHUNK)?, Event::new(context)?));
-        Ok(Lane { stream: Stream::new(context)?, buffers: [buffer()?, buffer()?], next: 0 })
+        let slot =
+            || Ok(Slot { buffer: Pinned::new(context, PIECE)?, sent: Event::new(context)?, piece: None });
+        Ok(Lane { stream: Stream::new(context)?, slots: [slot()?, slot()?], next: 0 })
     }
 
-    /// SAFETY: as for `upload`; at most `CHUNK` bytes.
-    unsafe fn copy(&mut self, to: DevicePtr, bytes: &[u8]) -> Result<()> {
-        let (pinned, sent) = &mut self.buffers[self.next];
+    fn copy(&mut self, piece: Piece) -> Result<()> {
+        let slot = &mut self.slots[self.next];
         self.next = 1 - self.next;
-        sent.synchronize()?;
+        // An event that was never recorded has been reached.
+        slot.sent.synchronize()?;
+        let bytes = piece.from.len();
         // SAFETY: its last copy has been done.
-        unsafe { pinned.as_mut_slice()[..bytes.len()].copy_from_slice(bytes) };
-        // SAFETY: the caller's; the buffer is not touched until the event has been reached.
-        unsafe { self.stream.copy(to, pinned.ptr(), bytes.len())? };
-        sent.record(&self.stream)
+        piece.from.copy(unsafe { &mut slot.buffer.as_mut_slice()[..bytes] })?;
+        let to = piece.to.ptr().add(piece.at);
+        // SAFETY: `upload` has checked that the piece fits, and both ends live in the slot, whose buffer is not touched
+        // until the event has been reached.
+        unsafe { self.stream.copy(to, slot.buffer.ptr(), bytes)? };
+        slot.piece = Some(piece);
+        slot.sent.record(&self.stream)
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // After a failure copies may still be under way.
+        let _ = self.stream.synchronize();
+    }
 }

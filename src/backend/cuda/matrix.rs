@@ -1,6 +1,8 @@
 //! Weights on the GPU.
 #![allow(unsafe_code)]
 
+use std::sync::Arc;
+
 use super::{Cuda, DevicePtr, dummy, memory::DeviceBuf};
 use crate::{
     backend::{DType, Tensor},
@@ -9,9 +11,9 @@ use crate::{
 
 /// The weights `[n, k]` of a linear layer, with their biases.
 pub struct Matrix {
-    weights: DeviceBuf,
+    weights: Arc<DeviceBuf>,
     /// As f32, and in the weights' type, for products whose result is of that type.
-    bias: Option<(DeviceBuf, DeviceBuf)>,
+    bias: Option<(Arc<DeviceBuf>, Arc<DeviceBuf>)>,
     pub(super) n: usize,
     pub(super) k: usize,
     pub(super) dtype: DType,
@@ -30,16 +32,15 @@ impl Matrix {
             parts.iter().all(|p| shape(p).1 == k && p.dtype == dtype),
             "parts of different widths, or of another type than the model's; this is a bug"
         );
-        let weights = cuda.take(n * k * dtype.size())?;
-        let mut at = weights.ptr();
+        let weights = Arc::new(cuda.take(n * k * dtype.size())?);
+        let mut at = 0;
         for part in parts {
             match part.random_numbers() {
                 // SAFETY: the parts' numbers lie one after another in what has just been taken.
-                Some(random) => unsafe { dummy::fill(cuda, at, part.len(), random)? },
-                // SAFETY: as above.
-                None => unsafe { cuda.uploader.upload(at, part.bytes())? },
+                Some(random) => unsafe { dummy::fill(cuda, weights.ptr().add(at), part.len(), random)? },
+                None => cuda.uploader.upload(&weights, at, part.stored())?,
             }
-            at = at.add(part.len() * dtype.size());
+            at += part.len() * dtype.size();
         }
         let bias = if biases.is_empty() { None } else { Some(upload_bias(cuda, biases, n)?) };
         Ok(Matrix { weights, bias, n, k, dtype })
@@ -56,9 +57,9 @@ impl Matrix {
     }
 }
 
-fn upload_bias(cuda: &Cuda, biases: &[Tensor], n: usize) -> Result<(DeviceBuf, DeviceBuf)> {
+fn upload_bias(cuda: &Cuda, biases: &[Tensor], n: usize) -> Result<(Arc<DeviceBuf>, Arc<DeviceBuf>)> {
     let wide: Vec<f32> = biases.iter().flat_map(Tensor::to_f32).collect();
     assert_eq!(wide.len(), n, "as many biases as rows; this is a bug");
     let own = Tensor::from_f32("bias", vec![n], cuda.dtype, &wide)?;
-    Ok((cuda.upload_f32(&wide)?, cuda.upload(own.bytes())?))
+    Ok((cuda.upload_f32(&wide)?, cuda.upload(own.stored())?))
 }

@@ -54,7 +54,7 @@ use self::{
     memory::DeviceBuf,
 };
 use crate::{
-    backend::{Backend, DType},
+    backend::{Backend, Bytes, DType},
     error::{Error, Result},
 };
 
@@ -158,7 +158,7 @@ impl Cuda {
             stream: Stream::new(context)?,
             after_kernel: AtomicBool::new(false),
             blas: Blas::new(context, facts)?,
-            uploader: Uploader::new(context, stages)?,
+            uploader: Uploader::new(context, stages),
             kernels,
             tokens,
             taken: AtomicUsize::new(0),
@@ -232,18 +232,17 @@ impl Cuda {
         graph.launch(&self.stream)
     }
 
-    /// A few numbers, brought to the GPU before this returns.
-    fn upload_f32(&self, values: &[f32]) -> Result<DeviceBuf> {
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        self.upload(&bytes)
+    /// Bytes on their way to memory of their own: `Backend::loaded` waits for them.
+    fn upload(&self, bytes: &Bytes) -> Result<Arc<DeviceBuf>> {
+        let buf = Arc::new(self.take(bytes.len())?);
+        self.uploader.upload(&buf, 0, bytes)?;
+        Ok(buf)
     }
 
-    fn upload(&self, bytes: &[u8]) -> Result<DeviceBuf> {
-        let buf = self.take(bytes.len())?;
-        // SAFETY: as many bytes, of nobody else.
-        unsafe { self.uploader.upload(buf.ptr(), bytes)? };
-        self.uploader.finish()?;
-        Ok(buf)
+    fn upload_f32(&self, values: &[f32]) -> Result<Arc<DeviceBuf>> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let len = bytes.len();
+        self.upload(&Bytes::new(Arc::new(bytes), 0..len))
     }
 
     fn zeroed(&self, bytes: usize) -> Result<DeviceBuf> {
@@ -314,7 +313,7 @@ fn pad_rows(rows: usize) -> usize {
 
 /// Numbers on the GPU.
 pub struct Buf {
-    memory: DeviceBuf,
+    memory: Arc<DeviceBuf>,
     dtype: DType,
     len: usize,
 }

@@ -1,6 +1,6 @@
 //! The ops of [`Backend`], each in the file of its name.
 
-use std::{sync::atomic::Ordering::Relaxed, time::Duration};
+use std::time::Duration;
 
 use super::{
     Batch, Buf, Cuda, Event, Kv, Matrix, Pending, Sampler, attention, copy, embed, linear, pad_rows, rope,
@@ -33,11 +33,11 @@ impl Backend for Cuda {
     }
 
     fn buf(&self, len: usize) -> Result<Buf> {
-        Ok(Buf { memory: self.zeroed(4 * len)?, dtype: DType::F32, len })
+        Ok(Buf { memory: self.zeroed(4 * len)?.into(), dtype: DType::F32, len })
     }
 
     fn working_buf(&self, len: usize) -> Result<Buf> {
-        Ok(Buf { memory: self.zeroed(len * self.dtype.size())?, dtype: self.dtype, len })
+        Ok(Buf { memory: self.zeroed(len * self.dtype.size())?.into(), dtype: self.dtype, len })
     }
 
     fn vector(&self, tensor: &Tensor) -> Result<Buf> {
@@ -59,9 +59,7 @@ impl Backend for Cuda {
     }
 
     fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Batch> {
-        let batch = Batch::new(self, limits, inv_freq, rotation_scale)?;
-        self.taken.fetch_add(batch.bytes(), Relaxed);
-        Ok(batch)
+        Batch::new(self, limits, inv_freq, rotation_scale)
     }
 
     fn sampler(&self, vocab: usize) -> Result<Sampler> {
