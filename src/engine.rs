@@ -3,6 +3,7 @@
 mod answer;
 mod builder;
 mod place;
+mod progress;
 mod wire;
 mod worker;
 
@@ -14,6 +15,7 @@ use std::sync::{
 use crossbeam_channel as channel;
 
 pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
+pub use progress::LoadProgress;
 
 use self::worker::{Command, Submission};
 use crate::{

@@ -7,6 +7,7 @@ mod choices;
 mod completions;
 mod devices;
 mod interrupt;
+mod loading;
 mod man;
 mod output;
 mod prompts;

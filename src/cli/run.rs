@@ -97,7 +97,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     let builder = args.setup.builder()?;
     let source = args.source()?;
     let interrupt = Interrupt::install()?;
-    let engine = Arc::new(args.setup.start(builder)?);
+    let engine = Arc::new(args.setup.start(builder, args.format == Format::Text)?);
     let asker = Asker::new(args.clone(), engine)?;
     match source {
         Source::One(content) => {

@@ -1,9 +1,10 @@
 //! The flags that make an engine: the model, where its stages run, and how much they may use.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 
+use super::loading::{Loaded, Meter, Speed};
 use crate::{
     backend::DType,
     engine::{Engine, EngineBuilder, WeightSource},
@@ -119,15 +120,21 @@ impl Setup {
     }
 
     /// Finds the model (which may download it), loads it and starts the stages.
-    pub(super) fn start(&self, builder: EngineBuilder) -> Result<Engine> {
-        self.start_timed(builder).map(|(engine, _)| engine)
+    ///
+    /// `shows`: whether there may be a progress bar.
+    pub(super) fn start(&self, builder: EngineBuilder, shows: bool) -> Result<Engine> {
+        self.start_timed(builder, shows).map(|(engine, _)| engine)
     }
 
-    /// The same, with the time from finding the model on.
-    pub(super) fn start_timed(&self, builder: EngineBuilder) -> Result<(Engine, Duration)> {
+    /// The same, with how long it took from finding the model on.
+    pub(super) fn start_timed(&self, builder: EngineBuilder, shows: bool) -> Result<(Engine, Loaded)> {
         let model = hub::resolve(&self.model)?;
         let started = Instant::now();
-        let engine = builder.model(&model).build()?;
+        let meter = Meter::new(shows);
+        let told = meter.clone();
+        let engine = builder.model(&model).on_load(move |progress| told.told(progress)).build();
+        let weights = meter.end();
+        let engine = engine?;
         let took = started.elapsed();
         tracing::info!(
             model = %model.display(),
@@ -136,9 +143,10 @@ impl Setup {
             context_max = engine.context_max(),
             kv_tokens = engine.kv_tokens(),
             seconds = took.as_secs_f64(),
+            weights_gb_per_s = weights.and_then(Speed::gb_per_s),
             "loaded"
         );
-        Ok((engine, took))
+        Ok((engine, Loaded { took, weights }))
     }
 }
 

@@ -5,14 +5,19 @@ use std::{path::PathBuf, sync::Arc};
 use super::{
     Engine, Facts,
     place::{self, Place, Room},
-    wire::{start, wire},
+    progress::{LoadProgress, Observer, Progress},
+    wire::{Shared, start, wire},
 };
 use crate::{
     backend::{DType, Limits},
     batch::KV_BLOCK,
     error::{Error, Result},
-    layout::{Device, Layout},
-    model::{decoder::DecoderConfig, open_model, spec::ModelSpec},
+    layout::{Device, Layout, Stage},
+    model::{
+        decoder::{DecoderConfig, weight_bytes},
+        open_model,
+        spec::ModelSpec,
+    },
     schedule::{BlockPool, Scheduler, SchedulerConfig},
     text::{Template, Tokenizer},
 };
@@ -60,6 +65,7 @@ pub struct EngineBuilder {
     chunk: Option<usize>,
     running: Option<usize>,
     threads: Option<usize>,
+    observer: Option<Observer>,
 }
 
 impl EngineBuilder {
@@ -143,8 +149,15 @@ impl EngineBuilder {
         self
     }
 
+    /// Calls this while weights load: first with nothing done, last with everything. It is called from the stages' threads,
+    /// one at a time, and should return soon.
+    pub fn on_load(mut self, observer: impl Fn(LoadProgress) + Send + Sync + 'static) -> Self {
+        self.observer = Some(Observer::new(observer));
+        self
+    }
+
     /// Loads the model and starts the stages.
-    pub fn build(self) -> Result<Engine> {
+    pub fn build(mut self) -> Result<Engine> {
         within("--slots", self.slots, SLOTS_MAX)?;
         within("--chunk", self.chunk, CHUNK_MAX)?;
         within("--running", self.running, RUNNING_MAX)?;
@@ -184,7 +197,10 @@ impl EngineBuilder {
             limits,
             kv_blocks: blocks,
         };
-        let wired = wire(&layout, &config, scheduling.in_flight_max(), self.threads)?;
+        let weights = |stage: &Stage| weight_bytes(&spec, dtype, &stage.layers);
+        let progress = Progress::new(self.observer.take(), layout.stages().iter().map(weights).sum());
+        let shared = Shared { in_flight: scheduling.in_flight_max(), threads: self.threads, progress };
+        let wired = wire(&layout, &config, &shared)?;
         // The stages load while the tokenizer is read.
         let tokenizer = Tokenizer::open(&self.model)?.map(Arc::new);
         let template = match &tokenizer {

@@ -6,6 +6,7 @@ use crossbeam_channel as channel;
 
 use super::{
     Engine, Facts, StageFacts,
+    progress::Progress,
     worker::{Running, Worker},
 };
 use crate::{
@@ -31,21 +32,26 @@ pub(super) struct Wired {
     results: channel::Receiver<Outcome>,
 }
 
-/// Starts the stages' threads, with boundaries between the stages that hold as many steps as may be in flight.
-pub(super) fn wire(
-    layout: &Layout,
-    config: &DecoderConfig,
-    in_flight: usize,
-    threads: Option<usize>,
-) -> Result<Wired> {
+/// What the stages have in common.
+pub(super) struct Shared {
+    /// Steps in flight at most: boundaries have room for as many.
+    pub(super) in_flight: usize,
+    /// CPU threads, if it is said how many.
+    pub(super) threads: Option<usize>,
+    /// Of loading.
+    pub(super) progress: Progress,
+}
+
+/// Starts the stages' threads, with boundaries between the stages.
+pub(super) fn wire(layout: &Layout, config: &DecoderConfig, shared: &Shared) -> Result<Wired> {
     let gpu = |device| match device {
         Device::Cpu => None,
         Device::Cuda(i) => Some(i),
     };
     let gpus: Vec<usize> = layout.stages().iter().filter_map(|stage| gpu(stage.device)).collect();
     if gpus.is_empty() {
-        let cpu = Arc::new(Cpu::new(threads));
-        return wire_on(&vec![cpu; layout.stages().len()], &Host, layout, config, in_flight);
+        let cpu = Arc::new(Cpu::new(shared.threads));
+        return wire_on(&vec![cpu; layout.stages().len()], &Host, layout, config, shared);
     }
     if gpus.len() < layout.stages().len() {
         let why = "stages on the processor and on GPUs in one pipeline are not possible yet";
@@ -56,7 +62,7 @@ pub(super) fn wire(
         head_dim: config.spec.heads.head_dim,
         seats: config.limits.seqs_max,
     };
-    wire_on(&Cuda::pipeline(&gpus, facts)?, &Peer, layout, config, in_flight)
+    wire_on(&Cuda::pipeline(&gpus, facts)?, &Peer, layout, config, shared)
 }
 
 fn wire_on<B: Backend>(
@@ -64,8 +70,9 @@ fn wire_on<B: Backend>(
     transport: &dyn Transport<B>,
     layout: &Layout,
     config: &DecoderConfig,
-    in_flight: usize,
+    shared: &Shared,
 ) -> Result<Wired> {
+    let in_flight = shared.in_flight;
     let (steps, steps_out) = channel::bounded(in_flight);
     let (enqueued, await_enqueued) = token_edge();
     let (results_in, results) = channel::unbounded();
@@ -87,10 +94,15 @@ fn wire_on<B: Backend>(
         for (stage, (index, ((input, output), backend))) in run.iter().zip(&mut ends) {
             let metrics = Arc::new(StageMetrics::default());
             let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
+            let progress = shared.progress.clone();
+            let load = move |backend: &B| {
+                progress.begin();
+                Decoder::load_told(backend, &own, &|bytes| progress.add(bytes))
+            };
             run_stages.push(Stage {
                 index,
                 backend: backend.clone(),
-                load: Box::new(move |backend| Decoder::load(backend, &own)),
+                load: Box::new(load),
                 input,
                 output,
                 results: results_in.clone(),

@@ -74,6 +74,42 @@ struct Scratch<B: Backend> {
     act: B::Buf,     // [rows, ffn]
 }
 
+/// Bytes of the weights of the stage with these layers.
+pub fn weight_bytes(spec: &ModelSpec, dtype: DType, layers: &Range<usize>) -> usize {
+    weight_sizes(spec, dtype, layers).into_iter().sum()
+}
+
+/// Bytes of each matrix, and of each vector, of the stage with these layers, in the order in which they are loaded.
+pub fn weight_sizes(spec: &ModelSpec, dtype: DType, layers: &Range<usize>) -> Vec<usize> {
+    let (dim, heads, bias) = (spec.dim, spec.heads, spec.bias);
+    let (first, last) = (layers.start == 0, layers.end == spec.layers.len());
+    let vector = |n: usize| n * DType::F32.size();
+    let matrix = |n: usize, k: usize, bias: bool| n * k * dtype.size() + if bias { vector(n) } else { 0 };
+    let mut sizes = Vec::new();
+    if first {
+        sizes.push(matrix(spec.vocab, dim, false));
+    }
+    for _ in layers.clone() {
+        sizes.extend([vector(dim), matrix(heads.qkv_dim(), dim, bias.qkv)]);
+        if spec.qk_norm {
+            sizes.extend([vector(heads.head_dim); 2]);
+        }
+        sizes.extend([
+            matrix(dim, heads.q_dim(), bias.out),
+            vector(dim),
+            matrix(2 * spec.ffn, dim, bias.mlp),
+            matrix(dim, spec.ffn, bias.mlp),
+        ]);
+    }
+    if last {
+        sizes.push(vector(dim));
+        if !(first && spec.tied) {
+            sizes.push(matrix(spec.vocab, dim, false));
+        }
+    }
+    sizes
+}
+
 /// Bytes of a stage's buffers on a device that keeps what matrix products read as `dtype`. A device may pad rows.
 pub fn scratch_bytes(spec: &ModelSpec, limits: Limits, dtype: DType, head: bool) -> usize {
     let (heads, working) = (spec.heads, dtype.size());
@@ -85,9 +121,14 @@ pub fn scratch_bytes(spec: &ModelSpec, limits: Limits, dtype: DType, head: bool)
 impl<B: Backend> Decoder<B> {
     /// Loads the units' weights and makes their KV pages.
     pub fn load(backend: &B, config: &DecoderConfig) -> Result<Self> {
+        Decoder::load_told(backend, config, &|_| ())
+    }
+
+    /// The same; `tell` is called with the bytes of weights that have come, again and again.
+    pub fn load_told(backend: &B, config: &DecoderConfig, tell: &dyn Fn(usize)) -> Result<Self> {
         let spec = &config.spec;
         let last = config.layers.end == spec.layers.len();
-        let mut loader = Loader { backend, config, bytes: 0 };
+        let mut loader = Loader { backend, config, tell, bytes: 0, told: 0 };
         let embed = match config.layers.start {
             0 => Some(Arc::new(loader.matrix(&[Role::Embed], &[])?)),
             _ => None,
@@ -97,6 +138,7 @@ impl<B: Backend> Decoder<B> {
             true => Some(loader.head(embed.as_ref())?),
             false => None,
         };
+        let weight_bytes = loader.end()?;
         let rows_max = backend.rows_room(config.limits.rows_max);
         let working = |dim: usize| backend.working_buf(rows_max * dim);
         let scratch = Scratch {
@@ -108,8 +150,6 @@ impl<B: Backend> Decoder<B> {
             act: working(spec.ffn)?,
         };
         let batch = backend.batch(config.limits, &spec.rope.inv_freq, spec.rope.scale)?;
-        let weight_bytes = loader.bytes;
-        backend.loaded()?;
         Ok(Decoder { spec: spec.clone(), embed, layers, head, batch, scratch, weight_bytes })
     }
 
@@ -199,7 +239,10 @@ impl<B: Backend> Head<B> {
 struct Loader<'a, B: Backend> {
     backend: &'a B,
     config: &'a DecoderConfig,
+    tell: &'a dyn Fn(usize),
     bytes: usize,
+    /// Of them, those that have been told of. The last tensor's are not: they may be on their way yet.
+    told: usize,
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -253,6 +296,7 @@ impl<B: Backend> Loader<'_, B> {
     fn vector(&mut self, role: Role) -> Result<B::Buf> {
         // Norm weights and biases are widened: rounding them would cost bits and save nothing.
         let tensor = self.tensor(role)?;
+        self.tell();
         self.bytes += tensor.len() * DType::F32.size();
         self.backend.vector(&tensor)
     }
@@ -263,9 +307,24 @@ impl<B: Backend> Loader<'_, B> {
         let parts: Vec<Tensor> =
             roles.iter().map(|&role| self.tensor(role)?.to_dtype(dtype)).collect::<Result<_>>()?;
         let biases: Vec<Tensor> = biases.iter().map(|&role| self.tensor(role)).collect::<Result<_>>()?;
+        self.tell();
         self.bytes += parts.iter().map(|part| part.len() * dtype.size()).sum::<usize>();
         self.bytes += biases.iter().map(|bias| bias.len() * DType::F32.size()).sum::<usize>();
         self.backend.matrix(&parts, &biases)
+    }
+
+    fn tell(&mut self) {
+        if self.bytes > self.told {
+            (self.tell)(self.bytes - self.told);
+            self.told = self.bytes;
+        }
+    }
+
+    /// Waits until everything has come, and says how much it is.
+    fn end(mut self) -> Result<usize> {
+        self.backend.loaded()?;
+        self.tell();
+        Ok(self.bytes)
     }
 
     fn tensor(&self, role: Role) -> Result<Tensor> {

@@ -1,13 +1,14 @@
 //! What came of the runs, as JSON or as tables.
 
-use std::time::Duration;
-
 use serde::Serialize;
 
 use super::throughput::Workload;
 use crate::{
     backend::{cpu, cuda},
-    cli::table::{Shares, columns, seconds, stages},
+    cli::{
+        loading::{Loaded, Speed},
+        table::{Shares, columns, seconds, stages},
+    },
     engine::{Engine, StageStats},
     layout::Device,
     request::Usage,
@@ -39,6 +40,8 @@ pub(super) struct Figures {
     /// Between a request's tokens after the first, its mean; none if there is one token alone.
     tpot_ms: Option<Spread>,
     load_seconds: f64,
+    /// Of the weights alone; none where they are used as the file has them.
+    load_gb_per_s: Option<f64>,
     weight_bytes: usize,
     kv_tokens: usize,
     stages: Vec<StageFigures>,
@@ -83,11 +86,12 @@ impl Figures {
     pub(super) fn new(
         workload: Workload,
         engine: &Engine,
-        loading: Duration,
+        loaded: Loaded,
         runs: &[Run],
         before: &[StageStats],
     ) -> Figures {
         let stats = engine.stats();
+        let on_gpu = engine.layout().stages().iter().any(|stage| stage.device != Device::Cpu);
         let requests = f64::from(workload.requests);
         let (input, output) = (f64::from(workload.input_len), f64::from(workload.output_len));
         let rate = |each: f64| Rate::of(requests * each, runs);
@@ -105,7 +109,8 @@ impl Figures {
             requests_per_s: rate(1.0),
             ttft_ms: spread(|usage| 1e3 * usage.first_token_s),
             tpot_ms: (workload.output_len > 1).then(|| spread(per_token_ms)),
-            load_seconds: loading.as_secs_f64(),
+            load_seconds: loaded.took.as_secs_f64(),
+            load_gb_per_s: loaded.weights.filter(|_| on_gpu).and_then(Speed::gb_per_s),
             weight_bytes: stats.iter().map(|s| s.weight_bytes).sum(),
             kv_tokens: engine.kv_tokens(),
             stages: before.iter().zip(&stats).map(|(was, is)| StageFigures::new(was, is)).collect(),
@@ -132,6 +137,7 @@ impl Figures {
             vec!["KV cache, tokens".into(), self.kv_tokens.to_string()],
             vec!["loading".into(), seconds(self.load_seconds)],
         ]);
+        what.extend(self.load_gb_per_s.map(|rate| vec!["weights, GB/s".into(), format!("{rate:.1}")]));
         let time = Rate { median: median(&self.seconds), best: least(&self.seconds) };
         let head = |name: String, columns: &[&str]| {
             std::iter::once(name).chain(columns.iter().map(|c| (*c).to_owned())).collect::<Vec<_>>()

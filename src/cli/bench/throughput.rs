@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::figures::{Figures, Run};
 use crate::{
     batch::KV_BLOCK,
-    cli::{Subcommand, interrupt::Interrupt, setup::Setup},
+    cli::{Subcommand, interrupt::Interrupt, loading::Loaded, setup::Setup},
     engine::{Engine, RUNNING_MAX},
     error::{Error, Result},
     request::{Event, Prompt, Request, Usage},
@@ -107,7 +107,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
 
 impl ThroughputArgs {
     /// An engine with room for the workload, and the time that it took to load.
-    fn start(&self) -> Result<(Engine, std::time::Duration)> {
+    fn start(&self) -> Result<(Engine, Loaded)> {
         let Workload { requests, input_len, output_len, .. } = self.workload;
         let mut builder = self.setup.builder()?;
         if self.setup.max_context.is_none() {
@@ -117,12 +117,13 @@ impl ThroughputArgs {
             builder = builder.running((requests as usize).min(RUNNING_MAX));
         }
         let asked = || format!("--input-len {input_len} --output-len {output_len}");
-        let (engine, loading) = self.setup.start_timed(builder).map_err(|error| match error {
-            Error::Usage { what, why } if what == "--max-context" && self.setup.max_context.is_none() => {
-                Error::usage(asked(), why)
-            }
-            error => error,
-        })?;
+        let (engine, loading) =
+            self.setup.start_timed(builder, self.format == Format::Table).map_err(|error| match error {
+                Error::Usage { what, why } if what == "--max-context" && self.setup.max_context.is_none() => {
+                    Error::usage(asked(), why)
+                }
+                error => error,
+            })?;
         if engine.context_max() < self.workload.context() {
             let room = engine.context_max();
             return Err(Error::usage(asked(), format!("a sequence has room for {room} tokens: --kv-memory")));
