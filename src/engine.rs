@@ -19,7 +19,7 @@ pub use progress::LoadProgress;
 
 use self::worker::{Command, Submission};
 use crate::{
-    backend::DType,
+    backend::{DType, DeviceMemory},
     error::{Error, Result},
     layout::Layout,
     model::{config::GenerationConfig, spec::ModelSpec},
@@ -56,6 +56,8 @@ struct StageFacts {
     device: String,
     layers: String,
     weight_bytes: usize,
+    kv_bytes: usize,
+    memory: Box<dyn Fn() -> Option<DeviceMemory> + Send + Sync>,
     metrics: Arc<StageMetrics>,
 }
 
@@ -68,8 +70,20 @@ pub struct StageStats {
     pub layers: String,
     /// Bytes of its weights.
     pub weight_bytes: usize,
+    /// Bytes of its pages of keys and values.
+    pub kv_bytes: usize,
+    /// What is taken of its device's memory; `None` on the CPU.
+    pub memory: Option<DeviceMemory>,
     /// What it did with its time.
     pub times: StageTimes,
+}
+
+impl StageStats {
+    /// Bytes that were taken of its device's memory for neither weights nor pages: buffers, scratch, tables, the boundary
+    /// before it. `None` on the CPU.
+    pub fn buffer_bytes(&self) -> Option<usize> {
+        self.memory.map(|memory| memory.taken.saturating_sub(self.weight_bytes + self.kv_bytes))
+    }
 }
 
 /// What happens to a request, in order. Dropping it cancels the request.
@@ -158,6 +172,8 @@ impl Engine {
             device: stage.device.clone(),
             layers: stage.layers.clone(),
             weight_bytes: stage.weight_bytes,
+            kv_bytes: stage.kv_bytes,
+            memory: (stage.memory)(),
             times: stage.metrics.times(),
         };
         self.stages.iter().map(stats).collect()

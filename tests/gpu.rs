@@ -10,6 +10,8 @@ mod common;
 mod device;
 #[path = "gpu/linear.rs"]
 mod linear;
+#[path = "gpu/load.rs"]
+mod load;
 #[path = "gpu/rows.rs"]
 mod rows;
 #[path = "gpu/sample.rs"]

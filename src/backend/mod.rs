@@ -51,6 +51,16 @@ impl KvShape {
     }
 }
 
+/// What is taken of a device's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct DeviceMemory {
+    /// Bytes that were asked for through this backend.
+    pub taken: usize,
+    /// Bytes of the whole device that are in use, less those that were before its pipeline was made: what all its stages
+    /// took, and what the driver needs for it.
+    pub device: usize,
+}
+
 /// Rows to be normalised.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NormShape {
@@ -137,6 +147,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// The device's name in messages and layouts: `cpu`, `cuda:1`.
     fn name(&self) -> String;
+    /// What is taken of the device's memory; `None` where nobody counts.
+    fn memory(&self) -> Option<DeviceMemory>;
 
     /// How many rows buffers must have room for, so that the ops can go over this many: some devices pad.
     fn rows_room(&self, rows: usize) -> usize;

@@ -75,8 +75,8 @@ impl State {
             return;
         }
         let bar = self.bar.get_or_insert_with(|| bar(bytes_total));
-        bar.set_position(bytes_done as u64);
         bar.set_message(text(speed, bytes_total));
+        bar.set_position(bytes_done as u64);
     }
 }
 

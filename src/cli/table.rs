@@ -176,7 +176,14 @@ mod tests {
             wait_input: Duration::from_secs(wait_input),
             ..StageTimes::default()
         };
-        StageStats { device: "cpu".into(), layers: "0-1".into(), weight_bytes: 1_500_000, times }
+        StageStats {
+            device: "cpu".into(),
+            layers: "0-1".into(),
+            weight_bytes: 1_500_000,
+            kv_bytes: 0,
+            memory: None,
+            times,
+        }
     }
 
     #[test]

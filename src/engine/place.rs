@@ -7,10 +7,14 @@ use crate::{
     batch::KV_BLOCK,
     error::{Error, Result},
     layout::{Device, Layout, Stage},
-    model::{decoder::scratch_bytes, spec::ModelSpec},
+    model::{
+        decoder::{buffer_sizes, weight_sizes},
+        spec::ModelSpec,
+    },
+    transport::ring_bytes,
 };
 
-/// Of a GPU's free memory, what is left for the driver: code, stacks and what fragments.
+/// Of a GPU's free memory, what is left for the driver: code, stacks, recorded passes and what fragments.
 const RESERVE_BYTES: usize = 768 << 20;
 
 /// Where stages go that no layout places.
@@ -62,7 +66,8 @@ impl Room<'_> {
             let blocks = match device {
                 None => wanted.min(memory_free() / 4 / block_bytes),
                 Some(gpu) => {
-                    let need: usize = stages.iter().map(|&i| self.bytes(i)).sum::<usize>() + RESERVE_BYTES;
+                    let taken: usize = stages.iter().map(|&i| self.bytes(i)).sum();
+                    let need = taken + cuda::kv_waste(layers) + RESERVE_BYTES;
                     let free = cuda::free_bytes(gpu)?;
                     if need + block_bytes > free {
                         let why = format!(
@@ -93,19 +98,21 @@ impl Room<'_> {
         by
     }
 
-    /// Weights and buffers of a stage.
+    /// Weights and buffers of a stage on a GPU, as the driver counts them.
     fn bytes(&self, i: usize) -> usize {
         let (spec, stage) = (self.spec, &self.layout.stages()[i]);
-        let (first, last) = (i == 0, i + 1 == self.layout.stages().len());
-        let shared = first && last && spec.tied;
-        let params = stage.layers.len() * spec.layer_params()
-            + if first { spec.embed_params() } else { 0 }
-            + if last && !shared { spec.head_params() } else { 0 };
-        let ring = if first { 0 } else { 4 * spec.dim * self.limits.rows_max * self.in_flight };
-        params * self.dtype.size()
-            + scratch_bytes(spec, self.limits, self.dtype, last)
-            + ring
-            + cuda::STAGE_BYTES
+        let last = i + 1 == self.layout.stages().len();
+        let Limits { rows_max, outputs_max, .. } = self.limits;
+        let outputs = last.then(|| cuda::rows_room(outputs_max));
+        let mut sizes = weight_sizes(spec, self.dtype, &stage.layers);
+        sizes.extend(buffer_sizes(spec, self.dtype, cuda::rows_room(rows_max), outputs));
+        if i > 0 {
+            sizes.push(ring_bytes(self.in_flight, rows_max * spec.dim));
+        }
+        let vocab = last.then_some(spec.vocab);
+        let (dim, head_dim) = (spec.dim, spec.heads.head_dim);
+        let own = cuda::StageNeeds { limits: self.limits, dim, head_dim, vocab };
+        sizes.into_iter().map(cuda::allocated).sum::<usize>() + cuda::stage_bytes(&own)
     }
 }
 

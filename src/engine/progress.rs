@@ -73,12 +73,12 @@ mod tests {
 
     use super::*;
 
-    /// What is told while the small model loads.
-    fn told(stages: usize, weights: WeightSource) -> Vec<LoadProgress> {
+    /// What is told while a small model loads.
+    fn told(model: &str, stages: usize, weights: WeightSource) -> Vec<LoadProgress> {
         let all: Arc<Mutex<Vec<LoadProgress>>> = Arc::default();
         let to = all.clone();
         let engine = Engine::builder()
-            .model("tests/data/chat-llama")
+            .model(format!("tests/data/{model}"))
             .device(crate::layout::Device::Cpu)
             .stages(stages)
             .weights(weights)
@@ -93,9 +93,12 @@ mod tests {
 
     #[test]
     fn it_begins_with_nothing_and_ends_with_everything() {
-        for stages in 1..=4 {
-            for weights in [WeightSource::Real, WeightSource::Dummy] {
-                let all = told(stages, weights);
+        // With and without biases, norms of heads, a head of its own, several files.
+        for model in ["chat-llama", "llama-bias", "llama3-tied", "mistral-sharded", "qwen2-window", "qwen3"] {
+            for (stages, weights) in
+                [(1, WeightSource::Real), (2, WeightSource::Real), (2, WeightSource::Dummy)]
+            {
+                let all = told(model, stages, weights);
                 assert!(all.len() > 4 && all.is_sorted_by(|a, b| a.bytes_done <= b.bytes_done), "{all:?}");
                 assert_eq!(all[0].bytes_done, 0);
                 let last = all[all.len() - 1];

@@ -15,7 +15,7 @@ use crate::{
         cpu::Cpu,
         cuda::{Cuda, PipelineFacts},
     },
-    batch::Step,
+    batch::{KV_BLOCK, Step},
     error::{Error, Result},
     layout::{Device, Layout},
     model::decoder::{Decoder, DecoderConfig},
@@ -77,6 +77,7 @@ fn wire_on<B: Backend>(
     let (enqueued, await_enqueued) = token_edge();
     let (results_in, results) = channel::unbounded();
     let hidden_max = config.limits.rows_max * config.spec.dim;
+    let layer_kv_bytes = config.kv_blocks * KV_BLOCK * config.spec.kv_bytes_per_token(config.dtype);
     let (mut inputs, mut outputs) = (vec![Input::Steps(steps_out, await_enqueued)], Vec::new());
     for pair in backends.windows(2) {
         let (sender, receiver) =
@@ -110,7 +111,10 @@ fn wire_on<B: Backend>(
                 metrics: metrics.clone(),
             });
             let (device, layers) = (stage.device.to_string(), stage.to_string());
-            facts.push(StageFacts { device, layers, weight_bytes: 0, metrics });
+            let kv_bytes = stage.layers.len() * layer_kv_bytes;
+            let of = backend.clone();
+            let memory = Box::new(move || of.memory());
+            facts.push(StageFacts { device, layers, weight_bytes: 0, kv_bytes, memory, metrics });
         }
         wired.stages.push((facts, pipeline::spawn(run_stages)?));
     }

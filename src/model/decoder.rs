@@ -110,12 +110,17 @@ pub fn weight_sizes(spec: &ModelSpec, dtype: DType, layers: &Range<usize>) -> Ve
     sizes
 }
 
-/// Bytes of a stage's buffers on a device that keeps what matrix products read as `dtype`. A device may pad rows.
-pub fn scratch_bytes(spec: &ModelSpec, limits: Limits, dtype: DType, head: bool) -> usize {
-    let (heads, working) = (spec.heads, dtype.size());
-    let row = 4 * spec.dim + working * (spec.dim + heads.qkv_dim() + heads.q_dim() + 3 * spec.ffn);
-    let output = if head { 4 * spec.dim + working * spec.dim + 4 * spec.vocab } else { 0 };
-    limits.rows_max * row + limits.outputs_max * output
+/// Bytes of each of a stage's buffers for so many rows, and for so many output rows if it has the head, on a device that
+/// keeps what matrix products read as `dtype`.
+pub fn buffer_sizes(spec: &ModelSpec, dtype: DType, rows: usize, outputs: Option<usize>) -> Vec<usize> {
+    let (heads, wide) = (spec.heads, DType::F32.size());
+    let working = [spec.dim, heads.qkv_dim(), heads.q_dim(), 2 * spec.ffn, spec.ffn];
+    let mut sizes = vec![rows * spec.dim * wide];
+    sizes.extend(working.map(|dim| rows * dim * dtype.size()));
+    if let Some(outputs) = outputs {
+        sizes.extend([spec.dim * wide, spec.dim * dtype.size(), spec.vocab * wide].map(|row| outputs * row));
+    }
+    sizes
 }
 
 impl<B: Backend> Decoder<B> {

@@ -7,7 +7,7 @@ mod host;
 mod peer;
 
 pub use host::Host;
-pub use peer::{Peer, Staged};
+pub use peer::{Peer, Staged, ring_bytes};
 
 use std::sync::Arc;
 

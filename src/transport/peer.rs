@@ -30,7 +30,7 @@ impl Transport<Cuda> for Peer {
     fn connect(&self, from: Arc<Cuda>, to: Arc<Cuda>, depth: usize, len_max: usize) -> Result<Ends<Cuda>> {
         use crate::backend::Backend;
         if from.reaches(&to)? {
-            let ring = to.ring(bytes(depth, len_max))?;
+            let ring = to.ring(ring_bytes(depth, len_max))?;
             if from.passes_self_test(&to, &ring)? {
                 return ends(from, to, ring, depth, len_max);
             }
@@ -56,7 +56,7 @@ impl Transport<Cuda> for Staged {
     }
 
     fn connect(&self, from: Arc<Cuda>, to: Arc<Cuda>, depth: usize, len_max: usize) -> Result<Ends<Cuda>> {
-        let ring = to.host_ring(bytes(depth, len_max))?;
+        let ring = to.host_ring(ring_bytes(depth, len_max))?;
         if !from.passes_self_test(&to, &ring)? {
             return Err(Error::Engine("copies through pinned memory arrive damaged".into()));
         }
@@ -64,8 +64,8 @@ impl Transport<Cuda> for Staged {
     }
 }
 
-/// Room for all packets, and for the self-test.
-fn bytes(depth: usize, len_max: usize) -> usize {
+/// Bytes of a boundary's ring: room for all packets, and for the self-test.
+pub fn ring_bytes(depth: usize, len_max: usize) -> usize {
     (depth * entry_bytes(len_max)).max(Cuda::TEST_BYTES)
 }
 

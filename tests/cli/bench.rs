@@ -44,8 +44,13 @@ fn throughput_as_json_is_one_object_whose_figures_agree() {
     assert_eq!(stages.len(), 2);
     let bytes: u64 = stages.iter().map(|s| s["weight_bytes"].as_u64().unwrap()).sum();
     assert!(bytes > 0 && figures["weight_bytes"] == bytes);
+    // Keys and values of 2 heads of 10 numbers, 2 bytes each, in 4 layers.
+    let bytes: u64 = stages.iter().map(|s| s["kv_bytes"].as_u64().unwrap()).sum();
+    assert_eq!(bytes, 70 * 32 * 2 * 2 * 10 * 2 * 4);
     for stage in stages {
         let kinds = ["busy", "copying", "waiting_for_input", "waiting_for_room", "waiting_for_device"];
+        // What the CPU's buffers take, nobody counts.
+        assert!(stage["buffer_bytes"].is_null() && stage["device_bytes_peak"].is_null());
         let all: f64 = kinds.iter().map(|kind| number(&stage[kind])).sum();
         assert!((all - 1.0).abs() < 1e-9, "{stage}");
         // The warm-up is not among them; the last token is never fed.

@@ -164,6 +164,25 @@ fn a_conversation_on_a_terminal() {
 }
 
 #[test]
+fn a_bar_shows_how_far_loading_is() {
+    let folder = slow_model();
+    let config = folder.path().join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    // 126 million random numbers take longer than what shows nothing.
+    let text = text.replace("\"hidden_size\": 256", "\"hidden_size\": 1024");
+    let text = text.replace("\"intermediate_size\": 1024", "\"intermediate_size\": 4096");
+    std::fs::write(&config, text.replace("float32", "bfloat16")).unwrap();
+    let mut session = Session::start(&[&slow_flags(&folder)[..], &["--device", "cpu"]].concat());
+    session.wait_for("loading weights [");
+    session.wait_for(" of 0.25 GB, ");
+    session.wait_for("Ctrl-D leaves.");
+    session.wait_for("> ");
+    assert!(!session.seen.contains("loading"), "{:?}", session.seen);
+    session.send("\x04");
+    assert_eq!(session.code(), Some(0));
+}
+
+#[test]
 fn ctrl_c_stops_an_answer_and_the_conversation_goes_on() {
     let folder = slow_model();
     let mut session = Session::start(&slow_flags(&folder));

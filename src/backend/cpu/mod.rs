@@ -37,7 +37,9 @@ use self::{
     pool::Pool,
 };
 use crate::{
-    backend::{AttentionShape, Backend, HeadShape, KvShape, Limits, Norm, NormShape, QkNorm, Tensor},
+    backend::{
+        AttentionShape, Backend, DeviceMemory, HeadShape, KvShape, Limits, Norm, NormShape, QkNorm, Tensor,
+    },
     batch::{MicroBatch, Sampled, Step},
     error::{Error, Result},
 };
@@ -116,6 +118,10 @@ impl Backend for Cpu {
 
     fn name(&self) -> String {
         "cpu".into()
+    }
+
+    fn memory(&self) -> Option<DeviceMemory> {
+        None
     }
 
     fn rows_room(&self, rows: usize) -> usize {

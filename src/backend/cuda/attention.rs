@@ -23,6 +23,9 @@ const DECODE_RINGS: [(usize, usize); 6] = [(8, 4), (8, 3), (8, 2), (6, 2), (4, 2
 /// Bytes of shared memory of a block of attention_decode.cu beside the dynamic ones, at most.
 const DECODE_STATIC: u32 = 2 << 10;
 
+/// Bytes of the kernels' scratch on GPUs of up to 200 multiprocessors, each with two blocks.
+pub(super) const SCRATCH_BYTES_MAX: usize = 16 << 20;
+
 /// What the type and the head size allow.
 pub(super) enum Kernels {
     Fast(Fast),
@@ -66,6 +69,16 @@ impl Kernels {
                     load.module("attention_generic.cu", &defines)?.kernel("attention_generic")?,
                 ))
             }
+        }
+    }
+}
+
+impl Kernels {
+    /// Bytes of their scratch on the GPU.
+    pub(super) fn scratch_bytes(&self) -> usize {
+        match self {
+            Kernels::Fast(fast) => fast.decode.iter().map(|d| d.parts.bytes() + d.arrived.bytes()).sum(),
+            Kernels::Plain(_) => 0,
         }
     }
 }

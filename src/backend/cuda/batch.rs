@@ -121,26 +121,31 @@ impl Places {
     }
 }
 
+/// Bytes of the packed arrays, and of the rotations.
+pub(super) fn device_bytes(limits: Limits, half: usize) -> [usize; 2] {
+    let rows = pad_rows(limits.rows_max);
+    let places = Places {
+        rows: rows + 4,
+        seqs: limits.seqs_max.max(rows) + 4,
+        tiles: rows.div_ceil(PREFILL_ROWS) + limits.seqs_max + 4,
+        outputs: rows + 4,
+    };
+    let blocks = limits.seqs_max * limits.context_max.div_ceil(KV_BLOCK);
+    [4 * (places.fixed() + blocks), rows * half * 8]
+}
+
 impl Batch {
     pub(super) fn new(cuda: &Cuda, limits: Limits, inv_freq: &[f32], scale: f32) -> Result<Batch> {
         let context = cuda.context;
-        let rows = pad_rows(limits.rows_max);
         let half = inv_freq.len();
-        let places = Places {
-            rows: rows + 4,
-            seqs: limits.seqs_max.max(rows) + 4,
-            tiles: rows.div_ceil(PREFILL_ROWS) + limits.seqs_max + 4,
-            outputs: rows + 4,
-        };
-        let blocks = limits.seqs_max * limits.context_max.div_ceil(KV_BLOCK);
-        let bytes = 4 * (places.fixed() + blocks);
+        let [bytes, rotations] = device_bytes(limits, half);
         let mut frequencies = Buf { memory: cuda.take(4 * half)?.into(), dtype: DType::F32, len: half };
         copy::write(cuda, &mut frequencies, inv_freq)?;
         let staging = (0..STAGING)
             .map(|_| Ok((Pinned::new(context, bytes)?, Event::new(context)?)))
             .collect::<Result<_>>()?;
         let device = cuda.take(bytes)?;
-        let rotations = cuda.take(rows * half * 8)?;
+        let rotations = cuda.take(rotations)?;
         let (now, null) = (Shape::default(), DevicePtr::NULL);
         let view = BatchView {
             counts: null,

@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Scratch for algorithms that split sums; Hopper's best ones want 32 MiB.
-const WORKSPACE_BYTES: usize = 32 << 20;
+pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
 /// Algorithms that are timed for a shape.
 const CANDIDATES: usize = 8;
 /// Times that each is run; the best counts.
@@ -128,9 +128,11 @@ impl Blas {
         let candidates = self.candidates(shape, plan)?;
         let mut best: Option<(f32, Algo)> = None;
         if candidates.len() > 1 {
-            // Sums would be added again and again: what is measured writes to scratch.
-            let out = DeviceBuf::new(self.context, shape.rows * shape.n * shape.out.size())?;
-            let operands = Operands { out: out.ptr(), ..operands };
+            // Sums would be added again and again: they go to scratch. Other results are overwritten by the product that
+            // follows.
+            let bytes = if shape.add { shape.rows * shape.n * shape.out.size() } else { 0 };
+            let sums = DeviceBuf::new(self.context, bytes)?;
+            let operands = Operands { out: if shape.add { sums.ptr() } else { operands.out }, ..operands };
             for algo in &candidates {
                 // SAFETY: the caller's; the scratch is as large as the output.
                 let Some(ms) = (unsafe { self.measure(stream, plan, operands, algo)? }) else { continue };

@@ -5,6 +5,7 @@
 //! keys and values are of the model's type.
 #![allow(unsafe_code)]
 
+mod account;
 mod act;
 mod attention;
 mod batch;
@@ -34,6 +35,7 @@ use std::sync::{
     atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
 };
 
+pub use account::{StageNeeds, allocated, free_bytes, kv_waste, rows_room, stage_bytes};
 pub use batch::Batch;
 pub use driver::{DeviceFacts, devices};
 pub use kv::Kv;
@@ -61,14 +63,6 @@ use crate::{
 /// Up to this many rows matrices are multiplied by own kernels, which fuse what is around the product.
 const FEW_ROWS: usize = 8;
 
-/// Bytes that a stage takes beside weights, pages and the decoder's buffers, about.
-pub const STAGE_BYTES: usize = 192 << 20;
-
-/// Bytes of a GPU's memory that are free now.
-pub fn free_bytes(ordinal: usize) -> Result<usize> {
-    Context::of(ordinal)?.free_bytes()
-}
-
 /// A stage's view of its GPU.
 pub struct Cuda {
     context: Context,
@@ -83,6 +77,8 @@ pub struct Cuda {
     tokens: Arc<Tokens>,
     /// Bytes taken on the GPU through this view.
     taken: AtomicUsize,
+    /// Bytes that were free before anything was.
+    free_before: usize,
 }
 
 /// One file an op.
@@ -121,22 +117,34 @@ pub struct PipelineFacts {
     pub seats: usize,
 }
 
+/// The same, with what is made of it once.
+struct Shared {
+    of: PipelineFacts,
+    tokens: Arc<Tokens>,
+    /// How many load side by side.
+    stages: usize,
+}
+
 impl Cuda {
     /// A backend for each stage, on these GPUs in order.
     pub fn pipeline(ordinals: &[usize], facts: PipelineFacts) -> Result<Vec<Arc<Cuda>>> {
         let Some(&last) = ordinals.last() else { return Ok(Vec::new()) };
+        // Before the first stage takes something: stages may share a GPU.
+        let free: Vec<usize> = ordinals.iter().map(|&i| free_bytes(i)).collect::<Result<_>>()?;
         let tokens = Arc::new(Tokens::new(Context::of(last)?, facts.seats)?);
-        let each = |&i| Cuda::open(i, facts, tokens.clone(), ordinals.len()).map(Arc::new);
-        ordinals.iter().map(each).collect()
+        let shared = Shared { of: facts, tokens, stages: ordinals.len() };
+        ordinals.iter().zip(free).map(|(&i, free)| Cuda::open(i, free, &shared).map(Arc::new)).collect()
     }
 
     /// A backend that stands alone.
     pub fn new(ordinal: usize, facts: PipelineFacts) -> Result<Cuda> {
+        let free = free_bytes(ordinal)?;
         let tokens = Arc::new(Tokens::new(Context::of(ordinal)?, facts.seats)?);
-        Cuda::open(ordinal, facts, tokens, 1)
+        Cuda::open(ordinal, free, &Shared { of: facts, tokens, stages: 1 })
     }
 
-    fn open(ordinal: usize, of: PipelineFacts, tokens: Arc<Tokens>, stages: usize) -> Result<Cuda> {
+    fn open(ordinal: usize, free_before: usize, shared: &Shared) -> Result<Cuda> {
+        let of = shared.of;
         let context = Context::of(ordinal)?;
         let facts = &devices()?[ordinal];
         let load = Loading { context, facts, of };
@@ -151,28 +159,26 @@ impl Cuda {
             rope: rope::Kernels::load(&load)?,
             sample: sample::Kernels::load(&load)?,
         };
+        let blas = Blas::new(context, facts)?;
+        let taken = kernels.attention.scratch_bytes() + blas.workspace_bytes();
         Ok(Cuda {
             context,
             facts,
             dtype: of.dtype,
             stream: Stream::new(context)?,
             after_kernel: AtomicBool::new(false),
-            blas: Blas::new(context, facts)?,
-            uploader: Uploader::new(context, stages),
+            blas,
+            uploader: Uploader::new(context, shared.stages),
             kernels,
-            tokens,
-            taken: AtomicUsize::new(0),
+            tokens: shared.tokens.clone(),
+            taken: AtomicUsize::new(taken),
+            free_before,
         })
     }
 
     /// What the GPU is.
     pub fn facts(&self) -> &'static DeviceFacts {
         self.facts
-    }
-
-    /// Bytes that this stage has taken on the GPU for weights, pages and buffers, and for scratch of matrix products.
-    pub fn bytes_taken(&self) -> (usize, usize) {
-        (self.taken.load(Relaxed), self.blas.workspace_bytes())
     }
 
     /// Waits until everything in the stream has ended.

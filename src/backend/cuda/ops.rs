@@ -1,13 +1,15 @@
 //! The ops of [`Backend`], each in the file of its name.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 use super::{
     Batch, Buf, Cuda, Event, Kv, Matrix, Pending, Sampler, attention, copy, embed, linear, pad_rows, rope,
     sample,
 };
 use crate::{
-    backend::{AttentionShape, Backend, DType, HeadShape, KvShape, Limits, Norm, QkNorm, Tensor},
+    backend::{
+        AttentionShape, Backend, DType, DeviceMemory, HeadShape, KvShape, Limits, Norm, QkNorm, Tensor,
+    },
     batch::{MicroBatch, Sampled, Step},
     error::Result,
 };
@@ -26,6 +28,11 @@ impl Backend for Cuda {
 
     fn name(&self) -> String {
         format!("cuda:{}", self.context.ordinal)
+    }
+
+    fn memory(&self) -> Option<DeviceMemory> {
+        let device = self.free_before.saturating_sub(self.context.free_bytes().ok()?);
+        Some(DeviceMemory { taken: self.taken.load(Relaxed), device })
     }
 
     fn rows_room(&self, rows: usize) -> usize {

@@ -99,7 +99,7 @@ impl Cuda {
     /// Whether packets sent to `to` through a ring arrive whole and in order.
     pub(crate) fn passes_self_test(&self, to: &Cuda, ring: &Ring) -> Result<bool> {
         let bytes = 4 * TEST_NUMBERS;
-        let source = self.take(bytes)?;
+        let source = DeviceBuf::new(self.context, bytes)?;
         let arrived = Pinned::new(to.context, TEST_PACKETS * bytes)?;
         let (mut sent, mut taken) = (Vec::new(), Vec::new());
         for packet in 0..TEST_PACKETS {

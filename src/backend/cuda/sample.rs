@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    Buf, Cuda, DevicePtr, Grid, Kernel, Loading, Tokens,
+    Buf, Cuda, DevicePtr, Grid, Kernel, Loading, Tokens, allocated,
     launch::args,
     memory::{DeviceBuf, Pinned},
 };
@@ -53,6 +53,12 @@ impl Kernels {
             set_bias: argmax.kernel("set_bias")?,
         })
     }
+}
+
+/// Bytes on the GPU, if every sequence wants penalties and biases.
+pub(super) fn device_bytes_max(seats: usize, vocab: usize) -> usize {
+    let fixed = seats * (size_of::<SampleParams>() + 8 + 4);
+    allocated(fixed) + 2 * seats * allocated(4 * vocab)
 }
 
 /// Chooses tokens for the sequences that it has been told about.

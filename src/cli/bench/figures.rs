@@ -75,6 +75,11 @@ struct StageFigures {
     device: String,
     layers: String,
     weight_bytes: usize,
+    kv_bytes: usize,
+    /// All else that was taken of its GPU's memory.
+    buffer_bytes: Option<usize>,
+    /// What the whole GPU has in use at the end, less what it had before the engine was built (its context included).
+    device_bytes_peak: Option<usize>,
     #[serde(flatten)]
     shares: Shares,
     batches: u64,
@@ -159,8 +164,26 @@ impl Figures {
             self.ttft_ms.row("time to first token"),
         ];
         latencies.extend(self.tpot_ms.map(|spread| spread.row("time per token after it")));
-        let tables = [what, rates.to_vec(), latencies, stages(before, after)];
-        tables.map(|rows| columns(&rows)).join("\n")
+        let mut tables = vec![what, rates.to_vec(), latencies];
+        if self.stages.iter().any(|stage| stage.device_bytes_peak.is_some()) {
+            tables.push(self.memory());
+        }
+        tables.push(stages(before, after));
+        tables.iter().map(|rows| columns(rows)).collect::<Vec<_>>().join("\n")
+    }
+
+    /// What each stage takes of its GPU's memory.
+    fn memory(&self) -> Vec<Vec<String>> {
+        let megabytes = |bytes: Option<usize>| bytes.map_or("-".into(), |b| format!("{:.1}", b as f64 / 1e6));
+        let head = ["memory, MB", "device", "weights", "KV cache", "buffers", "device in use"];
+        let mut rows = vec![head.map(String::from).to_vec()];
+        for (i, s) in self.stages.iter().enumerate() {
+            let taken = [Some(s.weight_bytes), Some(s.kv_bytes), s.buffer_bytes, s.device_bytes_peak];
+            let mut row = vec![format!("stage {i}"), s.device.clone()];
+            row.extend(taken.map(megabytes));
+            rows.push(row);
+        }
+        rows
     }
 }
 
@@ -194,6 +217,9 @@ impl StageFigures {
             device: is.device.clone(),
             layers: is.layers.clone(),
             weight_bytes: is.weight_bytes,
+            kv_bytes: is.kv_bytes,
+            buffer_bytes: is.buffer_bytes(),
+            device_bytes_peak: is.memory.map(|memory| memory.device),
             shares: Shares::between(&was.times, &is.times).unwrap_or_default(),
             batches: is.times.batches - was.times.batches,
             rows: is.times.rows - was.times.rows,
