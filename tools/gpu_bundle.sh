@@ -3,6 +3,7 @@
 #
 #     tools/gpu_bundle.sh [FOLDER]        # .gpu by default
 #     python3 FOLDER/gpu_check.py         # there
+#     python3 FOLDER/load_speed.py /tmp/7b
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-.gpu}
@@ -22,7 +23,7 @@ mkdir -p "$out/bin" "$out/tests" "$out/models"
 cp target/release/pipeline-infer "$out/bin/"
 while read -r name path; do cp "$path" "$out/bin/$name"; done <<<"$tests"
 cp -r tests/data "$out/tests/"
-cp tools/gpu_check.py "$out/"
+cp tools/gpu_check.py tools/load_speed.py "$out/"
 python3 - "$out/models" <<'PYTHON'
 import json, pathlib, sys
 

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Of a GPU's free memory, what is left for the driver: code, stacks, recorded passes and what fragments.
-const RESERVE_BYTES: usize = 768 << 20;
+const RESERVE_BYTES: usize = 640 << 20;
 
 /// Where stages go that no layout places.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]

@@ -52,3 +52,30 @@ impl Store for Mapped {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn what_is_copied_is_what_is_mapped_and_a_file_that_was_cut_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("numbers");
+        let bytes: Vec<u8> = (0..40_000u32).map(|i| (i % 251) as u8).collect();
+        fs::write(&path, &bytes).unwrap();
+        let mapped = Mapped::new(&path, File::open(&path).unwrap()).unwrap();
+        assert_eq!(mapped.bytes(), bytes);
+        for (at, len) in [(0, 40_000), (1, 4096), (4095, 2), (39_999, 1), (40_000, 0)] {
+            let mut to = vec![0; len];
+            mapped.copy(at, &mut to).unwrap();
+            assert_eq!(to, bytes[at..at + len], "{len} from {at} on");
+        }
+        if cfg!(unix) {
+            File::options().write(true).open(&path).unwrap().set_len(10_000).unwrap();
+            let told = mapped.copy(9_000, &mut [0; 2000]).unwrap_err().to_string();
+            assert!(told.starts_with(&path.display().to_string()), "{told}");
+        }
+    }
+}
