@@ -232,6 +232,9 @@ impl EngineBuilder {
         };
         // More could never be leased.
         let blocks = blocks.min(place.limits.seqs_max * BlockPool::blocks_for(context));
+        if self.kv_memory.is_some() {
+            place.check(blocks)?;
+        }
         let room = blocks * KV_BLOCK;
         if room < context && (self.kv_memory.is_some() && self.max_context.is_some() || room < 2) {
             let (need, have) = (BlockPool::blocks_for(context) * block_bytes, blocks * block_bytes);

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    backend::{DType, Limits, cuda},
+    backend::{
+        DType, Limits,
+        cuda::{self, DeviceFacts},
+    },
     batch::KV_BLOCK,
     error::{Error, Result},
     layout::{Device, Layout, Stage},
@@ -31,19 +34,36 @@ pub(super) enum Place {
 
 /// Stages of near-equal length.
 pub(super) fn even(stages: usize, layers: usize, place: Place) -> Result<Layout> {
-    let (device, gpus) = match place {
-        Place::One(device) => (device, 0),
-        Place::Gpus => (Device::Cpu, cuda::devices()?.len()),
-        Place::Auto => (Device::Cpu, cuda::devices().map_or(0, <[_]>::len)),
+    let gpus = match place {
+        Place::One(device) => return Layout::even(stages, layers, device),
+        Place::Gpus => usable(cuda::devices()?),
+        Place::Auto => cuda::devices().map_or_else(cpu_instead, usable),
     };
-    let layout = Layout::even(stages, layers, device)?;
-    if gpus == 0 {
+    let layout = Layout::even(stages, layers, Device::Cpu)?;
+    if gpus.is_empty() && place == Place::Gpus {
+        let why = "none of the GPUs is new enough: compute capability 8.0 is needed".into();
+        return Err(Error::Device { device: "cuda".into(), why });
+    }
+    if gpus.is_empty() {
         return Ok(layout);
     }
     // Neighbours share a GPU where there are fewer GPUs than stages.
-    let on = |i: usize| Device::Cuda(if stages > gpus { i * gpus / stages } else { i });
+    let on = |i: usize| Device::Cuda(gpus[if stages > gpus.len() { i * gpus.len() / stages } else { i }]);
     let cut = layout.stages().iter().enumerate();
     Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())
+}
+
+/// The numbers of the GPUs that kernels can be compiled for.
+fn usable(all: &[DeviceFacts]) -> Vec<usize> {
+    all.iter().filter(|gpu| gpu.usable()).map(|gpu| gpu.ordinal).collect()
+}
+
+/// No GPUs; with a driver that is worth a word.
+fn cpu_instead(error: Error) -> Vec<usize> {
+    if cuda::driver_present() {
+        tracing::warn!(%error, "the GPUs cannot be used: stages run on the CPU");
+    }
+    Vec::new()
 }
 
 /// What has to find room beside the KV cache.
@@ -61,28 +81,49 @@ impl Room<'_> {
     pub(super) fn blocks(&self, wanted: usize) -> Result<usize> {
         let mut least = usize::MAX;
         for (device, stages) in self.by_device() {
-            let layers: usize = stages.iter().map(|i| self.layout.stages()[*i].layers.len()).sum();
-            let block_bytes = self.spec.kv_bytes_per_token(self.dtype) * layers * KV_BLOCK;
             let blocks = match device {
-                None => wanted.min(memory_free() / 4 / block_bytes),
-                Some(gpu) => {
-                    let taken: usize = stages.iter().map(|&i| self.bytes(i)).sum();
-                    let need = taken + cuda::kv_waste(layers) + RESERVE_BYTES;
-                    let free = cuda::free_bytes(gpu)?;
-                    if need + block_bytes > free {
-                        let why = format!(
-                            "weights and buffers need {} MiB of its memory, and {} MiB are free",
-                            need >> 20,
-                            free >> 20
-                        );
-                        return Err(Error::Device { device: format!("cuda:{gpu}"), why });
-                    }
-                    (free - need) / block_bytes
-                }
+                None => wanted.min(memory_free() / 4 / self.block_bytes(&stages)),
+                Some(gpu) => self.left(gpu, &stages)? / self.block_bytes(&stages),
             };
             least = least.min(blocks);
         }
         Ok(least)
+    }
+
+    /// An error if so many KV blocks are more than a GPU has room for. The CPU takes memory as it is used.
+    pub(super) fn check(&self, blocks: usize) -> Result<()> {
+        for (device, stages) in self.by_device() {
+            let Some(gpu) = device else { continue };
+            let (need, left) = (blocks.saturating_mul(self.block_bytes(&stages)), self.left(gpu, &stages)?);
+            if need > left {
+                let (need, left) = (need >> 20, left >> 20);
+                let why = format!(
+                    "the KV cache needs {need} MiB of its memory, and weights and buffers leave {left} MiB"
+                );
+                return Err(Error::Device { device: format!("cuda:{gpu}"), why });
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of a KV block of these stages' layers.
+    fn block_bytes(&self, stages: &[usize]) -> usize {
+        let layers: usize = stages.iter().map(|i| self.layout.stages()[*i].layers.len()).sum();
+        self.spec.kv_bytes_per_token(self.dtype) * layers * KV_BLOCK
+    }
+
+    /// Bytes of a GPU that weights and buffers of its stages leave: at least a block.
+    fn left(&self, gpu: usize, stages: &[usize]) -> Result<usize> {
+        let layers: usize = stages.iter().map(|i| self.layout.stages()[*i].layers.len()).sum();
+        let taken: usize = stages.iter().map(|&i| self.bytes(i)).sum();
+        let need = taken + cuda::kv_waste(layers) + RESERVE_BYTES;
+        let free = cuda::free_bytes(gpu)?;
+        if need + self.block_bytes(stages) > free {
+            let (need, free) = (need >> 20, free >> 20);
+            let why = format!("weights and buffers need {need} MiB of its memory, and {free} MiB are free");
+            return Err(Error::Device { device: format!("cuda:{gpu}"), why });
+        }
+        Ok(free - need)
     }
 
     /// Stages by GPU; `None` is the CPU.

@@ -77,7 +77,7 @@ impl Kernels {
     /// Bytes of their scratch on the GPU.
     pub(super) fn scratch_bytes(&self) -> usize {
         match self {
-            Kernels::Fast(fast) => fast.decode.iter().map(|d| d.parts.bytes() + d.arrived.bytes()).sum(),
+            Kernels::Fast(fast) => fast.decode.iter().map(|d| d.parcels.bytes()).sum(),
             Kernels::Plain(_) => 0,
         }
     }

@@ -199,7 +199,7 @@ impl Batch {
 
     /// Brings a micro-batch to the GPU.
     pub(super) fn set(&mut self, cuda: &Cuda, from: &MicroBatch) -> Result<()> {
-        self.check(from)
+        self.check(from, cuda.tokens.seats())
             .map_err(|why| cuda.error(format!("a micro-batch does not fit: {why}; this is a bug")))?;
         let shape = shape(from);
         let places = Places::of(&shape, from.seqs.len());
@@ -218,7 +218,7 @@ impl Batch {
         Ok(())
     }
 
-    fn check(&self, from: &MicroBatch) -> Result<(), String> {
+    fn check(&self, from: &MicroBatch, seats: usize) -> Result<(), String> {
         let Limits { rows_max, seqs_max, outputs_max, context_max } = self.limits;
         let over = |what: &str, n: usize, max: usize| Err(format!("{n} {what}, and there is room for {max}"));
         if from.rows() > rows_max || from.positions.len() != from.rows() {
@@ -233,14 +233,22 @@ impl Batch {
         if from.outputs.iter().any(|o| o.row >= from.rows()) {
             return Err("an output row beyond the rows".into());
         }
+        let taken = from.seqs.iter().map(|s| s.seat).chain(from.outputs.iter().map(|o| o.seat));
+        if let Some(seat) = taken.max().filter(|&seat| seat as usize >= seats) {
+            return over("as a seat", seat as usize, seats);
+        }
         let mut row = 0;
         for seq in &from.seqs {
             let len = seq.cached + seq.len;
             if len > context_max || seq.blocks.len() * KV_BLOCK < len {
                 return over("tokens of a sequence", len, context_max.min(seq.blocks.len() * KV_BLOCK));
             }
-            if seq.row != row || seq.len == 0 {
+            if seq.row != row || seq.len == 0 || row + seq.len > from.rows() {
                 return Err("rows that belong to no sequence, or to two".into());
+            }
+            let own = from.positions[row..row + seq.len].iter().zip(seq.cached..);
+            if own.into_iter().any(|(&position, wanted)| position as usize != wanted) {
+                return Err("a row that is not at its place in the sequence".into());
             }
             row += seq.len;
         }

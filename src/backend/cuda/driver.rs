@@ -47,6 +47,11 @@ impl DeviceFacts {
         format!("sm_{major}{minor}{suffix}")
     }
 
+    /// Whether kernels can be compiled for it.
+    pub fn usable(&self) -> bool {
+        self.compute >= COMPUTE_MIN
+    }
+
     /// Whether kernels may start before the one before them has ended.
     pub fn overlaps_launches(&self) -> bool {
         self.compute >= (9, 0)
@@ -57,6 +62,12 @@ impl DeviceFacts {
 pub fn devices() -> Result<&'static [DeviceFacts]> {
     static FOUND: OnceLock<Result<Vec<DeviceFacts>>> = OnceLock::new();
     FOUND.get_or_init(find).as_deref().map_err(Error::clone)
+}
+
+/// Whether there is a driver, whatever else may be missing.
+pub fn driver_present() -> bool {
+    // SAFETY: it opens the driver's library, which is trusted as every program on the machine trusts it.
+    unsafe { sys::is_culib_present() }
 }
 
 /// An error of the GPUs in general.
@@ -154,7 +165,7 @@ impl Context {
         let Some(facts) = found.get(ordinal) else {
             return refuse(format!("there is no such GPU: {} found", found.len()));
         };
-        if facts.compute < COMPUTE_MIN {
+        if !facts.usable() {
             let (have, want) = (facts.compute, COMPUTE_MIN);
             let (a, b, c, d) = (have.0, have.1, want.0, want.1);
             return refuse(format!("{} has compute capability {a}.{b}, and {c}.{d} is needed", facts.name));

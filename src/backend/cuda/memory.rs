@@ -155,6 +155,16 @@ impl Stream {
         self.context.check("running", unsafe { result::stream::synchronize(self.raw) })
     }
 
+    /// An error if something in it has failed, or anything else on its GPU in a way that ends the context.
+    pub(super) fn check(&self) -> Result<()> {
+        self.context.enter()?;
+        // SAFETY: the stream lives.
+        match unsafe { sys::cuStreamQuery(self.raw) }.result() {
+            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NOT_READY => Ok(()),
+            outcome => self.context.check("running", outcome),
+        }
+    }
+
     /// What comes later waits for the event, which must have been recorded: otherwise this does nothing.
     pub(crate) fn wait(&self, event: &Event) -> Result<()> {
         self.context.enter()?;

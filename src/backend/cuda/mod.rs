@@ -29,6 +29,7 @@ mod peer;
 mod probe;
 mod rope;
 mod sample;
+mod tokens;
 
 use std::sync::{
     Arc,
@@ -37,14 +38,14 @@ use std::sync::{
 
 pub use account::{StageNeeds, allocated, free_bytes, kv_waste, rows_room, stage_bytes};
 pub use batch::Batch;
-pub use driver::{DeviceFacts, devices};
+pub use driver::{DeviceFacts, devices, driver_present};
 pub use kv::Kv;
 pub use matrix::Matrix;
 pub use memory::Event;
 pub use probe::{Gpu, Link, LinkKind, Probe, probe};
 pub use sample::{Pending, Sampler};
 
-pub(crate) use memory::{DevicePtr, Pinned, Stream};
+pub(crate) use memory::{DevicePtr, Stream};
 pub(crate) use peer::Ring;
 
 use self::{
@@ -54,6 +55,7 @@ use self::{
     launch::{Arg, Grid, Kernel, Module},
     load::Uploader,
     memory::DeviceBuf,
+    tokens::Tokens,
 };
 use crate::{
     backend::{Backend, Bytes, DType},
@@ -68,7 +70,7 @@ pub struct Cuda {
     context: Context,
     facts: &'static DeviceFacts,
     dtype: DType,
-    stream: Stream,
+    stream: Arc<Stream>,
     /// The last thing in the stream is a kernel: the next one may start before it has ended.
     after_kernel: AtomicBool,
     blas: Blas,
@@ -93,18 +95,6 @@ struct Kernels {
     rope: rope::Kernels,
     sample: sample::Kernels,
 }
-
-/// The last token of every seat: what the head's stage chooses and the embedding's stage reads.
-///
-/// It lies in pinned memory of the host, which every GPU reaches, whether or not they reach each other.
-pub(crate) struct Tokens {
-    table: Pinned, // [seats] of u32
-    /// By step, that its tokens are there.
-    chosen: Vec<Event>,
-}
-
-/// Steps in flight at most.
-const STEPS: usize = 2048;
 
 /// What the backends of a pipeline have in common.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -161,11 +151,13 @@ impl Cuda {
         };
         let blas = Blas::new(context, facts)?;
         let taken = kernels.attention.scratch_bytes() + blas.workspace_bytes();
+        let stream = Arc::new(Stream::new(context)?);
+        shared.tokens.depend_on(&stream);
         Ok(Cuda {
             context,
             facts,
             dtype: of.dtype,
-            stream: Stream::new(context)?,
+            stream,
             after_kernel: AtomicBool::new(false),
             blas,
             uploader: Uploader::new(context, shared.stages),
@@ -283,22 +275,6 @@ impl Loading {
             DType::F16 => 1,
             DType::BF16 => 2,
         }
-    }
-}
-
-impl Tokens {
-    fn new(context: Context, seats: usize) -> Result<Tokens> {
-        let chosen = (0..STEPS).map(|_| Event::new(context)).collect::<Result<_>>()?;
-        Ok(Tokens { table: Pinned::new(context, 4 * seats.max(1))?, chosen })
-    }
-
-    fn table(&self) -> DevicePtr {
-        self.table.ptr()
-    }
-
-    /// Is recorded when the step's tokens have been chosen.
-    fn chosen(&self, step: u64) -> &Event {
-        &self.chosen[step as usize % STEPS]
     }
 }
 

@@ -162,7 +162,7 @@ pub(super) fn sample(cuda: &Cuda, logits: &Buf, sampler: &mut Sampler, step: &St
 
 impl Sampler {
     pub(super) fn new(cuda: &Cuda, vocab: usize) -> Result<Sampler> {
-        let outputs_max = cuda.tokens.table.bytes() / 4;
+        let outputs_max = cuda.tokens.seats();
         let cluster = if cuda.facts.compute >= (9, 0) { CLUSTER } else { 1 };
         // `per_warp` in sample.cu.
         let keys = 4 * WARPS * vocab.div_ceil(cluster * WARPS).next_multiple_of(4);
@@ -410,7 +410,7 @@ impl<'a> Staging<'a> {
 impl Pending {
     /// Waits for the tokens of the micro-batch's output rows.
     pub(super) fn collect(self, batch: &MicroBatch) -> Result<Vec<Sampled>> {
-        self.tokens.chosen(self.step).synchronize()?;
+        self.tokens.wait(self.step)?;
         let slot = self.slot.as_ref().expect("a slot until the end; this is a bug");
         // SAFETY: the step is done.
         let (tokens, logprobs) = unsafe { (slot.tokens.as_slice(), slot.logprobs.as_slice()) };

@@ -1,0 +1,69 @@
+//! The way of tokens from the stage that chooses them to the one that embeds them, and to the host.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use super::{
+    driver::Context,
+    memory::{DevicePtr, Event, Pinned, Stream},
+};
+use crate::error::Result;
+
+/// Steps in flight at most.
+const STEPS: usize = 2048;
+/// How long the host sleeps between two looks: a step is longer, and the host is a step ahead.
+const LOOK: Duration = Duration::from_micros(20);
+/// How often it looks after the stages while it waits.
+const CARE: Duration = Duration::from_millis(500);
+
+/// The last token of every seat: what the head's stage chooses and the embedding's stage reads.
+///
+/// It lies in pinned memory of the host, which every GPU reaches, whether or not they reach each other.
+pub(super) struct Tokens {
+    table: Pinned, // [seats] of u32
+    /// By step, that its tokens are there.
+    chosen: Vec<Event>,
+    /// Of all stages: if one of them fails, the others wait for its events for ever.
+    stages: Mutex<Vec<Weak<Stream>>>,
+}
+
+impl Tokens {
+    pub(super) fn new(context: Context, seats: usize) -> Result<Tokens> {
+        let chosen = (0..STEPS).map(|_| Event::new(context)).collect::<Result<_>>()?;
+        Ok(Tokens { table: Pinned::new(context, 4 * seats.max(1))?, chosen, stages: Mutex::default() })
+    }
+
+    /// Tokens come by way of this stream too.
+    pub(super) fn depend_on(&self, stream: &Arc<Stream>) {
+        self.stages.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(stream));
+    }
+
+    pub(super) fn table(&self) -> DevicePtr {
+        self.table.ptr()
+    }
+
+    pub(super) fn seats(&self) -> usize {
+        self.table.bytes() / 4
+    }
+
+    /// Is recorded when the step's tokens have been chosen.
+    pub(super) fn chosen(&self, step: u64) -> &Event {
+        &self.chosen[step as usize % STEPS]
+    }
+
+    /// Waits until the step's tokens are there, or a stage has failed.
+    pub(super) fn wait(&self, step: u64) -> Result<()> {
+        let mut since = Instant::now();
+        while !self.chosen(step).reached()? {
+            std::thread::sleep(LOOK);
+            if since.elapsed() > CARE {
+                let stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+                stages.iter().filter_map(Weak::upgrade).try_for_each(|stream| stream.check())?;
+                since = Instant::now();
+            }
+        }
+        Ok(())
+    }
+}
