@@ -116,10 +116,40 @@ struct Running<B: Backend> {
     passes: Passes<B>,
 }
 
-/// When a device that works on its own began and ended passes: the last one that is over, and later ones.
+/// When a device that works on its own began and ended passes.
 struct Passes<B: Backend> {
+    count: u64,
+    /// Of the last measured pass that is over.
     last_end: Option<B::Mark>,
-    open: VecDeque<(B::Mark, B::Mark)>,
+    /// Measured passes that may not be over: their numbers, beginnings and ends.
+    open: VecDeque<(u64, B::Mark, B::Mark)>,
+}
+
+/// A mark delays the device by some microseconds. So after the first passes, two neighbours of so many are measured, and
+/// stand for the others.
+const MEASURED_FIRST: u64 = 32;
+const MEASURED_EVERY: u64 = 16;
+
+impl<B: Backend> Passes<B> {
+    fn new() -> Self {
+        Passes { count: 0, last_end: None, open: VecDeque::new() }
+    }
+
+    /// Counts a pass, and gives its number if it is to be measured.
+    fn next(&mut self) -> Option<u64> {
+        let number = self.count;
+        self.count += 1;
+        (B::ASYNC && (number < MEASURED_FIRST || number % MEASURED_EVERY < 2)).then_some(number)
+    }
+
+    /// How many passes' time a measured one stands for, and how many waits the one before it.
+    fn weights(number: u64) -> (u32, u32) {
+        match number % MEASURED_EVERY {
+            _ if number < MEASURED_FIRST => (1, 1),
+            0 => (MEASURED_EVERY as u32 / 2, 0),
+            _ => (MEASURED_EVERY as u32 / 2, MEASURED_EVERY as u32),
+        }
+    }
 }
 
 impl<B: Backend> Running<B> {
@@ -128,7 +158,7 @@ impl<B: Backend> Running<B> {
         let head = matches!(output, Output::Results(_));
         let decoder = guard(index, || load(&backend))?;
         let outcomes = Outcomes::new(index, &backend, head, results)?;
-        let (since, passes) = (Instant::now(), Passes { last_end: None, open: VecDeque::new() });
+        let (since, passes) = (Instant::now(), Passes::new());
         Ok(Running { index, backend, decoder, input, output, outcomes, turn, metrics, since, passes })
     }
 
@@ -169,7 +199,7 @@ impl<B: Backend> Running<B> {
             Input::Steps(..) => step.after.map_or(Ok(()), |after| self.backend.await_tokens(after))?,
         }
         self.spent(Spent::Copy);
-        let start = self.backend.mark()?;
+        let measured = self.passes.next().map(|n| Ok((n, self.backend.mark()?))).transpose()?;
         self.decoder.forward(&*self.backend)?;
         let pending = match &self.output {
             Output::Results(enqueued) => {
@@ -183,8 +213,13 @@ impl<B: Backend> Running<B> {
         self.spent(Spent::Busy);
         self.metrics.count(step.batch.rows());
         self.send(step)?;
-        self.passes.open.push_back((start, self.backend.mark()?));
-        self.settle()?;
+        if let Input::Boundary(boundary) = &mut self.input {
+            boundary.give_back()?;
+        }
+        if let Some((number, start)) = measured {
+            self.passes.open.push_back((number, start, self.backend.mark()?));
+            self.settle()?;
+        }
         Ok(pending)
     }
 
@@ -203,20 +238,18 @@ impl<B: Backend> Running<B> {
         self.metrics.spent::<B>(kind, &mut self.since);
     }
 
-    /// Counts the passes that are over by the device's own clock, if it works on its own.
+    /// Counts the measured passes that are over, by the device's own clock.
     fn settle(&mut self) -> Result<()> {
-        if !B::ASYNC {
-            self.passes.open.clear();
-        }
-        while let Some((start, end)) = self.passes.open.front() {
+        while let Some((number, start, end)) = self.passes.open.front() {
             let Some(busy) = self.backend.between(start, end)? else { break };
-            self.metrics.add(Spent::Busy, busy);
+            let (passes, waits) = Passes::<B>::weights(*number);
+            self.metrics.add(Spent::Busy, busy * passes);
             if let Some(last) = &self.passes.last_end
                 && let Some(idle) = self.backend.between(last, start)?
             {
-                self.metrics.add(Spent::WaitInput, idle);
+                self.metrics.add(Spent::WaitInput, idle * waits);
             }
-            self.passes.last_end = self.passes.open.pop_front().map(|(_, end)| end);
+            self.passes.last_end = self.passes.open.pop_front().map(|(_, _, end)| end);
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! How hidden states cross from a stage to the next: one file a way.
 //!
 //! A boundary is a ring of buffers made once. The sender waits for room before it copies; the receiver gives
-//! a buffer back as soon as it has copied it out.
+//! a buffer back once it has copied it out.
 
 mod host;
 mod peer;
@@ -46,6 +46,8 @@ pub trait Receiver<B: Backend>: Send {
     fn wait(&mut self) -> Result<Step, Closed>;
     /// Copies the numbers of the step that came last.
     fn take(&mut self, hidden: &mut B::Buf) -> Result<()>;
+    /// Gives the buffer back that they came in, some time after `take`: when it delays nothing.
+    fn give_back(&mut self) -> Result<()>;
 }
 
 /// Every way across between GPUs.

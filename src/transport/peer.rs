@@ -149,12 +149,18 @@ impl Receiver<Cuda> for PeerReceiver {
     }
 
     fn take(&mut self, hidden: &mut Buf) -> Result<()> {
-        let (entry, len) = self.came.take().expect("nothing came before a take; this is a bug");
+        let (entry, len) = self.came.as_ref().expect("nothing came before a take; this is a bug");
         self.cuda.await_event(&entry.full)?;
         let from = self.ring.ptr().add(entry.index * entry_bytes(self.len_max));
         // SAFETY: the packet has been written to the entry, which is ours until it has been given back; `f32s` checks
         // the buffer, which belongs to the decoder that receives.
-        unsafe { self.cuda.send_rows(hidden.f32s(len), from, len, &entry.free)? };
+        unsafe { self.cuda.copy_rows(hidden.f32s(*len), from, *len) }
+    }
+
+    fn give_back(&mut self) -> Result<()> {
+        let (entry, _) = self.came.take().expect("nothing came before it is given back; this is a bug");
+        // A record right after the copy would stand between it and the pass.
+        self.cuda.put_event(&entry.free)?;
         // The sender may be gone already; then nobody needs the entry.
         let _ = self.free.send(entry);
         Ok(())

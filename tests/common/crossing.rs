@@ -41,6 +41,7 @@ pub(crate) fn brings_what_was_sent_in_order<B: Backend>(
         receiver.take(&mut hidden).unwrap();
         let mut came = vec![0.0; len(step)];
         to.read(&mut came, &hidden).unwrap();
+        receiver.give_back().unwrap();
         assert_eq!(came, numbers(step), "{name}, step {step}");
     }
     sending.join().unwrap();

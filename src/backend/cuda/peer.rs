@@ -91,6 +91,19 @@ impl Cuda {
         self.record_event(sent)
     }
 
+    /// Puts `numbers` f32 on their way.
+    ///
+    /// SAFETY: there are as many at both addresses until an event that is recorded later has been reached.
+    pub(crate) unsafe fn copy_rows(&self, to: DevicePtr, from: DevicePtr, numbers: usize) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { copy::rows(self, to, from, numbers) }
+    }
+
+    /// Records an event at the end of the stream.
+    pub(crate) fn put_event(&self, event: &Event) -> Result<()> {
+        self.record_event(event)
+    }
+
     /// Makes the stream wait for an event, which must have been recorded.
     pub(crate) fn await_event(&self, event: &Event) -> Result<()> {
         self.wait(event)
