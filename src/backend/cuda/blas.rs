@@ -28,6 +28,9 @@ use crate::{
 
 /// Scratch for algorithms that split sums; Hopper's best ones want 32 MiB.
 pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
+/// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: where an algorithm splits a sum, its parts are added in f32, not in the
+/// type of the result.
+const SPLIT_SUMS: u32 = 2;
 /// Algorithms that are timed for a shape.
 const CANDIDATES: usize = 8;
 /// Times that each is run; the best counts.
@@ -156,7 +159,7 @@ impl Blas {
         hash.part(self.facts.name.as_bytes());
         // SAFETY: it only answers.
         hash.part(&unsafe { sys::cublasLtGetVersion() }.to_le_bytes());
-        hash.part(format!("{shape:?} {WORKSPACE_BYTES}").as_bytes());
+        hash.part(format!("{shape:?} {WORKSPACE_BYTES} {SPLIT_SUMS}").as_bytes());
         hash.0
     }
 
@@ -361,19 +364,17 @@ struct Preference(sys::cublasLtMatmulPreference_t);
 
 impl Preference {
     fn new() -> Result<Self, CublasError> {
+        use cublasLtMatmulPreferenceAttributes_t::*;
         let preference = Preference(result::create_matmul_pref()?);
-        let which = cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        let bytes = WORKSPACE_BYTES;
-        // SAFETY: it lives; the value is of the attribute's type.
-        unsafe {
-            result::set_matmul_pref_attribute(
-                preference.0,
-                which,
-                (&raw const bytes).cast(),
-                size_of::<usize>(),
-            )?;
-        }
+        preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES)?;
+        preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &SPLIT_SUMS)?;
         Ok(preference)
+    }
+
+    fn set<T>(&self, which: cublasLtMatmulPreferenceAttributes_t, value: &T) -> Result<(), CublasError> {
+        let at = std::ptr::from_ref(value).cast();
+        // SAFETY: it lives; the value is of the attribute's type.
+        unsafe { result::set_matmul_pref_attribute(self.0, which, at, size_of::<T>()) }
     }
 }
 
