@@ -18,7 +18,7 @@ use cudarc::cublaslt::{
 
 use super::{
     compile::{Fnv, cache_folder, write_aside},
-    driver::{Context, DeviceFacts},
+    driver::{Context, DeviceFacts, beside_no_recording},
     memory::{DeviceBuf, DevicePtr, Event, Stream},
 };
 use crate::{
@@ -254,6 +254,7 @@ impl Blas {
         let (one, beta) = (1f32, if plan.add { 1f32 } else { 0f32 });
         let algo = sys::cublasLtMatmulAlgo_t { data: *algo };
         let at = |p: DevicePtr| p.0 as *mut c_void;
+        let _beside = beside_no_recording();
         // SAFETY: the descriptors fit the operands, which the caller vouches for.
         unsafe {
             result::matmul(

@@ -1,7 +1,10 @@
 //! The driver, its devices and their contexts.
 #![allow(unsafe_code)]
 
-use std::sync::{Mutex, OnceLock};
+use std::{
+    cell::Cell,
+    sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard},
+};
 
 use cudarc::{
     cublaslt,
@@ -143,6 +146,36 @@ fn facts(ordinal: usize) -> Result<DeviceFacts, result::DriverError> {
     })
 }
 
+/// Passes are recorded with nobody else in the driver for what may make it wait for a whole context: taking and giving
+/// back memory, loading code, and first launches, which load code. It refuses that while a stream of the context is being
+/// recorded, whoever asks.
+static RECORDING: RwLock<()> = RwLock::new(());
+
+thread_local! {
+    /// Whether this thread is recording a pass.
+    static RECORDS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls what records a pass, with nobody else inside.
+pub(super) fn alone<T>(record: impl FnOnce() -> T) -> T {
+    /// Says at the end, also of a panic, that the thread records no more.
+    struct Records;
+    impl Drop for Records {
+        fn drop(&mut self) {
+            RECORDS.set(false);
+        }
+    }
+    let _alone = RECORDING.write().unwrap_or_else(PoisonError::into_inner);
+    RECORDS.set(true);
+    let _records = Records;
+    record()
+}
+
+/// Held around a single call that must not meet a recording of another thread. Never two at a time by one thread.
+pub(super) fn beside_no_recording() -> Option<RwLockReadGuard<'static, ()>> {
+    (!RECORDS.get()).then(|| RECORDING.read().unwrap_or_else(PoisonError::into_inner))
+}
+
 /// A GPU's context: the one that all users of it in this process share. It is kept until the process ends.
 #[derive(Clone, Copy)]
 pub(super) struct Context {
@@ -202,5 +235,42 @@ impl Context {
     pub(super) fn free_bytes(self) -> Result<usize> {
         self.enter()?;
         Ok(self.check("asking for free memory", result::mem_get_info())?.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicBool, Ordering::SeqCst},
+        time::Duration,
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_recording_keeps_others_out_and_not_itself() {
+        let inside = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        alone(|| {
+                            assert!(!inside.swap(true, SeqCst));
+                            assert!(beside_no_recording().is_none(), "its own calls are part of it");
+                            std::thread::sleep(Duration::from_micros(50));
+                            inside.store(false, SeqCst);
+                        });
+                    }
+                });
+                scope.spawn(|| {
+                    for _ in 0..5000 {
+                        let beside = beside_no_recording();
+                        assert!(beside.is_some() && !inside.load(SeqCst));
+                    }
+                });
+            }
+        });
+        assert!(std::panic::catch_unwind(|| alone(|| panic!("made to panic"))).is_err());
+        assert!(beside_no_recording().is_some(), "a recording that panicked has ended");
     }
 }

@@ -3,7 +3,10 @@
 
 use cudarc::driver::{result, sys};
 
-use super::{driver::Context, memory::Stream};
+use super::{
+    driver::{Context, alone, beside_no_recording},
+    memory::Stream,
+};
 use crate::error::Result;
 
 /// A recorded pass.
@@ -18,9 +21,13 @@ unsafe impl Send for Graph {}
 impl Graph {
     /// Records what `ops` puts into the stream, without running it.
     pub(super) fn record(stream: &Stream, ops: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        alone(|| Graph::record_alone(stream, ops))
+    }
+
+    fn record_alone(stream: &Stream, ops: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         let context = stream.context;
         context.enter()?;
-        // Libraries load code when it is first used, and other threads allocate: other modes make errors of that.
+        // Other modes make errors of what other threads do that does not disturb: asking for events, say.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream lives.
         context.check("recording a pass", unsafe { result::stream::begin_capture(stream.raw, mode) })?;
@@ -41,6 +48,7 @@ impl Graph {
     /// Puts the pass at the end of the stream.
     pub(super) fn launch(&mut self, stream: &Stream) -> Result<()> {
         self.context.enter()?;
+        let _beside = beside_no_recording();
         // SAFETY: both live; the addresses in it do too: the buffers belong to whoever recorded them.
         let outcome = unsafe { result::graph::launch(self.raw, stream.raw) };
         self.context.check("repeating a pass", outcome)

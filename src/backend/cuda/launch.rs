@@ -11,7 +11,10 @@ use cudarc::driver::{
     sys::{self, CUfunction_attribute},
 };
 
-use super::{driver::Context, memory::Stream};
+use super::{
+    driver::{Context, beside_no_recording},
+    memory::Stream,
+};
 use crate::error::Result;
 
 /// Loaded code: one kernel file, compiled for one set of definitions.
@@ -56,6 +59,7 @@ impl Module {
     pub(super) fn load(context: Context, file: &'static str, cubin: &[u8]) -> Result<Module> {
         context.enter()?;
         let doing = format!("loading {file}");
+        let _beside = beside_no_recording();
         // SAFETY: the image is whole: it comes from the compiler, or from the cache, which checks it.
         let raw = context.check(&doing, unsafe { result::module::load_data(cubin.as_ptr().cast()) })?;
         Ok(Module { context, raw, file })
@@ -137,6 +141,7 @@ impl Kernel {
             attrs: &mut attribute,
             numAttrs: u32::from(early),
         };
+        let _beside = beside_no_recording();
         // SAFETY: the caller's.
         let outcome = unsafe {
             sys::cuLaunchKernelEx(&config, self.raw, args.as_mut_ptr().cast(), std::ptr::null_mut()).result()

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 
 use cudarc::driver::{result, sys};
 
-use super::driver::Context;
+use super::driver::{Context, beside_no_recording};
 use crate::error::{Error, Result};
 
 /// An address on a GPU, or of pinned memory that GPUs can reach.
@@ -35,6 +35,7 @@ impl DeviceBuf {
         if bytes == 0 {
             return Ok(DeviceBuf { context, ptr: DevicePtr::NULL, bytes });
         }
+        let _beside = beside_no_recording();
         // SAFETY: the context is current; the memory is freed once, in drop.
         let ptr = unsafe { result::malloc_sync(bytes) }.map_err(|e| {
             let free = result::mem_get_info().map_or(0, |(free, _)| free);
@@ -61,6 +62,7 @@ impl DeviceBuf {
 impl Drop for DeviceBuf {
     fn drop(&mut self) {
         if self.bytes > 0 && self.context.enter().is_ok() {
+            let _beside = beside_no_recording();
             // SAFETY: allocated in `new`, freed here alone. The driver waits for what still uses it.
             let _ = unsafe { result::free_sync(self.ptr.0) };
         }
@@ -85,6 +87,7 @@ impl Pinned {
         context.enter()?;
         // Not write-combined: the host reads it too.
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        let _beside = beside_no_recording();
         // SAFETY: freed once, in drop.
         let at = context
             .check("pinning memory of the host", unsafe { result::malloc_host(bytes.max(1), flags) })?;
@@ -123,6 +126,7 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
+            let _beside = beside_no_recording();
             // SAFETY: allocated in `new`, freed here alone.
             let _ = unsafe { result::free_host(self.at.cast::<c_void>()) };
         }
@@ -158,6 +162,7 @@ impl Stream {
     /// An error if something in it has failed, or anything else on its GPU in a way that ends the context.
     pub(super) fn check(&self) -> Result<()> {
         self.context.enter()?;
+        let _beside = beside_no_recording();
         // SAFETY: the stream lives.
         match unsafe { sys::cuStreamQuery(self.raw) }.result() {
             Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NOT_READY => Ok(()),
@@ -195,6 +200,7 @@ impl Stream {
             return Ok(());
         }
         self.context.enter()?;
+        let _beside = beside_no_recording();
         // SAFETY: the caller's.
         self.context.check("filling", unsafe { result::memset_d8_async(at.0, byte, bytes, self.raw) })
     }
