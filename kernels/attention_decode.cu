@@ -10,6 +10,9 @@
 // columns. Tokens and places are dealt to lanes such that what a lane reads of a page is whole 16-byte pieces.
 // variants: DTYPE=1,2 HEAD_DIM=64,80,96,128 HEAD_TILES=1,2 WARPS=4,8
 // variants: DTYPE=1,2 HEAD_DIM=256 HEAD_TILES=1 WARPS=4,8
+// variants: DTYPE=2 HEAD_DIM=64,128 HEAD_TILES=1,2 WARPS=8 STAGES=3,4
+// variants: DTYPE=2 HEAD_DIM=64,128,256 HEAD_TILES=1 WARPS=2,6 STAGES=2
+// variants: DTYPE=2 HEAD_DIM=64,128 HEAD_TILES=2 WARPS=2,6 STAGES=2
 #include "attention_pages.cuh"
 
 constexpr int K_WIDE = D / 32, K_TAIL = D % 32 / 4; // a key: 16-byte pieces a lane, then K_TAIL numbers
@@ -323,7 +326,7 @@ DEVICE void run(const Args& a, const Batch& batch, uint4* shared) {
 }
 
 // Grid: as many blocks as fit on the device at once. Dynamic shared memory: WARPS * WARP_BYTES.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS < 8 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS <= 4 ? 2 : 1)
 attention_decode(T* out, const T* qkv, const T* keys, const T* values, Parcel* parcels, Batch batch, u32 heads, u32 kv_heads,
                  u32 window, float scale) {
     extern __shared__ uint4 shared[];

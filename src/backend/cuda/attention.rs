@@ -248,3 +248,23 @@ impl Operands {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `tools/kernels.py` compiles every ring that a GPU may be given.
+    #[test]
+    fn every_ring_is_among_the_variants() {
+        let source = include_str!("../../../kernels/attention_decode.cu");
+        let lines: Vec<&str> = source.lines().filter_map(|l| l.strip_prefix("// variants: ")).collect();
+        let has = |line: &str, name: &str, value: usize, default: usize| {
+            let given = line.split(' ').find_map(|part| part.strip_prefix(name)?.strip_prefix('='));
+            given.map_or(value == default, |all| all.split(',').any(|v| v == value.to_string()))
+        };
+        for (warps, stages) in DECODE_RINGS {
+            let named = lines.iter().any(|l| has(l, "WARPS", warps, 8) && has(l, "STAGES", stages, 2));
+            assert!(named, "{warps} warps with {stages} stages");
+        }
+    }
+}
