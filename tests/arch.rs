@@ -3,12 +3,9 @@
 
 mod common;
 
-use common::{
-    golden::{F32_BOUND, checkpoints, difference, floats, golden, logits},
-    request,
-};
+use common::golden::{F32_BOUND, checkpoints, difference, floats, golden, greedy_tokens_agree, logits};
 use pipeline_infer::{
-    Engine, Event,
+    Engine,
     backend::{DType, cpu::Cpu},
     model::{arch::ARCHS, open_model},
 };
@@ -91,25 +88,7 @@ fn greedy_tokens_agree_with_transformers_in_every_number_of_stages() {
         for stages in 1..=layers {
             let engine =
                 Engine::builder().model(&dir).dtype(DType::F32).stages(stages).slots(2).build().unwrap();
-            let events: Vec<_> =
-                golden.prompts.iter().map(|p| engine.submit(request(&p.ids, 16)).unwrap()).collect();
-            for (i, (events, prompt)) in events.into_iter().zip(&golden.prompts).enumerate() {
-                let (mut ids, mut text) = (Vec::new(), String::new());
-                for event in events {
-                    match event {
-                        Event::Token { id, text: part, .. } => {
-                            ids.push(id);
-                            text += &part;
-                        }
-                        Event::Finished { text: rest, .. } => text += &rest,
-                        other => panic!("{}: {other:?}", dir.display()),
-                    }
-                }
-                assert_eq!(ids, prompt.greedy, "{}, prompt {i}, {stages} stages", dir.display());
-                if let Some(expected) = &prompt.greedy_text {
-                    assert_eq!(&text, expected, "{}, prompt {i}", dir.display());
-                }
-            }
+            greedy_tokens_agree(&engine, &golden, &format!("{}, {stages} stages", dir.display()));
         }
     }
 }

@@ -120,7 +120,7 @@ impl Sender<Cuda> for PeerSender {
         let mut entry = self.room.take().expect("nothing was waited for before a send; this is a bug");
         assert!(len <= self.len_max, "a packet larger than the boundary; this is a bug");
         if entry.used {
-            self.cuda.await_event(&entry.free)?;
+            self.cuda.wait(&entry.free)?;
         }
         entry.used = true;
         let to = self.ring.ptr().add(entry.index * entry_bytes(self.len_max));
@@ -150,7 +150,7 @@ impl Receiver<Cuda> for PeerReceiver {
 
     fn take(&mut self, hidden: &mut Buf) -> Result<()> {
         let (entry, len) = self.came.as_ref().expect("nothing came before a take; this is a bug");
-        self.cuda.await_event(&entry.full)?;
+        self.cuda.wait(&entry.full)?;
         let from = self.ring.ptr().add(entry.index * entry_bytes(self.len_max));
         // SAFETY: the packet has been written to the entry, which is ours until it has been given back; `f32s` checks
         // the buffer, which belongs to the decoder that receives.
@@ -160,7 +160,7 @@ impl Receiver<Cuda> for PeerReceiver {
     fn give_back(&mut self) -> Result<()> {
         let (entry, _) = self.came.take().expect("nothing came before it is given back; this is a bug");
         // A record right after the copy would stand between it and the pass.
-        self.cuda.put_event(&entry.free)?;
+        self.cuda.record_event(&entry.free)?;
         // The sender may be gone already; then nobody needs the entry.
         let _ = self.free.send(entry);
         Ok(())

@@ -7,6 +7,7 @@ use std::{
 };
 
 use pipeline_infer::{
+    Engine, Event,
     backend::{Backend, DType, Limits},
     batch::{KV_BLOCK, MicroBatch, OutputRow, SeqId, SeqRows},
     model::{
@@ -15,7 +16,7 @@ use pipeline_infer::{
     },
 };
 
-use super::data;
+use super::{data, request};
 
 /// Of the largest logit of a row, for weights that both sides widen to f32.
 pub(crate) const F32_BOUND: f32 = 1e-4;
@@ -109,4 +110,26 @@ pub(crate) fn difference(ours: &[f32], theirs: &[f32], vocab: usize) -> f32 {
             / scale
     })
     .fold(0.0, f32::max)
+}
+
+/// An engine gives transformers' tokens, and text, to all prompts at once.
+pub(crate) fn greedy_tokens_agree(engine: &Engine, golden: &Golden, what: &str) {
+    let events: Vec<_> = golden.prompts.iter().map(|p| engine.submit(request(&p.ids, 16)).unwrap()).collect();
+    for (i, (events, prompt)) in events.into_iter().zip(&golden.prompts).enumerate() {
+        let (mut ids, mut text) = (Vec::new(), String::new());
+        for event in events {
+            match event {
+                Event::Token { id, text: part, .. } => {
+                    ids.push(id);
+                    text += &part;
+                }
+                Event::Finished { text: rest, .. } => text += &rest,
+                other => panic!("{what}: {other:?}"),
+            }
+        }
+        assert_eq!(ids, prompt.greedy, "{what}, prompt {i}");
+        if let Some(expected) = &prompt.greedy_text {
+            assert_eq!(&text, expected, "{what}, prompt {i}");
+        }
+    }
 }

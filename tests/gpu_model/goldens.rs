@@ -1,13 +1,9 @@
 //! Every architecture against transformers, as tests/arch.rs has it for the processor.
 
-use pipeline_infer::{Event, backend::DType, model::open_model};
+use pipeline_infer::{backend::DType, model::open_model};
 
 use crate::{
-    common::{
-        collect,
-        golden::{F32_BOUND, checkpoints, difference, floats, golden, logits},
-        request,
-    },
+    common::golden::{F32_BOUND, checkpoints, difference, floats, golden, greedy_tokens_agree, logits},
     device::{gpu, gpus},
     on_gpus,
 };
@@ -69,25 +65,7 @@ fn greedy_tokens_agree_with_transformers_in_every_number_of_stages() {
         let layers = open_model(&dir, false).unwrap().spec.layers.len();
         for stages in 1..=layers {
             let engine = on_gpus(&dir, stages, DType::F32, |b| b.slots(stages));
-            let events: Vec<_> =
-                golden.prompts.iter().map(|p| engine.submit(request(&p.ids, 16)).unwrap()).collect();
-            for (i, (events, prompt)) in events.into_iter().zip(&golden.prompts).enumerate() {
-                let (mut ids, mut text) = (Vec::new(), String::new());
-                for event in collect(events) {
-                    match event {
-                        Event::Token { id, text: part, .. } => {
-                            ids.push(id);
-                            text += &part;
-                        }
-                        Event::Finished { text: rest, .. } => text += &rest,
-                        other => panic!("{}: {other:?}", dir.display()),
-                    }
-                }
-                assert_eq!(ids, prompt.greedy, "{}, prompt {i}, {stages} stages", dir.display());
-                if let Some(expected) = &prompt.greedy_text {
-                    assert_eq!(&text, expected, "{}, prompt {i}", dir.display());
-                }
-            }
+            greedy_tokens_agree(&engine, &golden, &format!("{}, {stages} stages", dir.display()));
         }
     }
 }

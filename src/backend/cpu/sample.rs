@@ -11,6 +11,7 @@ use std::{
 };
 
 use crate::{
+    backend::mix,
     batch::{MicroBatch, Sampled, SeqId, SeqStart},
     request::{Logprobs, SamplingParams},
 };
@@ -280,16 +281,13 @@ fn by_rank(a: &Candidate, b: &Candidate) -> Ordering {
 
 /// A number of `0.0..1.0` that depends on the seed and the place in the answer alone.
 fn uniform(seed: u64, place: u64) -> f64 {
-    let word = mix(mix(seed).wrapping_add(place.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+    let word = next(next(seed).wrapping_add(place.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
     (word >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// SplitMix64's output function.
-fn mix(word: u64) -> u64 {
-    let word = word.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    word ^ (word >> 31)
+fn next(word: u64) -> u64 {
+    mix(word.wrapping_add(0x9e37_79b9_7f4a_7c15))
 }
 
 /// Log-probabilities of the chosen and the `top` most likely tokens, by the logits as the model gave them.

@@ -80,9 +80,8 @@ pub(super) fn none(why: impl Into<String>) -> Error {
 
 fn find() -> Result<Vec<DeviceFacts>> {
     // SAFETY: they open libraries, whose initialisers are trusted as every program on the machine trusts them.
-    let (driver, compiler, blas) = unsafe {
-        (sys::is_culib_present(), nvrtc::sys::is_culib_present(), cublaslt::sys::is_culib_present())
-    };
+    let (compiler, blas) = unsafe { (nvrtc::sys::is_culib_present(), cublaslt::sys::is_culib_present()) };
+    let driver = driver_present();
     let missing = match (driver, compiler, blas) {
         (false, ..) => "libcuda.so.1 is not there: no NVIDIA driver is installed",
         (_, false, _) => {
@@ -224,6 +223,16 @@ impl Context {
         }
         // SAFETY: the context lives as long as the process.
         self.check("entering its context", unsafe { result::ctx::set_current(self.raw) })
+    }
+
+    /// Lets what runs here write to memory of `other`.
+    pub(super) fn allow_access_to(self, other: Context) -> Result<()> {
+        self.enter()?;
+        // SAFETY: both contexts live.
+        match unsafe { sys::cuCtxEnablePeerAccess(other.raw, 0) }.result() {
+            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+            outcome => self.check("gaining access to another GPU", outcome),
+        }
     }
 
     /// Names the GPU in an error.

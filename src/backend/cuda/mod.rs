@@ -209,13 +209,13 @@ impl Cuda {
     }
 
     /// Makes the stream wait. The event must have been recorded.
-    fn wait(&self, event: &Event) -> Result<()> {
+    pub(crate) fn wait(&self, event: &Event) -> Result<()> {
         self.after_kernel.store(false, Relaxed);
         self.stream.wait(event)
     }
 
     /// Records an event at the end of the stream.
-    fn record_event(&self, event: &Event) -> Result<()> {
+    pub(crate) fn record_event(&self, event: &Event) -> Result<()> {
         self.after_kernel.store(false, Relaxed);
         event.record(&self.stream)
     }

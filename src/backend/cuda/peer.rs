@@ -1,7 +1,7 @@
 //! Memory of one GPU in the reach of another, and the proof that what is copied there arrives, in order.
 #![allow(unsafe_code)]
 
-use cudarc::driver::{result::DriverError, sys};
+use cudarc::driver::sys;
 
 use super::{
     Cuda, DevicePtr, copy,
@@ -45,20 +45,11 @@ impl Cuda {
         if possible == 0 {
             return Ok(false);
         }
-        self.context.enter()?;
-        // SAFETY: both contexts live.
-        match unsafe { sys::cuCtxEnablePeerAccess(to.context.raw, 0) }.result() {
-            Ok(()) | Err(DriverError(sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED)) => Ok(true),
-            Err(error) => {
-                tracing::warn!(
-                    from = self.context.ordinal,
-                    to = to.context.ordinal,
-                    ?error,
-                    "no peer access"
-                );
-                Ok(false)
-            }
+        let allowed = self.context.allow_access_to(to.context);
+        if let Err(error) = &allowed {
+            tracing::warn!(to = to.context.ordinal, %error, "no peer access");
         }
+        Ok(allowed.is_ok())
     }
 
     /// Memory on this GPU that packets come to.
@@ -87,7 +78,7 @@ impl Cuda {
         sent: &Event,
     ) -> Result<()> {
         // SAFETY: the caller's.
-        unsafe { copy::rows(self, to, from, numbers)? };
+        unsafe { self.copy_rows(to, from, numbers)? };
         self.record_event(sent)
     }
 
@@ -97,16 +88,6 @@ impl Cuda {
     pub(crate) unsafe fn copy_rows(&self, to: DevicePtr, from: DevicePtr, numbers: usize) -> Result<()> {
         // SAFETY: the caller's.
         unsafe { copy::rows(self, to, from, numbers) }
-    }
-
-    /// Records an event at the end of the stream.
-    pub(crate) fn put_event(&self, event: &Event) -> Result<()> {
-        self.record_event(event)
-    }
-
-    /// Makes the stream wait for an event, which must have been recorded.
-    pub(crate) fn await_event(&self, event: &Event) -> Result<()> {
-        self.wait(event)
     }
 
     /// Whether packets sent to `to` through a ring arrive whole and in order.

@@ -169,7 +169,7 @@ impl Link {
 
     fn measure(&mut self, from: &Rig, to: &Rig, noise: &mut Noise) -> Result<()> {
         if self.peer_access {
-            from.allow_access_to(to)?;
+            from.context.allow_access_to(to.context)?;
         }
         // SAFETY: the memory has more bytes.
         unsafe { to.stream.fill(to.target.ptr(), 0, NOISE_BYTES)? };
@@ -254,17 +254,6 @@ impl Rig {
         }
         rig.stream.synchronize()?;
         Ok(rig)
-    }
-
-    /// Lets this GPU write to the other one's memory.
-    fn allow_access_to(&self, other: &Rig) -> Result<()> {
-        self.context.enter()?;
-        // SAFETY: both contexts live.
-        let outcome = unsafe { sys::cuCtxEnablePeerAccess(other.context.raw, 0) }.result();
-        match outcome {
-            Err(DriverError(sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED)) => Ok(()),
-            outcome => self.context.check("gaining access to another GPU", outcome),
-        }
     }
 
     /// Gigabytes read and written a second.

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::figures::{Figures, Run};
 use crate::{
+    backend::mix,
     batch::KV_BLOCK,
     cli::{Subcommand, interrupt::Interrupt, loading::Loaded, setup::Setup},
     engine::{Engine, RUNNING_MAX},
@@ -216,12 +217,6 @@ impl Random {
         // The upper half of a product with 64 random bits: a vocabulary has far fewer than 2^32 tokens.
         ((u128::from(mix(self.0)) * n as u128) >> 64) as u32
     }
-}
-
-fn mix(mut x: u64) -> u64 {
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }
 
 #[cfg(test)]
