@@ -86,7 +86,7 @@ impl Blas {
     pub(super) fn new(context: Context, facts: &'static DeviceFacts) -> Result<Self> {
         context.enter()?;
         let workspace = DeviceBuf::new(context, WORKSPACE_BYTES)?;
-        let handle = result::create_handle().map_err(|e| failed(context, "opening cublasLt", e))?;
+        let handle = handle_of(context)?;
         Ok(Blas { context, facts, handle, workspace, chosen: Mutex::default() })
     }
 
@@ -279,11 +279,21 @@ impl Blas {
     }
 }
 
-impl Drop for Blas {
-    fn drop(&mut self) {
-        // SAFETY: created in `new`, destroyed here alone.
-        let _ = unsafe { result::destroy_handle(self.handle) };
+/// A GPU's handle: one for all its users, and kept until the process ends. Destroying one waits for the whole context,
+/// which breaks off what any other stage is recording there.
+fn handle_of(context: Context) -> Result<sys::cublasLtHandle_t> {
+    struct Kept(usize, sys::cublasLtHandle_t);
+    // SAFETY: a handle may be used from any thread.
+    unsafe impl Send for Kept {}
+    static KEPT: Mutex<Vec<Kept>> = Mutex::new(Vec::new());
+    let mut kept = lock(&KEPT);
+    if let Some(Kept(_, handle)) = kept.iter().find(|Kept(ordinal, _)| *ordinal == context.ordinal) {
+        return Ok(*handle);
     }
+    let _beside = beside_no_recording();
+    let handle = result::create_handle().map_err(|e| failed(context, "opening cublasLt", e))?;
+    kept.push(Kept(context.ordinal, handle));
+    Ok(handle)
 }
 
 fn failed(context: Context, doing: &str, e: CublasError) -> Error {

@@ -228,6 +228,7 @@ impl Context {
     /// Lets what runs here write to memory of `other`.
     pub(super) fn allow_access_to(self, other: Context) -> Result<()> {
         self.enter()?;
+        let _beside = beside_no_recording();
         // SAFETY: both contexts live.
         match unsafe { sys::cuCtxEnablePeerAccess(other.raw, 0) }.result() {
             Err(e) if e.0 == sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
