@@ -21,6 +21,18 @@ impl<B: Backend> Transport<B> for Host {
     }
 
     fn connect(&self, from: Arc<B>, to: Arc<B>, depth: usize, len_max: usize) -> Result<Ends<B>> {
+        Host::between(from, to, depth, len_max)
+    }
+}
+
+impl Host {
+    /// The two ends of a boundary of `depth` buffers, each for `len_max` numbers, between devices of any two kinds.
+    pub fn between<A: Backend, B: Backend>(
+        from: Arc<A>,
+        to: Arc<B>,
+        depth: usize,
+        len_max: usize,
+    ) -> Result<(Box<dyn Sender<A>>, Box<dyn Receiver<B>>)> {
         assert!(depth > 0, "a boundary without buffers; this is a bug");
         let (full_in, full_out) = channel::bounded(depth);
         let (free_in, free_out) = channel::bounded(depth);
