@@ -145,6 +145,28 @@ fn facts(ordinal: usize) -> Result<DeviceFacts, result::DriverError> {
     })
 }
 
+/// Says what a GPU is used with.
+fn tell(facts: &DeviceFacts) {
+    let (mut cuda, mut major, mut minor) = (0, 0, 0);
+    // SAFETY: they write one number and two.
+    unsafe {
+        let _ = sys::cuDriverGetVersion(&mut cuda);
+        let _ = nvrtc::sys::nvrtcVersion(&mut major, &mut minor);
+    }
+    let driver = std::fs::read_to_string("/sys/module/nvidia/version").unwrap_or_default();
+    tracing::info!(
+        device = format!("cuda:{}", facts.ordinal),
+        name = facts.name,
+        arch = facts.arch(),
+        driver = driver.trim(),
+        cuda = format!("{}.{}", cuda / 1000, cuda % 1000 / 10),
+        nvrtc = format!("{major}.{minor}"),
+        // SAFETY: it only answers.
+        cublaslt = unsafe { cublaslt::sys::cublasLtGetVersion() },
+        "opened"
+    );
+}
+
 /// Passes are recorded with nobody else in the driver for what may make it wait for a whole context: taking and giving
 /// back memory, loading code, and first launches, which load code. It refuses that while a stream of the context is being
 /// recorded, whoever asks.
@@ -212,6 +234,7 @@ impl Context {
         let raw = unsafe { result::primary_ctx::retain(device) }.map_err(|e| failed(ordinal, doing, e))?;
         let context = Context { raw, device, ordinal };
         kept.push(context);
+        tell(facts);
         Ok(context)
     }
 
