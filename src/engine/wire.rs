@@ -62,7 +62,7 @@ pub(super) fn wire(layout: &Layout, config: &DecoderConfig, shared: &Shared) -> 
         head_dim: config.spec.heads.head_dim,
         seats: config.limits.seqs_max,
     };
-    wire_on(&Cuda::pipeline(&gpus, facts)?, &Peer, layout, config, shared)
+    wire_on(&Cuda::pipeline(&gpus, facts)?, &Peer::default(), layout, config, shared)
 }
 
 fn wire_on<B: Backend>(
