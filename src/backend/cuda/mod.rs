@@ -30,6 +30,8 @@ mod probe;
 mod rope;
 mod sample;
 mod tokens;
+mod tune;
+mod warm_up;
 
 use std::sync::{
     Arc,
