@@ -65,6 +65,7 @@ pub(super) fn wire(layout: &Layout, config: &DecoderConfig, shared: &Shared) -> 
         dtype: config.dtype,
         head_dim: config.spec.heads.head_dim,
         seats: config.limits.seqs_max,
+        in_flight: shared.in_flight,
     };
     wire_on(&Cuda::pipeline(&gpus, facts)?, &Peer::default(), layout, config, shared)
 }

@@ -17,7 +17,7 @@ use crate::{common::crossing, device::gpus};
 
 #[test]
 fn every_transport_brings_what_was_sent_in_order_between_all_gpus() {
-    let facts = PipelineFacts { dtype: DType::BF16, head_dim: 64, seats: 1 };
+    let facts = PipelineFacts { dtype: DType::BF16, head_dim: 64, seats: 1, in_flight: 1 };
     let on = |i| Arc::new(Cuda::new(i, facts).unwrap_or_else(|e| panic!("opening cuda:{i}: {e}")));
     for from in 0..gpus() {
         for to in 0..gpus() {
@@ -81,7 +81,7 @@ fn a_failed_self_test_means_the_way_through_the_host_and_a_warning() {
     if gpus() == 0 {
         return;
     }
-    let facts = PipelineFacts { dtype: DType::BF16, head_dim: 64, seats: 1 };
+    let facts = PipelineFacts { dtype: DType::BF16, head_dim: 64, seats: 1, in_flight: 1 };
     for to in [0, gpus() - 1] {
         let [from, to] = [0, to].map(|i| Arc::new(Cuda::new(i, facts).unwrap()));
         let transport = Distrustful(Log::default());

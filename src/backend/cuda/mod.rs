@@ -107,6 +107,8 @@ pub struct PipelineFacts {
     pub head_dim: usize,
     /// Sequences that run at once, at most.
     pub seats: usize,
+    /// Steps in flight at most.
+    pub in_flight: usize,
 }
 
 /// The same, with what is made of it once.
@@ -123,7 +125,7 @@ impl Cuda {
         let Some(&last) = ordinals.last() else { return Ok(Vec::new()) };
         // Before the first stage takes something: stages may share a GPU.
         let free: Vec<usize> = ordinals.iter().map(|&i| free_bytes(i)).collect::<Result<_>>()?;
-        let tokens = Arc::new(Tokens::new(Context::of(last)?, facts.seats)?);
+        let tokens = Arc::new(Tokens::new(Context::of(last)?, facts.seats, facts.in_flight)?);
         let shared = Shared { of: facts, tokens, stages: ordinals.len() };
         ordinals.iter().zip(free).map(|(&i, free)| Cuda::open(i, free, &shared).map(Arc::new)).collect()
     }
@@ -131,7 +133,7 @@ impl Cuda {
     /// A backend that stands alone.
     pub fn new(ordinal: usize, facts: PipelineFacts) -> Result<Cuda> {
         let free = free_bytes(ordinal)?;
-        let tokens = Arc::new(Tokens::new(Context::of(ordinal)?, facts.seats)?);
+        let tokens = Arc::new(Tokens::new(Context::of(ordinal)?, facts.seats, facts.in_flight)?);
         Cuda::open(ordinal, free, &Shared { of: facts, tokens, stages: 1 })
     }
 

@@ -23,6 +23,7 @@ const CARE: Duration = Duration::from_millis(500);
 /// It lies in pinned memory of the host, which every GPU reaches, whether or not they reach each other.
 pub(super) struct Tokens {
     table: Pinned, // [seats] of u32
+    in_flight: usize,
     /// By step, that its tokens are there.
     chosen: Vec<Event>,
     /// Of all stages: if one of them fails, the others wait for its events for ever.
@@ -30,9 +31,17 @@ pub(super) struct Tokens {
 }
 
 impl Tokens {
-    pub(super) fn new(context: Context, seats: usize) -> Result<Tokens> {
+    /// For so many sequences, and steps in flight.
+    pub(super) fn new(context: Context, seats: usize, in_flight: usize) -> Result<Tokens> {
+        assert!(in_flight <= STEPS, "more steps in flight than events; this is a bug");
         let chosen = (0..STEPS).map(|_| Event::new(context)).collect::<Result<_>>()?;
-        Ok(Tokens { table: Pinned::new(context, 4 * seats.max(1))?, chosen, stages: Mutex::default() })
+        let table = Pinned::new(context, 4 * seats.max(1))?;
+        Ok(Tokens { table, in_flight, chosen, stages: Mutex::default() })
+    }
+
+    /// Steps in flight at most.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight
     }
 
     /// Tokens come by way of this stream too.
