@@ -23,8 +23,9 @@ use crate::{
     error::Result,
 };
 
-/// Micro-batches whose copies may be on their way at once.
-const STAGING: usize = 8;
+/// Micro-batches whose copies may be on their way at once, at most; as a rule as many as are in flight, so that the host
+/// waits for none.
+const STAGING_MAX: usize = 64;
 /// `counts` in batch.cuh.
 const COUNTS: usize = 8;
 /// `NONE` in batch.cuh.
@@ -148,7 +149,7 @@ impl Batch {
         let [bytes, rotations] = device_bytes(limits, half);
         let mut frequencies = Buf { memory: cuda.take(4 * half)?.into(), dtype: DType::F32, len: half };
         copy::write(cuda, &mut frequencies, inv_freq)?;
-        let staging = (0..STAGING)
+        let staging = (0..cuda.tokens.in_flight().clamp(1, STAGING_MAX))
             .map(|_| Ok((Pinned::new(context, bytes)?, Event::new(context)?)))
             .collect::<Result<_>>()?;
         let device = cuda.take(bytes)?;
@@ -228,7 +229,7 @@ impl Batch {
         // SAFETY: as many bytes on both sides; the staging is not touched until the event has been reached.
         unsafe { cuda.copy(self.device.ptr(), pinned.ptr(), used)? };
         copied.record(&cuda.stream)?;
-        self.next = (self.next + 1) % STAGING;
+        self.next = (self.next + 1) % self.staging.len();
         self.now = shape;
         self.view = self.places_on_device(&places);
         Ok(())

@@ -116,7 +116,7 @@ impl Blas {
         };
         // SAFETY: the caller's.
         unsafe { self.run(stream, &plan, operands, &algo) }
-            .map_err(|e| failed(self.context, &format!("multiplying as {shape:?}"), e))
+            .map_err(|e| stream.explain(failed(self.context, &format!("multiplying as {shape:?}"), e)))
     }
 
     /// Takes the shape's algorithm from the table, or measures.
@@ -260,8 +260,10 @@ impl Blas {
 impl Drop for Blas {
     fn drop(&mut self) {
         Blas::keep_choices();
-        // SAFETY: created in `new`, destroyed here alone.
-        let _ = unsafe { result::destroy_handle(self.handle) };
+        if !self.context.is_abandoned() {
+            // SAFETY: created in `new`, destroyed here alone.
+            let _ = unsafe { result::destroy_handle(self.handle) };
+        }
     }
 }
 

@@ -21,6 +21,7 @@ mod kv;
 mod launch;
 mod linear;
 mod load;
+mod lost;
 mod matrix;
 mod memory;
 mod norm;
@@ -42,6 +43,7 @@ pub use account::{StageNeeds, allocated, free_bytes, kv_waste, rows_room, stage_
 pub use batch::Batch;
 pub use driver::{DeviceFacts, devices, driver_present};
 pub use kv::Kv;
+pub use lost::any as any_lost;
 pub use matrix::Matrix;
 pub use memory::Event;
 pub use probe::{Gpu, Link, LinkKind, Probe, probe};
@@ -123,6 +125,7 @@ impl Cuda {
     /// A backend for each stage, on these GPUs in order.
     pub fn pipeline(ordinals: &[usize], facts: PipelineFacts) -> Result<Vec<Arc<Cuda>>> {
         let Some(&last) = ordinals.last() else { return Ok(Vec::new()) };
+        lost::work_together(ordinals);
         // Before the first stage takes something: stages may share a GPU.
         let free: Vec<usize> = ordinals.iter().map(|&i| free_bytes(i)).collect::<Result<_>>()?;
         let tokens = Arc::new(Tokens::new(Context::of(last)?, facts.seats, facts.in_flight)?);

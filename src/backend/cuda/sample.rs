@@ -463,7 +463,7 @@ impl Drop for Pending {
     fn drop(&mut self) {
         // A slot whose step may still run is never used again, nor freed.
         let slot = self.slot.take();
-        match self.tokens.chosen(self.step).synchronize() {
+        match self.tokens.wait(self.step) {
             Ok(()) => lock(&self.slots).extend(slot),
             Err(_) => std::mem::forget(slot),
         }
