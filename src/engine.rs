@@ -7,9 +7,12 @@ mod progress;
 mod wire;
 mod worker;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use crossbeam_channel as channel;
@@ -19,9 +22,9 @@ pub use progress::LoadProgress;
 
 use self::worker::{Command, Submission};
 use crate::{
-    backend::{DType, DeviceMemory},
+    backend::{DType, DeviceMemory, cuda},
     error::{Error, Result},
-    layout::Layout,
+    layout::{Device, Layout},
     model::{config::GenerationConfig, spec::ModelSpec},
     pipeline::{StageMetrics, StageTimes},
     request::{Event, FinishReason, Prompt, Request},
@@ -30,6 +33,9 @@ use crate::{
 
 /// The most samples of one request.
 pub const SAMPLES_MAX: u32 = 128;
+
+/// How long threads may take to end after a GPU has been lost.
+const LOST_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A running pipeline. Dropping it ends its threads; requests that are not finished get an error.
 pub struct Engine {
@@ -183,11 +189,27 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         let _ = self.commands.send(Command::End);
+        let on_gpus = self.facts.layout.stages().iter().any(|stage| stage.device != Device::Cpu);
+        let mut lost = None;
         for thread in self.threads.drain(..) {
+            if on_gpus && !ends(&thread, &mut lost) {
+                continue;
+            }
             // A panic has been reported by the panic hook already.
             let _ = thread.join();
         }
     }
+}
+
+/// Waits for a thread's end; `false` if a lost GPU holds it: then it is left behind. `lost`: when that was noticed.
+fn ends(thread: &std::thread::JoinHandle<()>, lost: &mut Option<Instant>) -> bool {
+    while !thread.is_finished() {
+        if cuda::any_lost() && lost.get_or_insert_with(Instant::now).elapsed() > LOST_PATIENCE {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
 }
 
 impl Facts {

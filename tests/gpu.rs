@@ -16,6 +16,8 @@ mod load;
 mod rows;
 #[path = "gpu/sample.rs"]
 mod sample;
+#[path = "gpu/speed.rs"]
+mod speed;
 #[path = "gpu/tokens.rs"]
 mod tokens;
 #[path = "gpu/transport.rs"]

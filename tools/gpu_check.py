@@ -11,6 +11,8 @@ compute-sanitizer. No Rust. The checks:
     memcheck   the op suite over fewer shapes under compute-sanitizer: no access out of bounds
     racecheck  the same: no race in shared memory
     7b-…       tokens per second of random weights, with the goal for as many GPUs
+    attention  decode attention by itself (the ignored tests of tests/gpu.rs): its share of a copy's bytes per second
+    boundary-… time per token of one request to 7b with so many stages: what a boundary adds to one stage's
 """
 import argparse, concurrent.futures, json, os, pathlib, re, shutil, signal, subprocess, sys, sysconfig, time
 
@@ -29,6 +31,11 @@ BENCHES = [
     ("72b", 256, 512, 128, "output", {4: 1808}),
     ("72b", 32, 4096, 1, "prompt", {4: 12047}),
 ]
+
+# Of a copy's rate, what decode attention should reach at least.
+ATTENTION_GOAL = 0.80
+# Stages whose time per token is compared with one stage's, and microseconds that each boundary may add to it.
+BOUNDARY_STAGES, BOUNDARY_GOAL = (1, 2, 4), 15.0
 
 
 class Check:
@@ -90,6 +97,29 @@ def judge_bench(goal, measured):
         rate = rate["median"] if isinstance(rate, dict) else rate
         share = f", {rate / goal:.2f} of the goal of {goal:,}" if goal else ""
         return f"{rate:,.1f} {measured} tokens/s{share}", not goal or rate >= goal
+    return judge
+
+
+def judge_attention(code, text):
+    found = re.findall(r"decode attention (\S+): ([\d.]+) us, (\d+) GB/s, ([\d.]+) of", text)
+    if code != 0 or not found:
+        return judge_tests(code, text)[0], False
+    shown = "; ".join(f"{heads} heads {us} us, {rate} GB/s, {share} of a copy" for heads, us, rate, share in found)
+    return f"{shown} (goal {ATTENTION_GOAL:.2f})", all(float(share) >= ATTENTION_GOAL for *_, share in found)
+
+
+def judge_boundary(stages, times):
+    """`times`: microseconds per token by number of stages, of the checks so far."""
+    def judge(code, text):
+        lines = [line for line in text.splitlines() if line.startswith("{")]
+        if code != 0 or not lines:
+            return text.strip().splitlines()[-1][:160] if text.strip() else f"exit code {code}", False
+        times[stages] = json.loads(lines[-1])["tpot_ms"]["median"] * 1e3
+        shown = f"{times[stages]:,.1f} us per token"
+        if stages == 1 or 1 not in times:
+            return shown, True
+        each = (times[stages] - times[1]) / (stages - 1)
+        return f"{shown}, {each:+.1f} us a boundary (goal {BOUNDARY_GOAL:.0f})", each <= BOUNDARY_GOAL
     return judge
 
 
@@ -184,6 +214,15 @@ def plan(bundle, count, test_filter):
                        "--format", "json"]
             name, goal = f"{model}-{requests}x{given}x{new}", goals.get(count)
             groups.append([Check(name, command, 180, judge=judge_bench(goal, measured), log="benches")])
+    if not test_filter:
+        command = [programs / "gpu", "--ignored", "--nocapture", "--test-threads=1", "speed::"]
+        groups.append([Check("attention", command, 120, judge=judge_attention)])
+        times = {}
+        for stages in BOUNDARY_STAGES:
+            command = [programs / "pipeline-infer", "bench", "throughput", "--model", bundle / "models" / "7b", "--weights", "dummy",
+                       "--stages", stages, "--requests", 1, "--input-len", 512, "--output-len", 128, "--repeat", 5,
+                       "--format", "json"]
+            groups.append([Check(f"boundary-{stages}", command, 120, judge=judge_boundary(stages, times), log="benches")])
     return groups
 
 

@@ -11,7 +11,7 @@ mod tensor;
 pub use random::{Random, mix};
 pub use tensor::{Bytes, DType, Store, Tensor};
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use crate::{
     batch::{MicroBatch, Sampled, Step},
@@ -59,6 +59,18 @@ pub struct DeviceMemory {
     /// Bytes of the whole device that are in use, less those that were before its pipeline was made: what all its stages
     /// took, and what the driver needs for it.
     pub device: usize,
+}
+
+/// A made-up micro-batch that a device wants to have seen before requests come. What its rows leave in KV pages is
+/// nonsense that no sequence sees.
+#[derive(Debug, Clone)]
+pub struct WarmUp {
+    /// Its rows. Tokens are wanted if it has output rows, or sequences that end.
+    pub batch: Arc<MicroBatch>,
+    /// Through how many of a stage's layers it should go.
+    pub layers: usize,
+    /// How often.
+    pub passes: usize,
 }
 
 /// Rows to be normalised.
@@ -169,6 +181,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Self::Batch>;
     /// Makes the state of sampling from `vocab` logits.
     fn sampler(&self, vocab: usize) -> Result<Self::Sampler>;
+
+    /// What to try before requests come, since the device compiles, chooses or records something when it first sees it.
+    fn warm_ups(&self, limits: Limits) -> Vec<WarmUp>;
 
     /// Brings a micro-batch to the device.
     fn set_batch(&self, batch: &mut Self::Batch, from: &MicroBatch) -> Result<()>;

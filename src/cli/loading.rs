@@ -11,7 +11,7 @@ use crate::engine::LoadProgress;
 
 /// Loading that takes less shows nothing.
 const PATIENCE: Duration = Duration::from_millis(300);
-const STYLE: &str = "loading weights [{bar:32}] {msg}";
+const STYLE: &str = "{prefix} [{bar:32}] {msg}";
 
 /// How long an engine took to load.
 #[derive(Debug, Clone, Copy)]
@@ -67,16 +67,30 @@ impl Meter {
 }
 
 impl State {
-    fn told(&mut self, LoadProgress { bytes_total, bytes_done }: LoadProgress, at: Instant) {
-        let began = *self.began.get_or_insert(at);
-        let speed = Speed { bytes: bytes_done, time: at.duration_since(began) };
+    fn told(&mut self, progress: LoadProgress, at: Instant) {
+        let LoadProgress { bytes_total, bytes_done, passes_total, passes_done } = progress;
+        let time = at.duration_since(*self.began.get_or_insert(at));
+        // Passes that are made later are no matter of the weights'.
+        let speed = match self.now {
+            Some(speed) if speed.bytes == bytes_done => speed,
+            _ => Speed { bytes: bytes_done, time },
+        };
         self.now = Some(speed);
-        if !self.shows || speed.time < PATIENCE {
+        if !self.shows || time < PATIENCE {
             return;
         }
-        let bar = self.bar.get_or_insert_with(|| bar(bytes_total));
-        bar.set_message(text(speed, bytes_total));
-        bar.set_position(bytes_done as u64);
+        let bar = self.bar.get_or_insert_with(bar);
+        let warming = bytes_done == bytes_total && passes_total > 0;
+        let (what, text, total, done) = match warming {
+            true => {
+                ("warming up", format!("{passes_done} of {passes_total} passes"), passes_total, passes_done)
+            }
+            false => ("loading weights", text(speed, bytes_total), bytes_total, bytes_done),
+        };
+        bar.set_prefix(what);
+        bar.set_message(text);
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
     }
 }
 
@@ -89,9 +103,9 @@ impl Speed {
 }
 
 /// Nothing where stderr is no terminal.
-fn bar(bytes_total: usize) -> ProgressBar {
+fn bar() -> ProgressBar {
     let style = ProgressStyle::with_template(STYLE).expect("a template that is correct; this is a bug");
-    ProgressBar::with_draw_target(Some(bytes_total as u64), ProgressDrawTarget::stderr_with_hz(10))
+    ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10))
         .with_style(style.progress_chars("=> "))
 }
 
@@ -105,11 +119,32 @@ fn text(speed: Speed, bytes_total: usize) -> String {
 mod tests {
     use super::*;
 
+    fn progress(bytes_total: usize, bytes_done: usize) -> LoadProgress {
+        LoadProgress { bytes_total, bytes_done, passes_total: 0, passes_done: 0 }
+    }
+
+    #[test]
+    fn passes_are_shown_after_the_weights_and_do_not_make_them_slower() {
+        let (meter, began) = (Meter::new(true), Instant::now());
+        let tell = |bytes_done, passes_done, ms| {
+            let told = LoadProgress { passes_total: 50, passes_done, ..progress(2_000_000_000, bytes_done) };
+            meter.state().told(told, began + Duration::from_millis(ms));
+            meter.state().bar.as_ref().map(|bar| (bar.prefix(), bar.message()))
+        };
+        let shown = |what: &str, text: &str| Some((what.to_owned(), text.to_owned()));
+        assert_eq!(tell(0, 0, 0), None);
+        // Another stage still loads.
+        assert_eq!(tell(1_000_000_000, 1, 500), shown("loading weights", "1.00 of 2.00 GB, 2.0 GB/s"));
+        assert_eq!(tell(2_000_000_000, 1, 1000), shown("warming up", "1 of 50 passes"));
+        assert_eq!(tell(2_000_000_000, 9, 9000), shown("warming up", "9 of 50 passes"));
+        assert_eq!(meter.end().unwrap().gb_per_s(), Some(2.0));
+    }
+
     #[test]
     fn a_bar_comes_late_and_not_again_after_the_end() {
         let (meter, began) = (Meter::new(true), Instant::now());
         let tell = |bytes_done, ms| {
-            let progress = LoadProgress { bytes_total: 4_000_000_000, bytes_done };
+            let progress = progress(4_000_000_000, bytes_done);
             meter.state().told(progress, began + Duration::from_millis(ms));
             meter.state().bar.as_ref().map(|bar| (bar.position(), bar.message()))
         };
@@ -127,7 +162,7 @@ mod tests {
         let (meter, began) = (Meter::new(false), Instant::now());
         assert_eq!(meter.end(), None);
         for (bytes_done, ms) in [(0, 0), (1_000_000_000, 500)] {
-            let progress = LoadProgress { bytes_total: 1_000_000_000, bytes_done };
+            let progress = progress(1_000_000_000, bytes_done);
             meter.state().told(progress, began + Duration::from_millis(ms));
         }
         assert!(meter.state().bar.is_none());

@@ -12,6 +12,10 @@ pub struct LoadProgress {
     pub bytes_total: usize,
     /// Of them, those that are on their devices. Weights that are used where the file has them count at once.
     pub bytes_done: usize,
+    /// Passes that devices are warmed up with, of the stages that have come so far; none on the CPU.
+    pub passes_total: usize,
+    /// Of them, those that have been made.
+    pub passes_done: usize,
 }
 
 /// Whom to tell.
@@ -36,33 +40,43 @@ pub(super) struct Progress(Option<Arc<Count>>);
 
 struct Count {
     observer: Observer,
-    total: usize,
-    /// Bytes that have been told; `None` before the first stage has begun.
-    done: Mutex<Option<usize>>,
+    bytes_total: usize,
+    /// What has been told; `None` before the first stage has begun.
+    told: Mutex<Option<LoadProgress>>,
 }
 
 impl Progress {
-    pub(super) fn new(observer: Option<Observer>, total: usize) -> Self {
-        Progress(observer.map(|observer| Arc::new(Count { observer, total, done: Mutex::default() })))
+    pub(super) fn new(observer: Option<Observer>, bytes_total: usize) -> Self {
+        Progress(observer.map(|observer| Arc::new(Count { observer, bytes_total, told: Mutex::default() })))
     }
 
     /// A stage begins.
     pub(super) fn begin(&self) {
-        self.update(|done| done.is_none().then_some(0));
+        self.update(|told, first| first.then_some(told));
     }
 
     /// A stage has so many bytes more.
     pub(super) fn add(&self, bytes: usize) {
-        self.update(|done| Some(done.unwrap_or(0) + bytes));
+        self.update(|told, _| Some(LoadProgress { bytes_done: told.bytes_done + bytes, ..told }));
+    }
+
+    /// A stage has so many passes to make more, and has made so many more.
+    pub(super) fn add_passes(&self, total: usize, done: usize) {
+        self.update(|told, _| {
+            let (passes_total, passes_done) = (told.passes_total + total, told.passes_done + done);
+            Some(LoadProgress { passes_total, passes_done, ..told })
+        });
     }
 
     /// The observer is called under the lock: it sees the counts in order.
-    fn update(&self, next: impl FnOnce(Option<usize>) -> Option<usize>) {
+    fn update(&self, next: impl FnOnce(LoadProgress, bool) -> Option<LoadProgress>) {
         let Some(count) = &self.0 else { return };
-        let mut done = count.done.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(bytes) = next(*done) {
-            *done = Some(bytes);
-            (count.observer.0)(LoadProgress { bytes_total: count.total, bytes_done: bytes });
+        let mut told = count.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let nothing =
+            LoadProgress { bytes_total: count.bytes_total, bytes_done: 0, passes_total: 0, passes_done: 0 };
+        if let Some(progress) = next(told.unwrap_or(nothing), told.is_none()) {
+            *told = Some(progress);
+            (count.observer.0)(progress);
         }
     }
 }
@@ -112,5 +126,22 @@ mod tests {
         let progress = Progress::new(None, 1);
         progress.begin();
         progress.add(1);
+        progress.add_passes(2, 1);
+    }
+
+    #[test]
+    fn passes_of_several_stages_are_added_up() {
+        let all: Arc<Mutex<Vec<LoadProgress>>> = Arc::default();
+        let to = all.clone();
+        let progress = Progress::new(Some(Observer::new(move |told| to.lock().unwrap().push(told))), 9);
+        progress.begin();
+        progress.begin();
+        progress.add(9);
+        for (total, done) in [(5, 0), (7, 0), (0, 4)] {
+            progress.add_passes(total, done);
+        }
+        let told = |p: &LoadProgress| (p.bytes_total, p.bytes_done, p.passes_total, p.passes_done);
+        let all: Vec<_> = all.lock().unwrap().iter().map(told).collect();
+        assert_eq!(all, [(9, 0, 0, 0), (9, 9, 0, 0), (9, 9, 5, 0), (9, 9, 12, 0), (9, 9, 12, 4)]);
     }
 }

@@ -1,6 +1,10 @@
 //! From a layout to running threads.
 
-use std::sync::{Arc, Mutex, atomic::AtomicU64};
+use std::{
+    cell::Cell,
+    sync::{Arc, Mutex, atomic::AtomicU64},
+    time::Instant,
+};
 
 use crossbeam_channel as channel;
 
@@ -61,8 +65,9 @@ pub(super) fn wire(layout: &Layout, config: &DecoderConfig, shared: &Shared) -> 
         dtype: config.dtype,
         head_dim: config.spec.heads.head_dim,
         seats: config.limits.seqs_max,
+        in_flight: shared.in_flight,
     };
-    wire_on(&Cuda::pipeline(&gpus, facts)?, &Peer, layout, config, shared)
+    wire_on(&Cuda::pipeline(&gpus, facts)?, &Peer::default(), layout, config, shared)
 }
 
 fn wire_on<B: Backend>(
@@ -96,10 +101,7 @@ fn wire_on<B: Backend>(
             let metrics = Arc::new(StageMetrics::default());
             let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
             let progress = shared.progress.clone();
-            let load = move |backend: &B| {
-                progress.begin();
-                Decoder::load_told(backend, &own, &|bytes| progress.add(bytes))
-            };
+            let load = move |backend: &B| load_stage(index, backend, &own, &progress);
             run_stages.push(Stage {
                 index,
                 backend: backend.clone(),
@@ -119,6 +121,24 @@ fn wire_on<B: Backend>(
         wired.stages.push((facts, pipeline::spawn(run_stages)?));
     }
     Ok(wired)
+}
+
+/// Loads a stage's units, and lets its device try what it will be asked for.
+fn load_stage<B: Backend>(
+    index: usize,
+    backend: &B,
+    config: &DecoderConfig,
+    progress: &Progress,
+) -> Result<Decoder<B>> {
+    progress.begin();
+    let mut decoder = Decoder::load_told(backend, config, &|bytes| progress.add(bytes))?;
+    let (began, passes) = (Instant::now(), Cell::new(0));
+    decoder.warm_up(backend, config.limits, &|done, total| {
+        progress.add_passes(if done == 0 { total } else { 0 }, done - passes.replace(done));
+    })?;
+    let (device, ms) = (backend.name(), began.elapsed().as_millis() as u64);
+    tracing::info!(stage = index, device, passes = passes.get(), ms, "warmed up");
+    Ok(decoder)
 }
 
 /// Waits until every stage has loaded, and starts the engine's own thread.

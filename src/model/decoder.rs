@@ -8,7 +8,7 @@ use super::{
     weights::Weights,
 };
 use crate::{
-    backend::{self, AttentionShape, Backend, DType, KvShape, Limits, NormShape, QkNorm, Tensor},
+    backend::{self, AttentionShape, Backend, DType, KvShape, Limits, NormShape, QkNorm, Tensor, WarmUp},
     batch::{MicroBatch, Step},
     error::Result,
 };
@@ -158,6 +158,28 @@ impl<B: Backend> Decoder<B> {
         Ok(Decoder { spec: spec.clone(), embed, layers, head, batch, scratch, weight_bytes })
     }
 
+    /// Shows the device what it will be asked for, within the limits that this was loaded with: what it compiles, chooses
+    /// or records when it first sees something has been done when this returns. `tell` is called with the passes that
+    /// have been made and how many there are.
+    pub fn warm_up(&mut self, backend: &B, limits: Limits, tell: &dyn Fn(usize, usize)) -> Result<()> {
+        let all = backend.warm_ups(limits);
+        for (i, WarmUp { batch, layers, passes }) in all.iter().enumerate() {
+            tell(i, all.len());
+            self.prepare(backend, batch)?;
+            for _ in 0..*passes {
+                self.forward_through(backend, *layers)?;
+            }
+            if self.head.is_some() && (!batch.outputs.is_empty() || !batch.ends.is_empty()) {
+                let step = Step { step: i as u64, after: None, batch: batch.clone() };
+                let pending = self.sample(backend, &step)?;
+                backend.collect(pending, batch)?;
+            }
+        }
+        backend.loaded()?;
+        tell(all.len(), all.len());
+        Ok(())
+    }
+
     /// Bytes of the weights as they are kept.
     pub fn weight_bytes(&self) -> usize {
         self.weight_bytes
@@ -181,13 +203,18 @@ impl<B: Backend> Decoder<B> {
     /// Takes the micro-batch that has been prepared through the layers: from its ids if the embedding is here, else from the hidden rows;
     /// to its output rows' logits if the head is here.
     pub fn forward(&mut self, backend: &B) -> Result<()> {
+        self.forward_through(backend, usize::MAX)
+    }
+
+    /// The same, through so many layers at most.
+    fn forward_through(&mut self, backend: &B, layers_max: usize) -> Result<()> {
         let Decoder { spec, embed, layers, head, batch: on_device, scratch, .. } = self;
         let on_device = &*on_device;
         backend.pass(on_device, &mut || {
             if let Some(embed) = embed {
                 backend.embed(&mut scratch.hidden, embed, on_device)?;
             }
-            for layer in &mut *layers {
+            for layer in layers.iter_mut().take(layers_max) {
                 layer.forward(backend, spec, on_device, scratch)?;
             }
             match head {

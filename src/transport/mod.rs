@@ -52,7 +52,7 @@ pub trait Receiver<B: Backend>: Send {
 
 /// Every way across between GPUs.
 pub fn gpu_transports() -> [&'static dyn Transport<Cuda>; 3] {
-    [&Peer, &Staged, &Host]
+    [&Peer { distrust: false }, &Staged, &Host]
 }
 
 /// Every way across between any two devices.

@@ -39,7 +39,7 @@ pub(crate) fn gpus() -> usize {
 
 /// A backend on the first GPU.
 pub(crate) fn gpu(dtype: DType, head_dim: usize) -> Option<Cuda> {
-    let facts = PipelineFacts { dtype, head_dim, seats: SEATS };
+    let facts = PipelineFacts { dtype, head_dim, seats: SEATS, in_flight: 4 };
     (gpus() > 0).then(|| Cuda::new(0, facts).unwrap_or_else(|e| panic!("opening cuda:0: {e}")))
 }
 
@@ -51,7 +51,7 @@ pub(crate) fn quick() -> bool {
 /// A backend for each of so many stages, over the GPUs there are.
 pub(crate) fn pipeline(stages: usize, dtype: DType, head_dim: usize) -> Vec<Arc<Cuda>> {
     let ordinals: Vec<usize> = (0..stages).map(|i| i % gpus()).collect();
-    let facts = PipelineFacts { dtype, head_dim, seats: SEATS };
+    let facts = PipelineFacts { dtype, head_dim, seats: SEATS, in_flight: 4 };
     Cuda::pipeline(&ordinals, facts).unwrap_or_else(|e| panic!("opening {ordinals:?}: {e}"))
 }
 

@@ -39,6 +39,7 @@ use self::{
 use crate::{
     backend::{
         AttentionShape, Backend, DeviceMemory, HeadShape, KvShape, Limits, Norm, NormShape, QkNorm, Tensor,
+        WarmUp,
     },
     batch::{MicroBatch, Sampled, Step},
     error::{Error, Result},
@@ -160,6 +161,11 @@ impl Backend for Cpu {
 
     fn sampler(&self, vocab: usize) -> Result<Self::Sampler> {
         Ok(Sampler::new(vocab))
+    }
+
+    fn warm_ups(&self, _: Limits) -> Vec<WarmUp> {
+        // Every pass is like the first.
+        Vec::new()
     }
 
     fn set_batch(&self, batch: &mut Self::Batch, from: &MicroBatch) -> Result<()> {

@@ -50,7 +50,7 @@ pub fn stage_bytes(needs: &StageNeeds) -> usize {
     let [packed, rotations] = batch::device_bytes(limits, head_dim / 2);
     // While algorithms are tried, for what products are added to.
     let sums = pad_rows(limits.rows_max) * dim * DType::F32.size();
-    let sampling = vocab.map_or(0, |vocab| sample::device_bytes_max(limits.seqs_max, vocab));
+    let sampling = vocab.map_or(0, |vocab| sample::device_bytes(limits.seqs_max, vocab));
     let sizes = [blas::WORKSPACE_BYTES, attention::SCRATCH_BYTES_MAX, packed, rotations, sums];
     sizes.into_iter().map(allocated).sum::<usize>() + sampling
 }

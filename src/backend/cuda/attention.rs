@@ -189,7 +189,7 @@ pub(super) fn attention(
     shape: AttentionShape,
 ) -> Result<()> {
     let (heads, now) = (shape.heads, batch.shape());
-    kv.expect(heads);
+    kv.expect(heads, batch);
     let operands = Operands {
         out: out.expect(cuda.dtype, now.rows * heads.q_dim()),
         qkv: qkv.expect(cuda.dtype, now.rows * heads.qkv_dim()),

@@ -3,7 +3,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use super::{
@@ -16,12 +19,13 @@ use super::{
 };
 use crate::{
     backend::{DType, Limits},
-    batch::{KV_BLOCK, MicroBatch},
+    batch::{KV_BLOCK, MicroBatch, SeqRows},
     error::Result,
 };
 
-/// Micro-batches whose copies may be on their way at once.
-const STAGING: usize = 8;
+/// Micro-batches whose copies may be on their way at once, at most; as a rule as many as are in flight, so that the host
+/// waits for none.
+const STAGING_MAX: usize = 64;
 /// `counts` in batch.cuh.
 const COUNTS: usize = 8;
 /// `NONE` in batch.cuh.
@@ -60,6 +64,8 @@ pub struct Batch {
     next: usize,
     now: Shape,
     view: BatchView,
+    /// KV blocks of the smallest pool that the ops have gone over: repeated passes do not ask again.
+    pool: AtomicUsize,
     recorded: Mutex<HashMap<usize, Recorded>>,
 }
 
@@ -84,6 +90,8 @@ pub(crate) struct Shape {
     pub(crate) tiles: usize,
     /// Nothing but single rows, all with an output: such a pass is recorded.
     pub(crate) decode: bool,
+    /// More than the number of any KV block of it.
+    pub(crate) blocks: usize,
 }
 
 /// Where arrays begin, in numbers of 4 bytes.
@@ -141,7 +149,7 @@ impl Batch {
         let [bytes, rotations] = device_bytes(limits, half);
         let mut frequencies = Buf { memory: cuda.take(4 * half)?.into(), dtype: DType::F32, len: half };
         copy::write(cuda, &mut frequencies, inv_freq)?;
-        let staging = (0..STAGING)
+        let staging = (0..cuda.tokens.in_flight().clamp(1, STAGING_MAX))
             .map(|_| Ok((Pinned::new(context, bytes)?, Event::new(context)?)))
             .collect::<Result<_>>()?;
         let device = cuda.take(bytes)?;
@@ -175,6 +183,7 @@ impl Batch {
             next: 0,
             now,
             view,
+            pool: AtomicUsize::new(usize::MAX),
             recorded: Mutex::default(),
         })
     }
@@ -185,6 +194,13 @@ impl Batch {
 
     pub(crate) fn shape(&self) -> Shape {
         self.now
+    }
+
+    /// Panics if a KV block of the micro-batch is beyond a pool of so many; later ones are refused.
+    pub(super) fn expect_blocks(&self, pool: usize) {
+        let blocks = self.now.blocks;
+        assert!(blocks <= pool, "KV block {} of {pool}; this is a bug", blocks - 1);
+        self.pool.fetch_min(pool, Relaxed);
     }
 
     /// What rotations are made of: frequencies, how many, and what multiplies sines and cosines.
@@ -199,9 +215,10 @@ impl Batch {
 
     /// Brings a micro-batch to the GPU.
     pub(super) fn set(&mut self, cuda: &Cuda, from: &MicroBatch) -> Result<()> {
-        self.check(from, cuda.tokens.seats())
-            .map_err(|why| cuda.error(format!("a micro-batch does not fit: {why}; this is a bug")))?;
+        let room = Room { limits: self.limits, seats: cuda.tokens.seats(), blocks: self.pool.load(Relaxed) };
         let shape = shape(from);
+        room.check(from, shape.blocks)
+            .map_err(|why| cuda.error(format!("a micro-batch does not fit: {why}; this is a bug")))?;
         let places = Places::of(&shape, from.seqs.len());
         let (pinned, copied) = &mut self.staging[self.next];
         // Long ago, as a rule.
@@ -212,47 +229,10 @@ impl Batch {
         // SAFETY: as many bytes on both sides; the staging is not touched until the event has been reached.
         unsafe { cuda.copy(self.device.ptr(), pinned.ptr(), used)? };
         copied.record(&cuda.stream)?;
-        self.next = (self.next + 1) % STAGING;
+        self.next = (self.next + 1) % self.staging.len();
         self.now = shape;
         self.view = self.places_on_device(&places);
         Ok(())
-    }
-
-    fn check(&self, from: &MicroBatch, seats: usize) -> Result<(), String> {
-        let Limits { rows_max, seqs_max, outputs_max, context_max } = self.limits;
-        let over = |what: &str, n: usize, max: usize| Err(format!("{n} {what}, and there is room for {max}"));
-        if from.rows() > rows_max || from.positions.len() != from.rows() {
-            return over("rows", from.rows(), rows_max);
-        }
-        if from.seqs.len() > seqs_max {
-            return over("sequences", from.seqs.len(), seqs_max);
-        }
-        if from.outputs.len() > outputs_max {
-            return over("outputs", from.outputs.len(), outputs_max);
-        }
-        if from.outputs.iter().any(|o| o.row >= from.rows()) {
-            return Err("an output row beyond the rows".into());
-        }
-        let taken = from.seqs.iter().map(|s| s.seat).chain(from.outputs.iter().map(|o| o.seat));
-        if let Some(seat) = taken.max().filter(|&seat| seat as usize >= seats) {
-            return over("as a seat", seat as usize, seats);
-        }
-        let mut row = 0;
-        for seq in &from.seqs {
-            let len = seq.cached + seq.len;
-            if len > context_max || seq.blocks.len() * KV_BLOCK < len {
-                return over("tokens of a sequence", len, context_max.min(seq.blocks.len() * KV_BLOCK));
-            }
-            if seq.row != row || seq.len == 0 || row + seq.len > from.rows() {
-                return Err("rows that belong to no sequence, or to two".into());
-            }
-            let own = from.positions[row..row + seq.len].iter().zip(seq.cached..);
-            if own.into_iter().any(|(&position, wanted)| position as usize != wanted) {
-                return Err("a row that is not at its place in the sequence".into());
-            }
-            row += seq.len;
-        }
-        if row == from.rows() { Ok(()) } else { Err("rows that belong to no sequence".into()) }
     }
 
     fn places_on_device(&self, places: &Places) -> BatchView {
@@ -306,6 +286,68 @@ impl Batch {
     }
 }
 
+/// What a micro-batch has to fit into: what is beyond it would be read or written out of bounds.
+struct Room {
+    limits: Limits,
+    seats: usize,
+    blocks: usize,
+}
+
+impl Room {
+    fn check(&self, from: &MicroBatch, blocks_end: usize) -> Result<(), String> {
+        let Limits { rows_max, seqs_max, outputs_max, context_max } = self.limits;
+        let over = |what: &str, n: usize, max: usize| Err(format!("{n} {what}, and there is room for {max}"));
+        if from.rows() > rows_max || from.positions.len() != from.rows() {
+            return over("rows", from.rows(), rows_max);
+        }
+        if from.seqs.len() > seqs_max {
+            return over("sequences", from.seqs.len(), seqs_max);
+        }
+        if from.outputs.len() > outputs_max {
+            return over("outputs", from.outputs.len(), outputs_max);
+        }
+        if from.outputs.iter().any(|o| o.row >= from.rows()) {
+            return Err("an output row beyond the rows".into());
+        }
+        let taken = from.seqs.iter().map(|s| s.seat).chain(from.outputs.iter().map(|o| o.seat));
+        if let Some(seat) = taken.max().filter(|&seat| seat as usize >= self.seats) {
+            return over("as a seat", seat as usize, self.seats);
+        }
+        if blocks_end > self.blocks {
+            return over("as a KV block", blocks_end - 1, self.blocks);
+        }
+        let mut row = 0;
+        for seq in &from.seqs {
+            let len = seq.cached + seq.len;
+            if len > context_max || seq.blocks.len() * KV_BLOCK < len {
+                return over("tokens of a sequence", len, context_max.min(seq.blocks.len() * KV_BLOCK));
+            }
+            if seq.row != row || seq.len == 0 || row + seq.len > from.rows() {
+                return Err("rows that belong to no sequence, or to two".into());
+            }
+            let own = from.positions[row..row + seq.len].iter().zip(seq.cached..);
+            if own.into_iter().any(|(&position, wanted)| position as usize != wanted) {
+                return Err("a row that is not at its place in the sequence".into());
+            }
+            row += seq.len;
+        }
+        if row == from.rows() { Ok(()) } else { Err("rows that belong to no sequence".into()) }
+    }
+}
+
+/// Blocks that hold a sequence's tokens.
+fn blocks_used(seq: &SeqRows) -> &[u32] {
+    let used = (seq.cached + seq.len).div_ceil(KV_BLOCK);
+    // Fewer are refused.
+    &seq.blocks[..used.min(seq.blocks.len())]
+}
+
+/// More than the number of any block that is used: of 256 sequences of 8192 tokens, one of 131072.
+fn blocks_end(from: &MicroBatch) -> usize {
+    let ends = from.seqs.iter().map(|s| blocks_used(s).iter().fold(0, |last, &id| id.max(last)));
+    ends.max().map_or(0, |last| last as usize + 1)
+}
+
 fn shape(from: &MicroBatch) -> Shape {
     let single = from.seqs.iter().filter(|s| s.len == 1).count();
     let several = from.seqs.iter().filter(|s| s.len > 1);
@@ -320,6 +362,7 @@ fn shape(from: &MicroBatch) -> Shape {
         single,
         tiles: several.map(|s| s.len.div_ceil(PREFILL_ROWS)).sum(),
         decode,
+        blocks: blocks_end(from),
     }
 }
 
@@ -336,10 +379,9 @@ fn pack(bytes: &mut [u8], from: &MicroBatch, shape: &Shape, places: &Places) -> 
     to.array(places.seqs, 0, seqs().map(|s| s.row as u32));
     to.array(places.seqs, 0, seqs().map(|s| s.len as u32));
     to.array(places.seqs, 0, seqs().map(|s| (s.cached + s.len) as u32));
-    let used = |s: &crate::batch::SeqRows| (s.cached + s.len).div_ceil(KV_BLOCK);
     let starts = seqs().scan(0, |at, s| {
         let start = *at;
-        *at += used(s) as u32;
+        *at += blocks_used(s).len() as u32;
         Some(start)
     });
     to.array(places.seqs, 0, starts);
@@ -350,7 +392,8 @@ fn pack(bytes: &mut [u8], from: &MicroBatch, shape: &Shape, places: &Places) -> 
     to.array(places.outputs, 0, from.outputs.iter().map(|o| o.row as u32));
     to.array(places.outputs, 0, from.outputs.iter().map(|o| o.seat));
     for seq in &from.seqs {
-        to.array(used(seq), 0, seq.blocks[..used(seq)].iter().copied());
+        let used = blocks_used(seq);
+        to.array(used.len(), 0, used.iter().copied());
     }
     to.at
 }
@@ -381,5 +424,61 @@ impl Writer<'_> {
             to.copy_from_slice(&n.to_le_bytes());
         }
         self.at += 4 * len;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{OutputRow, SeqId};
+
+    const ROOM: Room = Room {
+        limits: Limits { rows_max: 64, seqs_max: 2, outputs_max: 2, context_max: 64 },
+        seats: 4,
+        blocks: 8,
+    };
+
+    /// Twenty rows of a sequence, and one of another, in the last block and at the last seat.
+    fn fitting() -> MicroBatch {
+        let of = |id, seat, row, len, cached, blocks: &[u32]| SeqRows {
+            seq: SeqId(id),
+            seat,
+            row,
+            len,
+            cached,
+            blocks: blocks.into(),
+        };
+        MicroBatch {
+            ids: vec![0; 21],
+            positions: (0..20).chain([16]).collect(),
+            // The third block holds no token yet: it may be anything.
+            seqs: vec![of(0, 0, 0, 20, 0, &[3, 0, 99]), of(1, 3, 20, 1, 16, &[1, 7])],
+            outputs: vec![OutputRow { row: 20, seq: SeqId(1), seat: 3 }],
+            ..MicroBatch::default()
+        }
+    }
+
+    fn refused(spoil: impl FnOnce(&mut MicroBatch)) -> String {
+        let mut batch = fitting();
+        spoil(&mut batch);
+        ROOM.check(&batch, blocks_end(&batch)).unwrap_err()
+    }
+
+    #[test]
+    fn what_would_be_out_of_bounds_is_refused() {
+        assert_eq!(ROOM.check(&fitting(), 8), Ok(()));
+        assert_eq!(blocks_end(&fitting()), 8);
+        assert_eq!(blocks_end(&MicroBatch::default()), 0);
+        let block = refused(|b| b.seqs[1].blocks = [1, 8].into());
+        assert_eq!(block, "8 as a KV block, and there is room for 8");
+        assert!(refused(|b| b.seqs[1].blocks = [u32::MAX, 7].into()).contains("KV block"));
+        assert!(refused(|b| b.seqs[1].blocks = [1].into()).contains("tokens of a sequence"));
+        assert!(refused(|b| b.seqs[0].seat = 4).contains("seat"));
+        assert!(refused(|b| b.outputs[0].seat = 4).contains("seat"));
+        assert!(refused(|b| b.outputs[0].row = 21).contains("output row"));
+        assert!(refused(|b| b.positions[3] = 5).contains("place in the sequence"));
+        assert!(refused(|b| b.seqs[1].row = 19).contains("to two"));
+        assert!(refused(|b| drop(b.seqs.pop())).contains("no sequence"));
+        assert!(refused(|b| b.positions.truncate(20)).contains("rows"));
     }
 }

@@ -9,6 +9,7 @@ use std::{
     ffi::c_void,
     path::PathBuf,
     sync::{Mutex, MutexGuard, OnceLock, PoisonError},
+    time::{Duration, Instant},
 };
 
 use cudarc::cublaslt::{
@@ -19,7 +20,8 @@ use cudarc::cublaslt::{
 use super::{
     compile::{Fnv, cache_folder, write_aside},
     driver::{Context, DeviceFacts, beside_no_recording},
-    memory::{DeviceBuf, DevicePtr, Event, Stream},
+    memory::{DeviceBuf, DevicePtr, Stream},
+    tune,
 };
 use crate::{
     backend::DType,
@@ -31,10 +33,6 @@ pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
 /// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: where an algorithm splits a sum, its parts are added in f32, not in the
 /// type of the result.
 const SPLIT_SUMS: u32 = 2;
-/// Algorithms that are timed for a shape.
-const CANDIDATES: usize = 8;
-/// Times that each is run; the best counts.
-const ROUNDS: usize = 5;
 
 /// `CUBLAS_OP_T`.
 const TRANSPOSED: i32 = 1;
@@ -67,8 +65,8 @@ pub(super) struct Operands {
 
 /// A handle on one stage's stream.
 pub(super) struct Blas {
-    context: Context,
-    facts: &'static DeviceFacts,
+    pub(super) context: Context,
+    pub(super) facts: &'static DeviceFacts,
     handle: sys::cublasLtHandle_t,
     workspace: DeviceBuf,
     /// By shape, its choice.
@@ -80,7 +78,7 @@ unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
 
-type Algo = [u64; 8];
+pub(super) type Algo = [u64; 8];
 
 impl Blas {
     pub(super) fn new(context: Context, facts: &'static DeviceFacts) -> Result<Self> {
@@ -93,6 +91,11 @@ impl Blas {
     /// Bytes of scratch.
     pub(super) fn workspace_bytes(&self) -> usize {
         self.workspace.bytes()
+    }
+
+    /// Writes the choices so far to the disk, where the next process finds them.
+    pub(super) fn keep_choices() {
+        table().write();
     }
 
     /// Enqueues the product.
@@ -113,7 +116,7 @@ impl Blas {
         };
         // SAFETY: the caller's.
         unsafe { self.run(stream, &plan, operands, &algo) }
-            .map_err(|e| failed(self.context, &format!("multiplying as {shape:?}"), e))
+            .map_err(|e| stream.explain(failed(self.context, &format!("multiplying as {shape:?}"), e)))
     }
 
     /// Takes the shape's algorithm from the table, or measures.
@@ -128,9 +131,11 @@ impl Blas {
         {
             return Ok(algo);
         }
+        let began = Instant::now();
         let candidates = self.candidates(shape, plan)?;
-        let mut best: Option<(f32, Algo)> = None;
-        if candidates.len() > 1 {
+        let timed = candidates.len() > 1 && tune::is_worth_it(shape, table.spent);
+        let mut best = None;
+        if timed {
             // Sums would be added again and again: they go to scratch. Other results are overwritten by the product that
             // follows.
             let bytes = if shape.add { shape.rows * shape.n * shape.out.size() } else { 0 };
@@ -139,18 +144,15 @@ impl Blas {
                 return Ok(candidates[0]);
             };
             let operands = Operands { out: if shape.add { sums.ptr() } else { operands.out }, ..operands };
-            for algo in &candidates {
-                // SAFETY: the caller's; the scratch is as large as the output.
-                let Some(ms) = (unsafe { self.measure(stream, plan, operands, algo)? }) else { continue };
-                if best.is_none_or(|(least, _)| ms < least) {
-                    best = Some((ms, *algo));
-                }
-            }
+            // SAFETY: the caller's; the scratch is as large as the output.
+            best = unsafe { self.fastest(stream, plan, operands, &candidates)? };
             stream.synchronize()?;
         }
         let algo = best.map_or(candidates[0], |(_, algo)| algo);
-        tracing::debug!(?shape, candidates = candidates.len(), ms = best.map(|(ms, _)| ms), "chosen");
-        table.put(key, algo);
+        let (count, ms) = (candidates.len(), best.map(|(ms, _)| ms));
+        tracing::debug!(?shape, candidates = count, timed, ms, "chosen");
+        table.spent += began.elapsed();
+        table.put(key, algo, timed || count == 1);
         Ok(algo)
     }
 
@@ -167,8 +169,10 @@ impl Blas {
     fn candidates(&self, shape: Shape, plan: &Plan) -> Result<Vec<Algo>> {
         let name = |e| failed(self.context, &format!("looking for a way to multiply as {shape:?}"), e);
         let preference = Preference::new().map_err(name)?;
+        let wanted = tune::candidates(shape);
         // SAFETY: plain data.
-        let mut found: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] = unsafe { std::mem::zeroed() };
+        let mut found: [sys::cublasLtMatmulHeuristicResult_t; tune::CANDIDATES] =
+            unsafe { std::mem::zeroed() };
         let mut count = 0;
         // SAFETY: all descriptors live; there is room for as many results as said.
         let outcome = unsafe {
@@ -180,7 +184,7 @@ impl Blas {
                 plan.out,
                 plan.out,
                 preference.0,
-                CANDIDATES as i32,
+                wanted as i32,
                 found.as_mut_ptr(),
                 &mut count,
             )
@@ -217,34 +221,8 @@ impl Blas {
             && checked.workspaceSize <= self.workspace.bytes()
     }
 
-    /// Milliseconds of one run; `None` if it cannot be run.
-    ///
     /// SAFETY: as for `multiply`.
-    unsafe fn measure(
-        &self,
-        stream: &Stream,
-        plan: &Plan,
-        operands: Operands,
-        algo: &Algo,
-    ) -> Result<Option<f32>> {
-        let (start, end) = (Event::timed(self.context)?, Event::timed(self.context)?);
-        let mut best: Option<f32> = None;
-        for _ in 0..ROUNDS {
-            start.record(stream)?;
-            // SAFETY: the caller's.
-            if unsafe { self.run(stream, plan, operands, algo) }.is_err() {
-                return Ok(None);
-            }
-            end.record(stream)?;
-            end.synchronize()?;
-            let ms = end.ms_since(&start)?;
-            best = Some(best.map_or(ms, |b| b.min(ms)));
-        }
-        Ok(best)
-    }
-
-    /// SAFETY: as for `multiply`.
-    unsafe fn run(
+    pub(super) unsafe fn run(
         &self,
         stream: &Stream,
         plan: &Plan,
@@ -276,6 +254,12 @@ impl Blas {
                 stream.raw.cast(),
             )
         }
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        Blas::keep_choices();
     }
 }
 
@@ -313,7 +297,7 @@ fn data_type(dtype: DType) -> cudaDataType_t {
 }
 
 /// Descriptors of a product. cublasLt counts by columns: a row-major `[rows, n]` is its `n x rows`.
-struct Plan {
+pub(super) struct Plan {
     operation: sys::cublasLtMatmulDesc_t,
     w: sys::cublasLtMatrixLayout_t,
     x: sys::cublasLtMatrixLayout_t,
@@ -399,34 +383,52 @@ impl Drop for Preference {
 /// The choices so far, in the process and on disk.
 struct Table {
     path: Option<PathBuf>,
-    entries: HashMap<u128, Algo>,
+    /// By key, the choice and whether it was made by timing: others are not kept on disk.
+    entries: HashMap<u128, (Algo, bool)>,
+    /// Whether there are some that the disk does not have.
+    changed: bool,
+    /// Time that choosing has taken.
+    spent: Duration,
 }
 
 fn table() -> MutexGuard<'static, Table> {
     static TABLE: OnceLock<Mutex<Table>> = OnceLock::new();
-    lock(TABLE.get_or_init(|| Mutex::new(Table::open())))
+    lock(TABLE.get_or_init(|| Mutex::new(Table::open(cache_folder().map(|f| f.join("matmul.txt"))))))
 }
 
 impl Table {
-    fn open() -> Table {
-        let path = cache_folder().map(|folder| folder.join("matmul.txt"));
-        let text = path.as_deref().and_then(|p| std::fs::read_to_string(p).ok()).unwrap_or_default();
-        Table { path, entries: text.lines().filter_map(parse_line).collect() }
+    fn open(path: Option<PathBuf>) -> Table {
+        let mut table = Table { path, entries: HashMap::new(), changed: false, spent: Duration::ZERO };
+        table.read();
+        table
     }
 
     fn get(&self, key: u128) -> Option<Algo> {
-        self.entries.get(&key).copied()
+        self.entries.get(&key).map(|(algo, _)| *algo)
     }
 
-    /// Adds an entry, here and on disk, beside what other processes have written meanwhile.
-    fn put(&mut self, key: u128, algo: Algo) {
-        self.entries.insert(key, algo);
-        let Some(path) = &self.path else { return };
-        let others = std::fs::read_to_string(path).unwrap_or_default();
-        for (key, algo) in others.lines().filter_map(parse_line) {
-            self.entries.entry(key).or_insert(algo);
+    fn put(&mut self, key: u128, algo: Algo, timed: bool) {
+        self.entries.insert(key, (algo, timed));
+        self.changed |= timed;
+    }
+
+    /// Adds what is on disk.
+    fn read(&mut self) {
+        let text = self.path.as_deref().and_then(|p| std::fs::read_to_string(p).ok()).unwrap_or_default();
+        for (key, algo) in text.lines().filter_map(parse_line) {
+            self.entries.entry(key).or_insert((algo, true));
         }
-        let mut lines: Vec<String> = self.entries.iter().map(|(key, algo)| line(*key, algo)).collect();
+    }
+
+    /// Brings the disk what it does not have, beside what other processes have written meanwhile.
+    fn write(&mut self) {
+        if !std::mem::take(&mut self.changed) {
+            return;
+        }
+        self.read();
+        let Some(path) = &self.path else { return };
+        let timed = self.entries.iter().filter(|(_, (_, timed))| *timed);
+        let mut lines: Vec<String> = timed.map(|(key, (algo, _))| line(*key, algo)).collect();
         lines.sort();
         if let Err(error) = write_aside(path, lines.concat().as_bytes()) {
             tracing::debug!(path = %path.display(), %error, "the choice of algorithms is not kept");
@@ -477,5 +479,20 @@ mod tests {
             damaged.replace_range(i..i + 1, other);
             assert_eq!(parse_line(&damaged), None, "character {i}");
         }
+    }
+
+    #[test]
+    fn timed_choices_are_kept_beside_those_of_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = || Some(folder.path().join("matmul.txt"));
+        let (mut one, mut other) = (Table::open(path()), Table::open(path()));
+        one.put(1, [1; 8], true);
+        one.put(2, [2; 8], false);
+        other.put(3, [3; 8], true);
+        one.write();
+        other.write();
+        let found = Table::open(path());
+        assert_eq!([1, 2, 3].map(|key| found.get(key)), [Some([1; 8]), None, Some([3; 8])]);
+        assert_eq!((one.get(2), other.get(1)), (Some([2; 8]), Some([1; 8])));
     }
 }

@@ -15,6 +15,7 @@ use cudarc::{
     nvrtc,
 };
 
+use super::lost;
 use crate::error::{Error, Result};
 
 /// The oldest driver that knows what is asked of it: graphs with programmatic launches, CUDA 12.3.
@@ -145,6 +146,28 @@ fn facts(ordinal: usize) -> Result<DeviceFacts, result::DriverError> {
     })
 }
 
+/// Says what a GPU is used with.
+fn tell(facts: &DeviceFacts) {
+    let (mut cuda, mut major, mut minor) = (0, 0, 0);
+    // SAFETY: they write one number and two.
+    unsafe {
+        let _ = sys::cuDriverGetVersion(&mut cuda);
+        let _ = nvrtc::sys::nvrtcVersion(&mut major, &mut minor);
+    }
+    let driver = std::fs::read_to_string("/sys/module/nvidia/version").unwrap_or_default();
+    tracing::info!(
+        device = format!("cuda:{}", facts.ordinal),
+        name = facts.name,
+        arch = facts.arch(),
+        driver = driver.trim(),
+        cuda = format!("{}.{}", cuda / 1000, cuda % 1000 / 10),
+        nvrtc = format!("{major}.{minor}"),
+        // SAFETY: it only answers.
+        cublaslt = unsafe { cublaslt::sys::cublasLtGetVersion() },
+        "opened"
+    );
+}
+
 /// Passes are recorded with nobody else in the driver for what may make it wait for a whole context: taking and giving
 /// back memory, loading code, and first launches, which load code. It refuses that while a stream of the context is being
 /// recorded, whoever asks.
@@ -183,6 +206,9 @@ pub(super) struct Context {
     pub(super) ordinal: usize,
 }
 
+/// Those that have been made.
+static KEPT: Mutex<Vec<Context>> = Mutex::new(Vec::new());
+
 // SAFETY: a context may be used from any thread.
 unsafe impl Send for Context {}
 // SAFETY: as above.
@@ -191,7 +217,6 @@ unsafe impl Sync for Context {}
 impl Context {
     /// The context of a GPU, which must be one that kernels can be compiled for.
     pub(super) fn of(ordinal: usize) -> Result<Context> {
-        static KEPT: Mutex<Vec<Context>> = Mutex::new(Vec::new());
         let found = devices()?;
         let refuse = |why| Err(Error::Device { device: format!("cuda:{ordinal}"), why });
         let Some(facts) = found.get(ordinal) else {
@@ -212,6 +237,7 @@ impl Context {
         let raw = unsafe { result::primary_ctx::retain(device) }.map_err(|e| failed(ordinal, doing, e))?;
         let context = Context { raw, device, ordinal };
         kept.push(context);
+        tell(facts);
         Ok(context)
     }
 
@@ -236,9 +262,32 @@ impl Context {
         }
     }
 
-    /// Names the GPU in an error.
+    /// Names the GPU in an error, and takes note if it is lost.
     pub(super) fn check<T>(self, doing: &str, outcome: Result<T, result::DriverError>) -> Result<T> {
-        outcome.map_err(|e| failed(self.ordinal, doing, e))
+        outcome.map_err(|e| {
+            let lost = lost::ends_context(e.0).then(|| self.lost());
+            lost.into_iter().for_each(lost::lose);
+            failed(lost.unwrap_or(self.ordinal), doing, e)
+        })
+    }
+
+    /// The GPU that is lost, when a call for this one has said so: it may be another one's event that was waited for.
+    fn lost(self) -> usize {
+        let is = |context: &Context| {
+            // SAFETY: contexts live as long as the process.
+            let entered = unsafe { result::ctx::set_current(context.raw) };
+            entered.and_then(|()| result::mem_get_info()).is_err_and(|e| lost::ends_context(e.0))
+        };
+        let others = || KEPT.lock().map_or_else(|_| Vec::new(), |kept| kept.clone());
+        let found = if is(&self) { None } else { others().into_iter().find(is) };
+        // SAFETY: as above.
+        let _ = unsafe { result::ctx::set_current(self.raw) };
+        found.unwrap_or(self).ordinal
+    }
+
+    /// Whether what it has been given to do may never end, so that nothing is to be freed.
+    pub(super) fn is_abandoned(self) -> bool {
+        lost::is_abandoned(self.ordinal)
     }
 
     /// Bytes that are free now.

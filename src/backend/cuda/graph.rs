@@ -48,16 +48,17 @@ impl Graph {
     /// Puts the pass at the end of the stream.
     pub(super) fn launch(&mut self, stream: &Stream) -> Result<()> {
         self.context.enter()?;
-        let _beside = beside_no_recording();
+        let beside = beside_no_recording();
         // SAFETY: both live; the addresses in it do too: the buffers belong to whoever recorded them.
         let outcome = unsafe { result::graph::launch(self.raw, stream.raw) };
-        self.context.check("repeating a pass", outcome)
+        drop(beside);
+        self.context.check("repeating a pass", outcome).map_err(|error| stream.explain(error))
     }
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        if self.context.enter().is_ok() {
+        if !self.context.is_abandoned() && self.context.enter().is_ok() {
             // SAFETY: made in `record`, destroyed here alone.
             let _ = unsafe { result::graph::exec_destroy(self.raw) };
         }

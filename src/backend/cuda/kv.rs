@@ -1,6 +1,6 @@
 //! A layer's pages of keys and values: `[blocks, kv_heads, KV_BLOCK, head_dim]` each.
 
-use super::{Cuda, DevicePtr, memory::DeviceBuf};
+use super::{Batch, Cuda, DevicePtr, memory::DeviceBuf};
 use crate::{
     backend::{HeadShape, KvShape},
     error::Result,
@@ -21,8 +21,9 @@ impl Kv {
         Ok(Kv { keys: cuda.zeroed(bytes)?, values: cuda.zeroed(bytes)?, shape })
     }
 
-    /// Panics if the pages are of other heads.
-    pub(super) fn expect(&self, heads: HeadShape) {
+    /// Panics if the pages are of other heads, or if there are too few for the micro-batch.
+    pub(super) fn expect(&self, heads: HeadShape, batch: &Batch) {
+        batch.expect_blocks(self.shape.blocks);
         let here = (self.shape.kv_heads, self.shape.head_dim);
         assert!(here == (heads.kv_heads, heads.head_dim), "pages of other heads; this is a bug");
     }

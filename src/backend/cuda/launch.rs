@@ -141,14 +141,18 @@ impl Kernel {
             attrs: &mut attribute,
             numAttrs: u32::from(early),
         };
-        let _beside = beside_no_recording();
+        let beside = beside_no_recording();
         // SAFETY: the caller's.
         let outcome = unsafe {
             sys::cuLaunchKernelEx(&config, self.raw, args.as_mut_ptr().cast(), std::ptr::null_mut()).result()
         };
+        drop(beside);
         match outcome {
             Ok(()) => Ok(()),
-            Err(e) => self.context.check(&format!("launching {} as {grid:?}", self.name), Err(e)),
+            Err(e) => {
+                let outcome = self.context.check(&format!("launching {} as {grid:?}", self.name), Err(e));
+                outcome.map_err(|error| stream.explain(error))
+            }
         }
     }
 }

@@ -61,7 +61,7 @@ impl DeviceBuf {
 
 impl Drop for DeviceBuf {
     fn drop(&mut self) {
-        if self.bytes > 0 && self.context.enter().is_ok() {
+        if self.bytes > 0 && !self.context.is_abandoned() && self.context.enter().is_ok() {
             let _beside = beside_no_recording();
             // SAFETY: allocated in `new`, freed here alone. The driver waits for what still uses it.
             let _ = unsafe { result::free_sync(self.ptr.0) };
@@ -125,7 +125,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        if self.context.enter().is_ok() {
+        if !self.context.is_abandoned() && self.context.enter().is_ok() {
             let _beside = beside_no_recording();
             // SAFETY: allocated in `new`, freed here alone.
             let _ = unsafe { result::free_host(self.at.cast::<c_void>()) };
@@ -170,6 +170,26 @@ impl Stream {
         }
     }
 
+    /// An error of something that was to go into it, with what is known about the stream beside.
+    pub(super) fn explain(&self, error: Error) -> Error {
+        let Error::Device { device, why } = error else { return error };
+        let mut recording = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: the stream lives; writes one number.
+        let asked = unsafe { sys::cuStreamIsCapturing(self.raw, &mut recording) }.result();
+        use sys::CUstreamCaptureStatus::*;
+        let state = match (asked, recording) {
+            (Err(e), _) => format!("cannot be asked whether it is recorded: {:?}", e.0),
+            // Another question would spoil the recording.
+            (_, CU_STREAM_CAPTURE_STATUS_ACTIVE) => "is being recorded".into(),
+            (_, CU_STREAM_CAPTURE_STATUS_INVALIDATED) => "has a spoilt recording".into(),
+            (_, CU_STREAM_CAPTURE_STATUS_NONE) => match self.check() {
+                Ok(()) => "is not being recorded and has not failed".into(),
+                Err(error) => format!("is not being recorded and has failed: {error}"),
+            },
+        };
+        Error::Device { device, why: format!("{why}; the stream {state}") }
+    }
+
     /// What comes later waits for the event, which must have been recorded: otherwise this does nothing.
     pub(crate) fn wait(&self, event: &Event) -> Result<()> {
         self.context.enter()?;
@@ -208,7 +228,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.context.enter().is_ok() {
+        if !self.context.is_abandoned() && self.context.enter().is_ok() {
             // SAFETY: made in `new`, destroyed here alone.
             let _ = unsafe { result::stream::destroy(self.raw) };
         }
@@ -277,7 +297,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        if self.context.enter().is_ok() {
+        if !self.context.is_abandoned() && self.context.enter().is_ok() {
             // SAFETY: made in `make`, destroyed here alone.
             let _ = unsafe { result::event::destroy(self.raw) };
         }

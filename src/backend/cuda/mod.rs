@@ -21,6 +21,7 @@ mod kv;
 mod launch;
 mod linear;
 mod load;
+mod lost;
 mod matrix;
 mod memory;
 mod norm;
@@ -30,6 +31,8 @@ mod probe;
 mod rope;
 mod sample;
 mod tokens;
+mod tune;
+mod warm_up;
 
 use std::sync::{
     Arc,
@@ -40,6 +43,7 @@ pub use account::{StageNeeds, allocated, free_bytes, kv_waste, rows_room, stage_
 pub use batch::Batch;
 pub use driver::{DeviceFacts, devices, driver_present};
 pub use kv::Kv;
+pub use lost::any as any_lost;
 pub use matrix::Matrix;
 pub use memory::Event;
 pub use probe::{Gpu, Link, LinkKind, Probe, probe};
@@ -105,6 +109,8 @@ pub struct PipelineFacts {
     pub head_dim: usize,
     /// Sequences that run at once, at most.
     pub seats: usize,
+    /// Steps in flight at most.
+    pub in_flight: usize,
 }
 
 /// The same, with what is made of it once.
@@ -119,9 +125,10 @@ impl Cuda {
     /// A backend for each stage, on these GPUs in order.
     pub fn pipeline(ordinals: &[usize], facts: PipelineFacts) -> Result<Vec<Arc<Cuda>>> {
         let Some(&last) = ordinals.last() else { return Ok(Vec::new()) };
+        lost::work_together(ordinals);
         // Before the first stage takes something: stages may share a GPU.
         let free: Vec<usize> = ordinals.iter().map(|&i| free_bytes(i)).collect::<Result<_>>()?;
-        let tokens = Arc::new(Tokens::new(Context::of(last)?, facts.seats)?);
+        let tokens = Arc::new(Tokens::new(Context::of(last)?, facts.seats, facts.in_flight)?);
         let shared = Shared { of: facts, tokens, stages: ordinals.len() };
         ordinals.iter().zip(free).map(|(&i, free)| Cuda::open(i, free, &shared).map(Arc::new)).collect()
     }
@@ -129,7 +136,7 @@ impl Cuda {
     /// A backend that stands alone.
     pub fn new(ordinal: usize, facts: PipelineFacts) -> Result<Cuda> {
         let free = free_bytes(ordinal)?;
-        let tokens = Arc::new(Tokens::new(Context::of(ordinal)?, facts.seats)?);
+        let tokens = Arc::new(Tokens::new(Context::of(ordinal)?, facts.seats, facts.in_flight)?);
         Cuda::open(ordinal, free, &Shared { of: facts, tokens, stages: 1 })
     }
 

@@ -3,12 +3,13 @@
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 use super::{
-    Batch, Buf, Cuda, Event, Kv, Matrix, Pending, Sampler, attention, copy, embed, linear, pad_rows, rope,
-    sample,
+    Batch, Buf, Cuda, Event, Kv, Matrix, Pending, Sampler, attention, blas::Blas, copy, embed, linear,
+    pad_rows, rope, sample, warm_up,
 };
 use crate::{
     backend::{
         AttentionShape, Backend, DType, DeviceMemory, HeadShape, KvShape, Limits, Norm, QkNorm, Tensor,
+        WarmUp,
     },
     batch::{MicroBatch, Sampled, Step},
     error::Result,
@@ -58,7 +59,10 @@ impl Backend for Cuda {
 
     fn loaded(&self) -> Result<()> {
         self.uploader.finish()?;
-        self.synchronize()
+        self.synchronize()?;
+        // What has been tried until now.
+        Blas::keep_choices();
+        Ok(())
     }
 
     fn kv(&self, shape: KvShape) -> Result<Kv> {
@@ -71,6 +75,10 @@ impl Backend for Cuda {
 
     fn sampler(&self, vocab: usize) -> Result<Sampler> {
         Sampler::new(self, vocab)
+    }
+
+    fn warm_ups(&self, limits: Limits) -> Vec<WarmUp> {
+        warm_up::all(limits)
     }
 
     fn set_batch(&self, batch: &mut Batch, from: &MicroBatch) -> Result<()> {

@@ -43,7 +43,7 @@ pub(super) fn rope_kv(
 ) -> Result<()> {
     let rows = batch.shape().rows_padded;
     let qkv = qkv.expect(cuda.dtype, rows * heads.qkv_dim());
-    kv.expect(heads);
+    kv.expect(heads, batch);
     let (q_norm, k_norm, eps) = match norm {
         Some(QkNorm { q, k, eps }) => {
             (q.expect(DType::F32, heads.head_dim), k.expect(DType::F32, heads.head_dim), eps)
@@ -55,7 +55,7 @@ pub(super) fn rope_kv(
     let grid = Grid { blocks: [rows as u32, groups, 1], threads: THREADS, shared: 0 };
     let (keys, values, view) = (kv.keys(), kv.values(), batch.view());
     // SAFETY: (ptr × 5, Batch, u32, u32, f32) matches rope.cu; the sizes have been checked, and a sequence's blocks are
-    // among the layer's, since all stages have as many as the scheduler leases.
+    // among the layer's: `expect` has checked them, or `set` has, where the pass is repeated.
     unsafe {
         cuda.launch(
             &cuda.kernels.rope.rope_kv,

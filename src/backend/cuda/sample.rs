@@ -1,8 +1,8 @@
 //! Choosing tokens: kernels/sample.cu and kernels/argmax.cu.
 //!
 //! The parameters of a step's outputs go to the GPU with the launch; what penalties and biases need lies there in rows
-//! of the vocabulary's length, taken when a sequence first wants one and used again later. The GPU writes tokens and
-//! log-probabilities to pinned memory, where the host reads them when the step is done.
+//! of the vocabulary's length, two for each sequence that can run. The GPU writes tokens and log-probabilities to pinned
+//! memory, where the host reads them when the step is done. All of it is taken at load.
 #![allow(unsafe_code)]
 
 use std::{
@@ -30,6 +30,9 @@ const FEW_OUTPUTS: usize = 16;
 const CLUSTER: usize = 8;
 /// `IN_PROMPT` in sample.cuh.
 const IN_PROMPT: u32 = 1 << 31;
+/// Room of a step for prompts with penalties and for biases. When there are more, the host waits until it can be used
+/// again.
+const START_WORDS: usize = 16 << 10;
 /// More than the static shared memory of `sample`.
 const STATIC_SHARED: usize = 16 << 10;
 
@@ -57,10 +60,15 @@ impl Kernels {
     }
 }
 
-/// Bytes on the GPU, if every sequence wants penalties and biases.
-pub(super) fn device_bytes_max(seats: usize, vocab: usize) -> usize {
-    let fixed = seats * (size_of::<SampleParams>() + 8 + 4);
-    allocated(fixed) + 2 * seats * allocated(4 * vocab)
+/// Bytes on the GPU.
+pub(super) fn device_bytes(seats: usize, vocab: usize) -> usize {
+    let fixed = [seats * size_of::<SampleParams>(), seats * 8, seats * 4];
+    fixed.into_iter().map(allocated).sum::<usize>() + allocated(2 * seats * row_bytes(vocab))
+}
+
+/// Bytes from one row of the vocabulary's length to the next.
+fn row_bytes(vocab: usize) -> usize {
+    (4 * vocab).next_multiple_of(256)
 }
 
 /// Chooses tokens for the sequences that it has been told about.
@@ -68,7 +76,9 @@ pub struct Sampler {
     vocab: usize,
     outputs_max: usize,
     seqs: HashMap<SeqId, SeqState>,
-    spare: Vec<DeviceBuf>, // [vocab] words each
+    /// What `spare` and the sequences' rows lie in: two a seat.
+    _rows: DeviceBuf,
+    spare: Vec<DevicePtr>, // [vocab] words each
     params: DeviceBuf,     // [outputs_max] of SampleParams
     best: DeviceBuf,       // [outputs_max] of u64, zero between launches
     done: DeviceBuf,       // [outputs_max] of u32, likewise
@@ -89,8 +99,8 @@ struct SeqState {
     sampling: Arc<SamplingParams>,
     seed: u64,
     answered: u32,
-    counts: Option<DeviceBuf>,
-    bias: Option<DeviceBuf>,
+    counts: Option<DevicePtr>,
+    bias: Option<DevicePtr>,
 }
 
 /// `struct SampleParams` in sample.cuh.
@@ -122,10 +132,10 @@ const LOGPROBS_WORDS: usize = 2 + 2 * LOGPROBS_MAX as usize;
 
 /// Memory of the host for one step.
 struct Slot {
-    params: Pinned,        // [outputs_max] of SampleParams
-    tokens: Pinned,        // [outputs_max]
-    logprobs: Pinned,      // [outputs_max, LOGPROBS_WORDS]
-    start: Option<Pinned>, // prompts and biases of sequences that start
+    params: Pinned,   // [outputs_max] of SampleParams
+    tokens: Pinned,   // [outputs_max]
+    logprobs: Pinned, // [outputs_max, LOGPROBS_WORDS]
+    start: Pinned,    // [START_WORDS]: prompts and biases of sequences that start
 }
 
 /// Tokens that may not have been chosen yet.
@@ -172,16 +182,21 @@ impl Sampler {
         if fits {
             cuda.kernels.sample.sample.allow_shared(keys as u32)?;
         }
+        let (stride, rows) = (row_bytes(vocab), 2 * outputs_max);
+        let memory = cuda.take(rows * stride)?;
+        let spare = (0..rows).map(|i| memory.ptr().add(i * stride)).collect();
+        let slots = (0..cuda.tokens.in_flight()).map(|_| Slot::new(cuda, outputs_max));
         Ok(Sampler {
             vocab,
             outputs_max,
             seqs: HashMap::new(),
-            spare: Vec::new(),
+            _rows: memory,
+            spare,
             params: cuda.take(outputs_max * size_of::<SampleParams>())?,
             best: cuda.zeroed(8 * outputs_max)?,
             done: cuda.zeroed(4 * outputs_max)?,
             draw: DrawLaunch { cluster, shared: if fits { keys } else { 0 } },
-            slots: Arc::default(),
+            slots: Arc::new(Mutex::new(slots.collect::<Result<_>>()?)),
         })
     }
 
@@ -190,13 +205,13 @@ impl Sampler {
         let state = self.seqs.get_mut(&output.seq);
         let state = state.expect("an output row of a sequence that never started; this is a bug");
         let p = &state.sampling;
-        let row = |buf: &Option<DeviceBuf>| buf.as_ref().map_or(DevicePtr::NULL, DeviceBuf::ptr);
+        let row = |row: Option<DevicePtr>| row.unwrap_or(DevicePtr::NULL);
         let params = SampleParams {
             seed: state.seed,
             answered: state.answered,
             seat: output.seat,
-            counts: row(&state.counts),
-            bias: row(&state.bias),
+            counts: row(state.counts),
+            bias: row(state.bias),
             temperature: p.temperature,
             top_k: p.top_k,
             top_p: p.top_p,
@@ -277,63 +292,74 @@ impl Sampler {
     }
 
     fn start(&mut self, cuda: &Cuda, starts: &[SeqStart], slot: &mut Slot) -> Result<()> {
-        let biases: Vec<BTreeMap<u32, f32>> = starts.iter().map(|s| merged(&s.sampling.logit_bias)).collect();
-        let marked = |s: &SeqStart| if s.sampling.repetition_penalty != 1.0 { s.prompt.len() } else { 0 };
-        let again: Vec<BTreeMap<u32, u32>> = starts.iter().map(counted).collect();
-        let pairs = |lens: usize| 2 * lens;
-        let words: usize = starts.iter().map(marked).sum::<usize>()
-            + pairs(biases.iter().map(BTreeMap::len).sum())
-            + pairs(again.iter().map(BTreeMap::len).sum());
-        let mut staging = Staging::new(cuda, slot, 4 * words)?;
-        for ((start, bias), again) in starts.iter().zip(biases).zip(again) {
-            let (sampling, answered) = (start.sampling.clone(), start.generated.len() as u32);
+        // SAFETY: the slot's last step is done.
+        let mut staging = unsafe { Staging::new(cuda, &mut slot.start) };
+        for start in starts {
+            let sampling = start.sampling.clone();
+            let answered = start.generated.len() as u32;
             let mut state = SeqState { sampling, seed: start.seed, answered, counts: None, bias: None };
             if penalizes(&start.sampling) {
                 let row = self.cleared_row(cuda)?;
-                let prompt = staging.put(start.prompt[..marked(start)].iter().copied());
-                self.mark(cuda, &row, prompt, marked(start))?;
-                if !again.is_empty() {
-                    let ids = staging.put(again.keys().copied());
-                    let counts = staging.put(again.values().copied());
-                    self.set_words(cuda, &row, (ids, counts), again.len())?;
+                let marks = start.sampling.repetition_penalty != 1.0;
+                for part in start.prompt.chunks(START_WORDS).filter(|_| marks) {
+                    staging.make_room(part.len())?;
+                    let ids = staging.put(part.iter().copied());
+                    self.mark(cuda, row, ids, part.len())?;
                 }
+                let again: Vec<(u32, u32)> = counted(start).into_iter().collect();
+                self.put_words(cuda, &mut staging, row, &again)?;
                 state.counts = Some(row);
             }
-            if !bias.is_empty() {
+            let biases = merged(&start.sampling.logit_bias);
+            if !biases.is_empty() {
                 let row = self.cleared_row(cuda)?;
-                let ids = staging.put(bias.keys().copied());
-                let values = staging.put(bias.values().map(|v| v.to_bits()));
-                self.set_words(cuda, &row, (ids, values), bias.len())?;
+                let words: Vec<(u32, u32)> = biases.into_iter().map(|(id, v)| (id, v.to_bits())).collect();
+                self.put_words(cuda, &mut staging, row, &words)?;
                 state.bias = Some(row);
             }
+            self.end(start.seq);
             self.seqs.insert(start.seq, state);
         }
         Ok(())
     }
 
-    fn cleared_row(&mut self, cuda: &Cuda) -> Result<DeviceBuf> {
-        let row = match self.spare.pop() {
-            Some(row) => row,
-            None => cuda.take(4 * self.vocab)?,
-        };
+    /// Writes a word for each of some tokens to a row.
+    fn put_words(
+        &self,
+        cuda: &Cuda,
+        staging: &mut Staging<'_>,
+        row: DevicePtr,
+        words: &[(u32, u32)],
+    ) -> Result<()> {
+        for part in words.chunks(START_WORDS / 2) {
+            staging.make_room(2 * part.len())?;
+            let ids = staging.put(part.iter().map(|(id, _)| *id));
+            let values = staging.put(part.iter().map(|(_, word)| *word));
+            self.set_words(cuda, row, (ids, values), part.len())?;
+        }
+        Ok(())
+    }
+
+    fn cleared_row(&mut self, cuda: &Cuda) -> Result<DevicePtr> {
+        let row = self.spare.pop().expect("more sequences than seats; this is a bug");
         // SAFETY: (u32*, u32) as in argmax.cu; the row has as many words.
         unsafe {
             cuda.launch(
                 &cuda.kernels.sample.clear_words,
                 words_grid(self.vocab),
-                &mut args![row.ptr(), self.vocab as u32],
+                &mut args![row, self.vocab as u32],
             )?
         };
         Ok(row)
     }
 
-    fn mark(&self, cuda: &Cuda, row: &DeviceBuf, ids: DevicePtr, len: usize) -> Result<()> {
+    fn mark(&self, cuda: &Cuda, row: DevicePtr, ids: DevicePtr, len: usize) -> Result<()> {
         // SAFETY: (u32*, const u32*, u32, u32) as in argmax.cu; the ids stay in the slot until the step is done.
         unsafe {
             cuda.launch(
                 &cuda.kernels.sample.mark_prompt,
                 words_grid(len),
-                &mut args![row.ptr(), ids, len as u32, self.vocab as u32],
+                &mut args![row, ids, len as u32, self.vocab as u32],
             )
         }
     }
@@ -342,7 +368,7 @@ impl Sampler {
     fn set_words(
         &self,
         cuda: &Cuda,
-        row: &DeviceBuf,
+        row: DevicePtr,
         (ids, values): (DevicePtr, DevicePtr),
         len: usize,
     ) -> Result<()> {
@@ -351,7 +377,7 @@ impl Sampler {
             cuda.launch(
                 &cuda.kernels.sample.set_bias,
                 words_grid(len),
-                &mut args![row.ptr(), ids, values, len as u32, self.vocab as u32],
+                &mut args![row, ids, values, len as u32, self.vocab as u32],
             )
         }
     }
@@ -361,12 +387,19 @@ impl Sampler {
         if let Some(slot) = lock(&self.slots).pop() {
             return Ok(slot);
         }
+        // Only after a failure: slots of steps that may still run do not come back.
+        Slot::new(cuda, self.outputs_max)
+    }
+}
+
+impl Slot {
+    fn new(cuda: &Cuda, outputs_max: usize) -> Result<Slot> {
         let pinned = |bytes| Pinned::new(cuda.context, bytes);
         Ok(Slot {
-            params: pinned(self.outputs_max * size_of::<SampleParams>())?,
-            tokens: pinned(self.outputs_max * 4)?,
-            logprobs: pinned(self.outputs_max * LOGPROBS_WORDS * 4)?,
-            start: None,
+            params: pinned(outputs_max * size_of::<SampleParams>())?,
+            tokens: pinned(outputs_max * 4)?,
+            logprobs: pinned(outputs_max * LOGPROBS_WORDS * 4)?,
+            start: pinned(4 * START_WORDS)?,
         })
     }
 }
@@ -408,29 +441,36 @@ fn merged(biases: &[(u32, f32)]) -> BTreeMap<u32, f32> {
 
 /// Words that kernels read from the host's memory.
 struct Staging<'a> {
+    cuda: &'a Cuda,
     at: DevicePtr,
     room: &'a mut [u8],
+    used: usize,
 }
 
 impl<'a> Staging<'a> {
-    fn new(cuda: &Cuda, slot: &'a mut Slot, bytes: usize) -> Result<Self> {
-        if slot.start.as_ref().is_none_or(|have| have.bytes() < bytes) {
-            slot.start = Some(Pinned::new(cuda.context, bytes.next_power_of_two())?);
+    /// SAFETY: no GPU uses the memory, and `make_room` is called before each kernel's words.
+    unsafe fn new(cuda: &'a Cuda, memory: &'a mut Pinned) -> Self {
+        let at = memory.ptr();
+        // SAFETY: the caller's.
+        Staging { cuda, at, room: unsafe { memory.as_mut_slice() }, used: 0 }
+    }
+
+    /// For so many words, which are read by a kernel that is launched before this is called again.
+    fn make_room(&mut self, words: usize) -> Result<()> {
+        if self.used + 4 * words > self.room.len() {
+            self.cuda.synchronize()?;
+            self.used = 0;
         }
-        let pinned = slot.start.as_mut().expect("made above; this is a bug");
-        let at = pinned.ptr();
-        // SAFETY: the slot's last step is done.
-        Ok(Staging { at, room: unsafe { pinned.as_mut_slice() } })
+        Ok(())
     }
 
     /// Writes words after those before, and returns their address.
     fn put(&mut self, words: impl ExactSizeIterator<Item = u32>) -> DevicePtr {
-        let (here, bytes) = (self.at, 4 * words.len());
-        let (now, later) = std::mem::take(&mut self.room).split_at_mut(bytes);
-        for (to, word) in now.chunks_exact_mut(4).zip(words) {
+        let (here, bytes) = (self.at.add(self.used), 4 * words.len());
+        for (to, word) in self.room[self.used..][..bytes].chunks_exact_mut(4).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
-        (self.at, self.room) = (here.add(bytes), later);
+        self.used += bytes;
         here
     }
 }
@@ -459,7 +499,7 @@ impl Drop for Pending {
     fn drop(&mut self) {
         // A slot whose step may still run is never used again, nor freed.
         let slot = self.slot.take();
-        match self.tokens.chosen(self.step).synchronize() {
+        match self.tokens.wait(self.step) {
             Ok(()) => lock(&self.slots).extend(slot),
             Err(_) => std::mem::forget(slot),
         }

@@ -1,7 +1,7 @@
 //! The way of tokens from the stage that chooses them to the one that embeds them, and to the host.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -9,7 +9,7 @@ use super::{
     driver::Context,
     memory::{DevicePtr, Event, Pinned, Stream},
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Steps in flight at most.
 const STEPS: usize = 2048;
@@ -22,17 +22,29 @@ const CARE: Duration = Duration::from_millis(500);
 ///
 /// It lies in pinned memory of the host, which every GPU reaches, whether or not they reach each other.
 pub(super) struct Tokens {
+    context: Context,
     table: Pinned, // [seats] of u32
+    in_flight: usize,
     /// By step, that its tokens are there.
     chosen: Vec<Event>,
     /// Of all stages: if one of them fails, the others wait for its events for ever.
     stages: Mutex<Vec<Weak<Stream>>>,
+    /// Why no more tokens come.
+    failed: OnceLock<Error>,
 }
 
 impl Tokens {
-    pub(super) fn new(context: Context, seats: usize) -> Result<Tokens> {
+    /// For so many sequences, and steps in flight.
+    pub(super) fn new(context: Context, seats: usize, in_flight: usize) -> Result<Tokens> {
+        assert!(in_flight <= STEPS, "more steps in flight than events; this is a bug");
         let chosen = (0..STEPS).map(|_| Event::new(context)).collect::<Result<_>>()?;
-        Ok(Tokens { table: Pinned::new(context, 4 * seats.max(1))?, chosen, stages: Mutex::default() })
+        let table = Pinned::new(context, 4 * seats.max(1))?;
+        Ok(Tokens { context, table, in_flight, chosen, stages: Mutex::default(), failed: OnceLock::new() })
+    }
+
+    /// Steps in flight at most.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight
     }
 
     /// Tokens come by way of this stream too.
@@ -57,13 +69,25 @@ impl Tokens {
     pub(super) fn wait(&self, step: u64) -> Result<()> {
         let mut since = Instant::now();
         while !self.chosen(step).reached()? {
+            if let Some(error) = self.failed.get() {
+                return Err(error.clone());
+            }
             std::thread::sleep(LOOK);
-            if since.elapsed() > CARE {
-                let stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
-                stages.iter().filter_map(Weak::upgrade).try_for_each(|stream| stream.check())?;
+            if since.elapsed() > CARE || self.context.is_abandoned() {
+                self.look_after_stages()?;
                 since = Instant::now();
             }
         }
         Ok(())
+    }
+
+    fn look_after_stages(&self) -> Result<()> {
+        let stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut outcome = stages.iter().filter_map(Weak::upgrade).try_for_each(|stream| stream.check());
+        if outcome.is_ok() && self.context.is_abandoned() {
+            // The stage has ended, and has said more.
+            outcome = Err(Error::Engine("a GPU of the pipeline is lost".into()));
+        }
+        outcome.inspect_err(|error| drop(self.failed.set(error.clone())))
     }
 }

@@ -1,0 +1,67 @@
+//! How fast ops are by themselves: measurements, which `tools/gpu_check.py` runs and judges.
+
+use pipeline_infer::backend::{
+    AttentionShape, Backend, DType, HeadShape, KvShape, Limits,
+    cuda::{self, Cuda},
+};
+
+use crate::{Parts, Room, Sequences, ask, device::gpu, poisoned};
+
+const SEQUENCES: usize = 64;
+const CONTEXT: usize = 4096;
+/// Layers in turn: what a cache has of one is gone when it comes again.
+const LAYERS: usize = 4;
+/// Times that all layers are in a recorded pass, so that what is around the kernels counts little.
+const TURNS: usize = 4;
+const PASSES: u32 = 10;
+
+/// Microseconds of attention of the last of `CONTEXT` tokens of each sequence.
+fn decode_us(gpu: &Cuda, heads: HeadShape) -> f64 {
+    let limits =
+        Limits { rows_max: SEQUENCES, seqs_max: SEQUENCES, outputs_max: SEQUENCES, context_max: CONTEXT };
+    let mut sequences = Sequences::new(SEQUENCES, CONTEXT);
+    let HeadShape { kv_heads, head_dim, .. } = heads;
+    let shape = KvShape { blocks: sequences.blocks(), kv_heads, head_dim, dtype: DType::BF16 };
+    let layers: Vec<_> = (0..LAYERS).map(|_| gpu.kv(shape).unwrap()).collect();
+    sequences.cached.fill(CONTEXT - 1);
+    let parts: Vec<(usize, usize)> = (0..SEQUENCES).map(|seq| (seq, 1)).collect();
+    let mut micro = sequences.step(&parts as &Parts);
+    ask(&mut micro, 0..SEQUENCES);
+    let mut batch = gpu.batch(limits, &vec![1.0; head_dim / 2], 1.0).unwrap();
+    gpu.set_batch(&mut batch, &micro).unwrap();
+    let mut qkv = gpu.working_buf(SEQUENCES * heads.qkv_dim()).unwrap();
+    gpu.write(&mut qkv, &crate::numbers(1, SEQUENCES * heads.qkv_dim())).unwrap();
+    let mut out = poisoned(gpu, Room::Working, SEQUENCES * heads.q_dim());
+    let shape = AttentionShape { heads, scale: 0.1, window: None };
+    let mut pass = || {
+        gpu.pass(&batch, &mut || {
+            let turns = (0..TURNS).flat_map(|_| &layers);
+            turns.into_iter().try_for_each(|kv| gpu.attention(&mut out, &qkv, kv, &batch, shape))
+        })
+        .unwrap();
+    };
+    // The second one is recorded.
+    (0..3).for_each(|_| pass());
+    let start = gpu.mark().unwrap();
+    (0..PASSES).for_each(|_| pass());
+    let end = gpu.mark().unwrap();
+    gpu.synchronize().unwrap();
+    let time = gpu.between(&start, &end).unwrap().expect("both have come");
+    time.as_secs_f64() * 1e6 / (f64::from(PASSES) * (LAYERS * TURNS) as f64)
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn decode_attention_reads_pages_nearly_as_fast_as_a_copy() {
+    let Some(gpu) = gpu(DType::BF16, 128) else { return };
+    let copy = cuda::probe(true).unwrap().gpus[0].copy_gb_per_s.expect("measured");
+    for (heads, kv_heads) in [(28, 4), (64, 8)] {
+        let us = decode_us(&gpu, HeadShape { heads, kv_heads, head_dim: 128 });
+        let bytes = 2 * SEQUENCES * CONTEXT * kv_heads * 128 * DType::BF16.size();
+        let rate = bytes as f64 / us / 1e3;
+        println!(
+            "decode attention {heads}/{kv_heads}: {us:.1} us, {rate:.0} GB/s, {:.3} of a copy's {copy:.0} GB/s",
+            rate / copy
+        );
+    }
+}
