@@ -4,13 +4,12 @@
 
 use std::sync::Arc;
 
-use crossbeam_channel as channel;
-
 use super::{Closed, Ends, Receiver, Sender, Transport};
 use crate::{
     backend::cuda::{Buf, Cuda, Event, Ring},
     batch::Step,
     error::{Error, Result},
+    sync::channel,
 };
 
 /// Into the memory of the receiver's GPU, where it can be reached and the self-test passes; else through pinned
