@@ -11,6 +11,7 @@ pub mod batch;
 pub mod drive;
 #[path = "../../../src/error.rs"]
 pub mod error;
+pub mod explore;
 pub mod model;
 #[path = "../../../src/pipeline/mod.rs"]
 pub mod pipeline;

@@ -1,7 +1,7 @@
 //! Devices that work behind the host's back, as far as order goes: nothing is computed, and nothing is left to luck.
 //!
 //! A stream is a list of operations, each done after the one before it. Which operations of *different* streams are in order
-//! follows from events alone, and is kept as vector clocks. So a schedule of the host's threads stands for every speed of
+//! follows from events and from what the host has waited for, and is kept as vector clocks. So a schedule of the host's threads stands for every speed of
 //! the devices: an access that no event puts behind an earlier one to the same place is a violation, whether or not the
 //! two would have met. A wait for an event that has not been recorded is no wait, as in CUDA.
 
@@ -227,7 +227,8 @@ impl State {
 
     fn expect_behind(&mut self, stage: usize, earlier: impl IntoIterator<Item = At>, what: &str) {
         for (other, at) in earlier {
-            if self.streams[stage].clock[other] < at {
+            // What the host has seen done is over before anything that it asks for now.
+            if self.streams[stage].clock[other].max(self.done[other]) < at {
                 self.violated(format!("stage {stage} {what} stage {other}"));
             }
         }
