@@ -49,7 +49,10 @@ fn seed(path: &Path, name: &str, edits: &[(&str, &str)]) -> String {
     for (from, to) in edits {
         let times = text.matches(from).count();
         let path = path.display();
-        assert!(times == 1, "{path}: the edit for {name} in src/bugs.rs finds its text {times} times: {from}");
+        assert!(
+            times == 1,
+            "{path}: the edit for {name} in src/bugs.rs finds its text {times} times: {from}"
+        );
         text = text.replace(from, to);
     }
     text.replace("crate::", &format!("crate::seeded::{name}::"))

@@ -90,7 +90,7 @@ pub struct Pending {
 }
 
 impl<const ASYNC: bool> Device<ASYNC> {
-    /// An error of this stage is made by the world alone.
+    /// Every call to the device may be the one that fails.
     fn call<T>(&self, act: impl FnOnce(&mut crate::world::State) -> T) -> Result<T> {
         self.world.call(self.stage, act)
     }
@@ -254,8 +254,8 @@ pub mod cuda {
     }
 
     impl Cuda {
-        /// The self-test needs no room.
-        pub const TEST_BYTES: usize = 0;
+        /// The self-test needs no more room than a packet.
+        pub const TEST_BYTES: usize = CELL_BYTES;
 
         /// Whether that GPU's memory can be written to.
         pub fn reaches(&self, _: &Cuda) -> Result<bool> {
@@ -302,7 +302,13 @@ pub mod cuda {
         ///
         /// # Safety
         /// Nothing can go wrong here; it is unsafe where the real one is.
-        pub unsafe fn send_rows(&self, to: DevicePtr, from: DevicePtr, len: usize, sent: &Event) -> Result<()> {
+        pub unsafe fn send_rows(
+            &self,
+            to: DevicePtr,
+            from: DevicePtr,
+            len: usize,
+            sent: &Event,
+        ) -> Result<()> {
             // SAFETY: as above.
             unsafe { self.copy_rows(to, from, len)? };
             self.record_event(sent)

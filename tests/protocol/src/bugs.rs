@@ -55,7 +55,10 @@ pub const BUGS: &[Bug] = &[
                 "self.cuda.wait(&entry.full)?;",
                 "self.cuda.wait(&entry.full)?; self.cuda.record_event(&entry.free)?;",
             ),
-            ("        self.cuda.record_event(&entry.free)?;\n        // The sender may", "        // The sender may"),
+            (
+                "        self.cuda.record_event(&entry.free)?;\n        // The sender may",
+                "        // The sender may",
+            ),
         ],
     },
     Bug {
@@ -110,11 +113,17 @@ pub const BUGS: &[Bug] = &[
     Bug {
         name: "failed_step_is_not_told",
         file: "pipeline/stage.rs",
-        edits: &[("Some(pending) => self.outcomes.tell(step, pending),", "Some(pending) => pending.is_ok_and(|p| self.outcomes.tell(step, Ok(p))),")],
+        edits: &[(
+            "Some(pending) => self.outcomes.tell(step, pending),",
+            "Some(pending) => pending.is_ok_and(|p| self.outcomes.tell(step, Ok(p))),",
+        )],
     },
     Bug {
         name: "a_neighbour_that_is_gone_is_waited_for",
         file: "transport/peer.rs",
-        edits: &[("full: full_out, free: free_in,", "full: full_out, free: { std::mem::forget(free_in.clone()); free_in },")],
+        edits: &[(
+            "full: full_out, free: free_in,",
+            "full: full_out, free: { std::mem::forget(free_in.clone()); free_in },",
+        )],
     },
 ];

@@ -69,7 +69,14 @@ impl Worker {
         steps: channel::Sender<Step>,
         results: channel::Receiver<(u64, Result<Vec<crate::batch::Sampled>>)>,
     ) -> Self {
-        Worker { setup: *setup, steps: Some(steps), results, planned: 0, in_flight: VecDeque::new(), wrong: None }
+        Worker {
+            setup: *setup,
+            steps: Some(steps),
+            results,
+            planned: 0,
+            in_flight: VecDeque::new(),
+            wrong: None,
+        }
     }
 
     /// Until so many steps have come back, or one has failed.

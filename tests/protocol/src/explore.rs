@@ -16,7 +16,7 @@ use shuttle::{
 use crate::{Setup, Wire, drive::drive};
 
 /// Schedules of each setup and scheduler; `PIPELINE_INFER_SCHEDULES` sets another number.
-const SCHEDULES: usize = 2000;
+const SCHEDULES: usize = 4000;
 /// The schedules are the same in every run.
 const SEED: u64 = 17;
 /// Changes of priority in a schedule: so many orderings have to be met for a bug to show.

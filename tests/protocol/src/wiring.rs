@@ -23,9 +23,8 @@ pub fn wire(setup: &Setup, world: &World) -> Wired {
 }
 
 fn wire_on<B: Backend>(transport: &dyn Transport<B>, setup: &Setup, world: &World) -> Wired {
-    let devices: Vec<Arc<B>> = (0..setup.stages)
-        .map(|stage| Arc::new(B::of(stage, world, stage + 1 == setup.stages)))
-        .collect();
+    let devices: Vec<Arc<B>> =
+        (0..setup.stages).map(|stage| Arc::new(B::of(stage, world, stage + 1 == setup.stages))).collect();
     let (steps, steps_out) = channel::bounded(setup.steps_room);
     let (enqueued, await_enqueued) = token_edge();
     let (results_in, results) = channel::unbounded();
@@ -38,20 +37,22 @@ fn wire_on<B: Backend>(transport: &dyn Transport<B>, setup: &Setup, world: &Worl
     }
     outputs.push(Output::Results(enqueued));
     let turn = Arc::new(Mutex::new(()));
-    let stage = |(index, ((input, output), backend)): (usize, ((Input<B>, Output<B>), &Arc<B>))| Stage {
-        index,
-        backend: backend.clone(),
-        load: Box::new(Decoder::load),
-        input,
-        output,
-        results: results_in.clone(),
-        turn: if B::ASYNC { Arc::default() } else { turn.clone() },
-        metrics: Arc::default(),
-    };
-    let stages = inputs.into_iter().zip(outputs).zip(&devices).enumerate().map(stage);
+    let mut stages = Vec::new();
+    for (index, ((input, output), backend)) in inputs.into_iter().zip(outputs).zip(&devices).enumerate() {
+        stages.push(Stage {
+            index,
+            backend: backend.clone(),
+            load: Box::new(Decoder::load),
+            input,
+            output,
+            results: results_in.clone(),
+            turn: if B::ASYNC { Arc::default() } else { turn.clone() },
+            metrics: Arc::default(),
+        });
+    }
     let runs: Vec<Vec<Stage<B>>> = match setup.way {
-        Way::Processor { one_thread: true } => vec![stages.collect()],
-        _ => stages.map(|stage| vec![stage]).collect(),
+        Way::Processor { one_thread: true } => vec![stages],
+        _ => stages.into_iter().map(|stage| vec![stage]).collect(),
     };
     let start = |run: Vec<Stage<B>>| {
         let len = run.len();
