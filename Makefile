@@ -20,11 +20,13 @@ test: check ## all that can run on this machine
 	  echo "SKIPPED: tests with SmolLM2-135M, which could not be fetched"; test -z "$(REQUIRE_MODEL)"; }
 	PIPELINE_INFER_SMOLLM2="$(abspath $(MODEL))" cargo test --locked --all-targets
 	cargo test --locked --doc
+	@# Interleavings of the pipeline's threads: a crate of its own, without the kernels, built in seconds.
+	cargo test --locked -p pipeline-infer-protocol
 
 # The oldest Rust that the crate promises to be built by.
 OLDEST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml).0
 check:
-	@if cargo fmt --version >/dev/null 2>&1; then cargo fmt --check; else echo "SKIPPED: rustfmt is not installed"; fi
+	@if cargo fmt --version >/dev/null 2>&1; then cargo fmt --all --check; else echo "SKIPPED: rustfmt is not installed"; fi
 	@# The fuzz targets too. Without default features they need no C++ compiler, and the rest has none.
 	@if cargo clippy --version >/dev/null 2>&1; then \
 	  cargo clippy --locked --workspace --no-default-features --all-targets -- -D warnings; \

@@ -20,6 +20,7 @@ const RANKS: &[(&str, u32)] = &[
     ("backend", 2),
     ("batch", 1),
     ("request", 1),
+    ("sync", 0),
     ("error", 0),
 ];
 

@@ -1,13 +1,12 @@
 //! From tokens that a device may still be choosing to what a step came to.
 
-use std::{any::Any, sync::Arc, thread::JoinHandle};
-
-use crossbeam_channel as channel;
+use std::{any::Any, sync::Arc};
 
 use crate::{
     backend::Backend,
     batch::{MicroBatch, Sampled, Step},
     error::{Error, Result, quiet_panic},
+    sync::{channel, thread},
 };
 
 /// What a step came to.
@@ -28,7 +27,7 @@ pub(super) enum Outcomes<P> {
 pub(super) struct TellerThread<P> {
     /// As many as steps may be in flight. `None` once it has been told to end.
     pending: Option<channel::Sender<(Step, Result<P>)>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<thread::JoinHandle<()>>,
 }
 
 /// Waits for tokens and sends them.
@@ -85,7 +84,7 @@ impl<P: Send + 'static> TellerThread<P> {
                 }
             }
         };
-        let thread = std::thread::Builder::new()
+        let thread = thread::Builder::new()
             .name(name.clone())
             .spawn(tell_all)
             .map_err(|e| Error::Engine(format!("{name}: no thread: {e}")))?;

@@ -1,13 +1,6 @@
 //! A stage on its thread: receive, forward, send.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex},
-    thread::JoinHandle,
-    time::Instant,
-};
-
-use crossbeam_channel as channel;
+use std::{collections::VecDeque, sync::Arc, time::Instant};
 
 use super::{
     AwaitEnqueued, Enqueued, Outcome, StageMetrics,
@@ -19,6 +12,7 @@ use crate::{
     batch::Step,
     error::{Error, Result},
     model::decoder::Decoder,
+    sync::{Mutex, channel, thread},
     transport::{Closed, Receiver, Sender},
 };
 
@@ -65,7 +59,7 @@ pub struct Stage<B: Backend> {
 /// Stages that have been started on one thread.
 pub struct StagesHandle {
     /// Their thread; it ends when the first one's input closes.
-    pub thread: JoinHandle<()>,
+    pub thread: thread::JoinHandle<()>,
     /// For each stage, whether it could be loaded, and the bytes of its weights.
     pub loaded: channel::Receiver<Result<usize>>,
 }
@@ -81,7 +75,7 @@ pub fn spawn<B: Backend>(stages: Vec<Stage<B>>) -> Result<StagesHandle> {
         [only] => format!("stage {}", only.index),
         [first, .., last] => format!("stages {}-{}", first.index, last.index),
     };
-    let thread = std::thread::Builder::new()
+    let thread = thread::Builder::new()
         .name(name.clone())
         .spawn(move || run(stages, &loaded_in))
         .map_err(|e| Error::Engine(format!("{name}: no thread: {e}")))?;

@@ -3,9 +3,7 @@
 //! A device waits for an event, and an event that has not been recorded is no wait. So the first stage passes a step
 //! on to its device only when the last stage has passed the step whose tokens it needs on to its own.
 
-use crossbeam_channel as channel;
-
-use crate::transport::Closed;
+use crate::{sync::channel, transport::Closed};
 
 /// Makes the two ends: for the stage that holds the head, and for the one that holds the embedding.
 pub fn token_edge() -> (Enqueued, AwaitEnqueued) {

@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use crossbeam_channel as channel;
-
 use super::{Closed, Ends, Receiver, Sender, Transport};
 use crate::{
     backend::Backend,
     batch::Step,
     error::{Error, Result},
+    sync::channel,
 };
 
 /// A boundary through host memory: works between any two devices.

@@ -4,8 +4,6 @@
 
 use std::sync::Arc;
 
-use crossbeam_channel as channel;
-
 use super::{Closed, Ends, Receiver, Sender, Transport};
 use crate::{
     backend::{
@@ -14,6 +12,7 @@ use crate::{
     },
     batch::Step,
     error::{Error, Result},
+    sync::channel,
 };
 
 /// Into the memory of the receiver's GPU, where it can be reached and the self-test passes; else through pinned
