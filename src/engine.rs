@@ -15,6 +15,7 @@ use std::sync::{
 use crossbeam_channel as channel;
 
 pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
+pub use place::{gpus, profiles, scratch};
 pub use progress::LoadProgress;
 
 use self::worker::{Command, Submission};
