@@ -18,6 +18,7 @@ use std::{
 use crossbeam_channel as channel;
 
 pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
+pub use place::{gpus, profiles, scratch};
 pub use progress::LoadProgress;
 
 use self::worker::{Command, Submission};

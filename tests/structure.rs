@@ -25,7 +25,7 @@ const RANKS: &[(&str, u32)] = &[
 ];
 
 /// Pairs of the same rank that are meant.
-const ALLOWED: &[(&str, &str)] = &[("batch", "request")];
+const ALLOWED: &[(&str, &str)] = &[("batch", "request"), ("layout", "model")];
 
 const UNSAFE_ROOMS: &[&str] =
     &["src/backend/cpu/", "src/backend/cuda/", "src/transport/peer", "src/model/mapped.rs"];

@@ -10,6 +10,7 @@ mod interrupt;
 mod loading;
 mod man;
 mod output;
+mod plan;
 mod prompts;
 mod run;
 mod setup;
@@ -49,8 +50,14 @@ struct Subcommand {
 }
 
 /// All subcommands. The first one's flags work without its name, too.
-const SUBCOMMANDS: &[Subcommand] =
-    &[run::SUBCOMMAND, bench::SUBCOMMAND, devices::SUBCOMMAND, completions::SUBCOMMAND, man::SUBCOMMAND];
+const SUBCOMMANDS: &[Subcommand] = &[
+    run::SUBCOMMAND,
+    bench::SUBCOMMAND,
+    plan::SUBCOMMAND,
+    devices::SUBCOMMAND,
+    completions::SUBCOMMAND,
+    man::SUBCOMMAND,
+];
 
 impl Subcommand {
     fn command(&self) -> Command {

@@ -1,6 +1,6 @@
 //! The flags that make an engine: the model, where its stages run, and how much they may use.
 
-use std::time::Instant;
+use std::{str::FromStr, time::Instant};
 
 use clap::{Args, ValueEnum};
 
@@ -9,7 +9,7 @@ use crate::{
     backend::DType,
     engine::{Engine, EngineBuilder, WeightSource},
     error::{Error, Result},
-    layout::{Device, Layout},
+    layout::{Device, Layout, planner::Split},
     model::hub,
 };
 
@@ -20,10 +20,15 @@ pub(super) struct Setup {
     /// A folder with config.json and safetensors, or OWNER/NAME[@REVISION] on the Hugging Face hub
     #[arg(long, value_name = "DIR")]
     model: String,
-    /// Cuts the layers into N stages of near-equal length [default: 1]
-    #[arg(long, value_name = "N", conflicts_with = "layout")]
-    stages: Option<usize>,
-    /// Which layers make each stage, and on which device: 0-9,10-29 or 0-9@cuda:0,10-29@cuda:1
+    /// Cuts the layers into N stages, or into as many as are worth it (auto: at most one a GPU) [default: 1]
+    #[arg(long, value_name = "N|auto", conflicts_with = "layout")]
+    stages: Option<Stages>,
+    /// How they are cut: even (near-equal lengths) or planned (the slowest stage as fast as can be) [default:
+    /// planned on several GPUs, else even]
+    #[arg(long, value_name = "SPLIT", conflicts_with = "layout")]
+    split: Option<Cut>,
+    /// Which layers make each stage, and on which device: 0-9,10-29 or 0-9@cuda:0,10-29@cuda:1, or a file that
+    /// ends in .toml
     #[arg(long, value_name = "STAGES")]
     layout: Option<String>,
     /// Where the stages run: auto (GPUs if there are any), cpu, cuda (successive GPUs) or cuda:N; a layout names devices itself
@@ -61,18 +66,63 @@ pub(super) struct Setup {
     threads: Option<usize>,
 }
 
+/// How many stages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stages {
+    Of(usize),
+    Auto,
+}
+
+impl FromStr for Stages {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Stages::Auto),
+            _ => text.parse().map(Stages::Of).map_err(|_| "expected a number of stages, or auto".into()),
+        }
+    }
+}
+
+/// A [`Split`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Cut {
+    Even,
+    Planned,
+}
+
+impl From<Cut> for Split {
+    fn from(cut: Cut) -> Split {
+        match cut {
+            Cut::Even => Split::Even,
+            Cut::Planned => Split::Planned,
+        }
+    }
+}
+
 /// A [`DType`], or the checkpoint's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Kept {
+pub(super) enum Kept {
     Auto,
     F32,
     F16,
     Bf16,
 }
 
+impl Kept {
+    pub(super) fn dtype(self) -> Option<DType> {
+        match self {
+            Kept::Auto => None,
+            Kept::F32 => Some(DType::F32),
+            Kept::F16 => Some(DType::F16),
+            Kept::Bf16 => Some(DType::BF16),
+        }
+    }
+}
+
 /// A [`WeightSource`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Source {
+pub(super) enum Source {
     Real,
     Dummy,
 }
@@ -85,7 +135,10 @@ impl Setup {
             Source::Dummy => WeightSource::Dummy,
         });
         if let Some(layout) = &self.layout {
-            builder = builder.layout(layout.parse::<Layout>()?);
+            let read = Layout::from_arg(layout)?;
+            // Cuts alone say nothing of devices.
+            let placed = layout.contains('@') || layout.ends_with(".toml");
+            builder = if placed { builder.layout(read) } else { builder.cuts(read) };
         }
         builder = match self.device.as_str() {
             "auto" => builder,
@@ -94,18 +147,23 @@ impl Setup {
                 Error::usage(format!("--device {text}"), "it is none of auto, cpu, cuda and cuda:N")
             })?),
         };
-        let dtype = match self.dtype {
-            Kept::Auto => None,
-            Kept::F32 => Some(DType::F32),
-            Kept::F16 => Some(DType::F16),
-            Kept::Bf16 => Some(DType::BF16),
-        };
-        if let Some(dtype) = dtype {
+        if let Some(dtype) = self.dtype.dtype() {
             builder = builder.dtype(dtype);
+        }
+        let stages = match self.stages {
+            Some(Stages::Of(n)) => Some(n),
+            Some(Stages::Auto) => {
+                builder = builder.stages_auto();
+                None
+            }
+            None => None,
+        };
+        if let Some(cut) = self.split {
+            builder = builder.split(cut.into());
         }
         type Set = fn(EngineBuilder, usize) -> EngineBuilder;
         let counts: [(&str, Option<usize>, Set); 7] = [
-            ("--stages", self.stages, EngineBuilder::stages),
+            ("--stages", stages, EngineBuilder::stages),
             ("--max-context", self.max_context, EngineBuilder::max_context),
             ("--kv-memory", self.kv_memory, EngineBuilder::kv_memory),
             ("--slots", self.slots, EngineBuilder::slots),

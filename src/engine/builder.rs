@@ -4,7 +4,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use super::{
     Engine, Facts,
-    place::{self, Place, Room},
+    place::{Count, Place, Room, Unplaced},
     progress::{LoadProgress, Observer, Progress},
     wire::{Shared, start, wire},
 };
@@ -12,7 +12,7 @@ use crate::{
     backend::{DType, Limits},
     batch::KV_BLOCK,
     error::{Error, Result},
-    layout::{Device, Layout, Stage},
+    layout::{Device, Layout, Stage, Workload, planner::Split},
     model::{
         decoder::{DecoderConfig, weight_bytes},
         open_model,
@@ -59,7 +59,9 @@ pub enum WeightSource {
 pub struct EngineBuilder {
     model: PathBuf,
     layout: Option<Layout>,
-    stages: Option<usize>,
+    cuts: Option<Layout>,
+    stages: Option<Count>,
+    split: Option<Split>,
     place: Place,
     dtype: Option<DType>,
     weights: WeightSource,
@@ -86,9 +88,27 @@ impl EngineBuilder {
         self
     }
 
-    /// This many stages of near-equal length, when no layout is given. Default: 1.
+    /// The cuts of a layout, whose stages go where as many would go without one, whatever devices it names.
+    pub fn cuts(mut self, layout: Layout) -> Self {
+        self.cuts = Some(layout);
+        self
+    }
+
+    /// This many stages, when no layout is given. Default: 1.
     pub fn stages(mut self, stages: usize) -> Self {
-        self.stages = Some(stages);
+        self.stages = Some(Count::Of(stages));
+        self
+    }
+
+    /// As many stages as are worth it, at most one a GPU, when no layout is given.
+    pub fn stages_auto(mut self) -> Self {
+        self.stages = Some(Count::Auto);
+        self
+    }
+
+    /// How the layers are cut, when no layout is given. Default: planned on several GPUs, else even.
+    pub fn split(mut self, split: Split) -> Self {
+        self.split = Some(split);
         self
     }
 
@@ -177,10 +197,10 @@ impl EngineBuilder {
         within("--threads", self.threads, THREADS_MAX)?;
         let model = open_model(&self.model, self.weights == WeightSource::Dummy)?;
         let spec = Arc::new(model.spec.clone());
-        let layout = self.plan_layout(&spec)?;
         let dtype = self.dtype.unwrap_or(model.dtype);
-        let gpus = layout.stages().iter().any(|stage| stage.device != Device::Cpu);
         let context = self.plan_context(&spec)?;
+        let layout = self.plan_layout(&spec, dtype, context)?;
+        let gpus = layout.stages().iter().any(|stage| stage.device != Device::Cpu);
         let chunk = self.chunk.unwrap_or(if gpus { CHUNK_GPU } else { CHUNK_CPU }).min(context);
         let chunk_min = match (self.chunk, gpus) {
             (Some(_), _) => chunk,
@@ -233,12 +253,36 @@ impl EngineBuilder {
         start(facts, wired, Scheduler::new(scheduling, BlockPool::new(blocks)))
     }
 
-    fn plan_layout(&self, spec: &ModelSpec) -> Result<Layout> {
+    fn plan_layout(&self, spec: &ModelSpec, dtype: DType, context: usize) -> Result<Layout> {
         let layers = spec.layers.len();
-        match (&self.layout, self.stages) {
-            (Some(_), Some(_)) => Err(Error::usage("--stages", "it cannot be used with --layout")),
-            (Some(layout), None) => layout.check(layers).map(|()| layout.clone()),
-            (None, stages) => place::even(stages.unwrap_or(1), layers, self.place),
+        let given = self.layout.as_ref().or(self.cuts.as_ref());
+        let refused = [("--stages", self.stages.is_some()), ("--split", self.split.is_some())];
+        if let (Some(_), Some((flag, _))) = (given, refused.iter().find(|(_, given)| *given)) {
+            return Err(Error::usage(*flag, "it cannot be used with --layout"));
+        }
+        if let Some(layout) = given {
+            layout.check(layers)?;
+        }
+        if let Some(layout) = &self.layout {
+            return Ok(layout.clone());
+        }
+        let usual = Workload::default();
+        let running = self.running.unwrap_or(RUNNING_GPU);
+        // Sequences with a third of them new, as usual, where contexts are short.
+        let (prompt, new) = (usual.prompt.min(context * 2 / 3), usual.new.min(context / 3).max(1));
+        let chunk = self.chunk.unwrap_or(CHUNK_GPU).min(context);
+        let all_layers = spec.kv_bytes_per_token(dtype) * layers;
+        let unplaced = Unplaced {
+            spec,
+            dtype,
+            place: self.place,
+            workload: Workload { running, prompt, new, chunk },
+            kv_tokens: self.kv_memory.map(|bytes| bytes / all_layers),
+            context,
+        };
+        match &self.cuts {
+            Some(layout) => unplaced.cuts(layout),
+            None => unplaced.stages(self.stages.unwrap_or(Count::Of(1)), self.split),
         }
     }
 

@@ -9,16 +9,25 @@ use crate::{
     },
     batch::KV_BLOCK,
     error::{Error, Result},
-    layout::{Device, Layout, Stage},
+    layout::{
+        Device, DeviceSpec, Layout, Planner, Stage, Workload,
+        planner::{Scratch, Split},
+        profile::{self, Profile},
+    },
     model::{
         decoder::{buffer_sizes, weight_sizes},
         spec::ModelSpec,
+        units::Unit,
     },
+    schedule::{Scheduler, SchedulerConfig},
     transport::ring_bytes,
 };
 
 /// Of a GPU's free memory, what is left for the driver: code, stacks, recorded passes and what fragments.
 const RESERVE_BYTES: usize = 640 << 20;
+
+/// Micro-batches in flight that plans leave room for: rings of more are small beside what else is estimated.
+const SLOTS_PLANNED: usize = 8;
 
 /// Where stages go that no layout places.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -32,25 +41,136 @@ pub(super) enum Place {
     One(Device),
 }
 
-/// Stages of near-equal length.
-pub(super) fn even(stages: usize, layers: usize, place: Place) -> Result<Layout> {
+/// How many stages, where no layout says.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Count {
+    /// So many.
+    Of(usize),
+    /// As many as are worth it.
+    Auto,
+}
+
+/// A model on its way to a layout.
+pub(super) struct Unplaced<'a> {
+    pub(super) spec: &'a ModelSpec,
+    pub(super) dtype: DType,
+    pub(super) place: Place,
+    pub(super) workload: Workload,
+    /// Tokens whose keys and values must have room, if it is said how many.
+    pub(super) kv_tokens: Option<usize>,
+    pub(super) context: usize,
+}
+
+impl Unplaced<'_> {
+    /// Stages of near-equal length, or, on several GPUs and unless asked otherwise, planned ones.
+    pub(super) fn stages(&self, count: Count, split: Option<Split>) -> Result<Layout> {
+        let gpus = gpus_of(self.place)?;
+        let several = if let Count::Of(n) = count { n > 1 && gpus.len() > 1 } else { gpus.len() > 1 };
+        let layers = self.spec.layers.len();
+        match count {
+            Count::Of(n) if !several || split == Some(Split::Even) => {
+                self.place_on(&gpus, &Layout::even(n, layers, Device::Cpu)?)
+            }
+            Count::Auto if !several => self.place_on(&gpus, &Layout::even(1, layers, Device::Cpu)?),
+            Count::Of(n) => self.planned(&gpus, |planner| planner.plan(n)),
+            Count::Auto => self.planned(&gpus, |planner| match planner.plan_auto()? {
+                layout if split == Some(Split::Even) => planner.even(layout.stages().len()),
+                layout => Ok(layout),
+            }),
+        }
+    }
+
+    /// These cuts, on the devices that as many stages would be on.
+    pub(super) fn cuts(&self, layout: &Layout) -> Result<Layout> {
+        self.place_on(&gpus_of(self.place)?, layout)
+    }
+
+    /// Stages on successive GPUs, or on the one device if there are none.
+    fn place_on(&self, gpus: &[usize], layout: &Layout) -> Result<Layout> {
+        let one = match self.place {
+            Place::One(device) => device,
+            Place::Auto | Place::Gpus => Device::Cpu,
+        };
+        let stages = layout.stages().len();
+        // Neighbours share a GPU where there are fewer GPUs than stages.
+        let on = |i: usize| match gpus.len() {
+            0 => one,
+            n if stages > n => Device::Cuda(gpus[i * n / stages]),
+            _ => Device::Cuda(gpus[i]),
+        };
+        let cut = layout.stages().iter().enumerate();
+        Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())
+    }
+
+    fn planned(&self, gpus: &[usize], plan: impl Fn(&Planner) -> Result<Layout>) -> Result<Layout> {
+        let devices = specs(gpus)?;
+        let mut planner = Planner::new(self.spec, self.dtype, &devices);
+        planner.workload = self.workload;
+        planner.kv_tokens = self.kv_tokens;
+        planner.scratch = scratch(self.spec, self.dtype, self.workload, self.context);
+        planner.profiles = profiles(self.spec, self.dtype, &devices);
+        let layout = plan(&planner)?;
+        tracing::debug!(%layout, measured = planner.profiles.iter().flatten().count(), "planned");
+        Ok(layout)
+    }
+}
+
+/// The usable GPUs' numbers; none where stages go to one device, or to the CPU.
+fn gpus_of(place: Place) -> Result<Vec<usize>> {
     let gpus = match place {
-        Place::One(device) => return Layout::even(stages, layers, device),
+        Place::One(_) => return Ok(Vec::new()),
         Place::Gpus => usable(cuda::devices()?),
         Place::Auto => cuda::devices().map_or_else(cpu_instead, usable),
     };
-    let layout = Layout::even(stages, layers, Device::Cpu)?;
     if gpus.is_empty() && place == Place::Gpus {
         let why = "none of the GPUs is new enough: compute capability 8.0 is needed".into();
         return Err(Error::Device { device: "cuda".into(), why });
     }
-    if gpus.is_empty() {
-        return Ok(layout);
-    }
-    // Neighbours share a GPU where there are fewer GPUs than stages.
-    let on = |i: usize| Device::Cuda(gpus[if stages > gpus.len() { i * gpus.len() / stages } else { i }]);
-    let cut = layout.stages().iter().enumerate();
-    Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())
+    Ok(gpus)
+}
+
+/// The usable GPUs of this machine, as plans see them, with what is free on them now.
+pub fn gpus() -> Result<Vec<DeviceSpec>> {
+    specs(&gpus_of(Place::Gpus)?)
+}
+
+fn specs(gpus: &[usize]) -> Result<Vec<DeviceSpec>> {
+    let all = cuda::devices()?;
+    let spec = |gpu: &&DeviceFacts| {
+        let free = cuda::free_bytes(gpu.ordinal)?.saturating_sub(RESERVE_BYTES);
+        let spec = DeviceSpec::of_gpu(&gpu.name, gpu.multiprocessors, gpu.memory_bytes);
+        Ok(DeviceSpec { device: Device::Cuda(gpu.ordinal), free, ..spec })
+    };
+    all.iter().filter(|gpu| gpus.contains(&gpu.ordinal)).collect::<Vec<_>>().iter().map(spec).collect()
+}
+
+/// What has been measured of a model on each of these devices.
+pub fn profiles(spec: &ModelSpec, dtype: DType, devices: &[DeviceSpec]) -> Vec<Option<Profile>> {
+    let folder = profile::folder();
+    let find = |device| Profile::open(folder.as_deref()?, spec, dtype, device);
+    devices.iter().map(find).collect()
+}
+
+/// What stages on GPUs take beside weights, keys and values for such a workload, at most.
+pub fn scratch(spec: &ModelSpec, dtype: DType, workload: Workload, context_max: usize) -> Scratch {
+    let Workload { running: running_max, chunk, .. } = workload;
+    let scheduling = SchedulerConfig { slots: SLOTS_PLANNED, chunk, running_max, ahead: true };
+    let rows_max = Scheduler::rows_max(scheduling);
+    let limits = Limits { rows_max, seqs_max: running_max, outputs_max: running_max, context_max };
+    let of = |outputs: Option<usize>| {
+        let sizes = buffer_sizes(spec, dtype, cuda::rows_room(rows_max), outputs.map(cuda::rows_room));
+        let vocab = outputs.map(|_| spec.vocab);
+        let own = cuda::StageNeeds { limits, dim: spec.dim, head_dim: spec.heads.head_dim, vocab };
+        sizes.into_iter().map(cuda::allocated).sum::<usize>() + cuda::stage_bytes(&own)
+    };
+    let lost = |unit: Unit| {
+        let sizes = unit.tensor_sizes(spec, dtype);
+        sizes.into_iter().map(|bytes| cuda::allocated(bytes) - bytes).sum::<usize>()
+    };
+    let ring = cuda::allocated(ring_bytes(scheduling.in_flight_max(), rows_max * spec.dim));
+    let stage = of(None) + ring + lost(Unit::Embed);
+    let head = of(Some(running_max)) - of(None) + lost(Unit::Head);
+    Scratch { stage, head, layer: cuda::kv_waste(1) + lost(Unit::Layer(0)) }
 }
 
 /// The numbers of the GPUs that kernels can be compiled for.

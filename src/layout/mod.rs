@@ -1,11 +1,28 @@
-//! Which layers run on which device. The first stage holds the embedding, the last one the head.
+//! Which layers run on which device, and which had better.
+//!
+//! The first stage holds the embedding, the last one the head. `parse` reads layouts as users write them; `plan` cuts a model
+//! where costs say, which `cost` predicts for the devices that `devices` describes and `profile` has measured; `planner`
+//! puts these together, and `predict` says what a layout will do.
+
+pub mod compare;
+pub mod cost;
+pub mod devices;
+mod parse;
+pub mod plan;
+pub mod planner;
+pub mod predict;
+pub mod profile;
+
+pub use devices::DeviceSpec;
+pub use planner::{Planner, Workload};
+pub use predict::Prediction;
 
 use std::{fmt, ops::Range, str::FromStr};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 
 /// A device that a stage runs on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord)]
 pub enum Device {
     /// The host's processors.
     #[default]
@@ -33,7 +50,7 @@ impl FromStr for Device {
             Some(("cuda", number)) if number.parse::<usize>().is_ok() => {
                 Ok(Device::Cuda(number.parse().expect("checked to be a number; this is a bug")))
             }
-            _ => Err(Error::usage(format!("device {text:?}"), "it is neither cpu nor cuda:N")),
+            _ => Err(Error::usage(format!("device \"{}\"", shown(text)), "it is neither cpu nor cuda:N")),
         }
     }
 }
@@ -56,25 +73,10 @@ pub struct Layout {
 impl Layout {
     /// A layout of these stages. They must cover layers from 0 on without gap or overlap.
     pub fn new(stages: Vec<Stage>) -> Result<Self> {
-        let mut next = 0;
-        for (i, stage) in stages.iter().enumerate() {
-            let Range { start, end } = stage.layers.clone();
-            let why = if end <= start {
-                format!("stage {i} has no layers")
-            } else if start > next {
-                format!("{} in no stage", layers(next..start))
-            } else if start < next {
-                format!("{} in two stages", layers(start..next.min(end)))
-            } else {
-                next = end;
-                continue;
-            };
-            return Err(Error::usage("--layout", why));
+        match fault(&stages) {
+            Some((_, why)) => Err(Error::usage("--layout", why)),
+            None => Ok(Layout { stages }),
         }
-        if stages.is_empty() {
-            return Err(Error::usage("--layout", "it has no stages"));
-        }
-        Ok(Layout { stages })
     }
 
     /// `stages` stages of near-equal length; the first ones take what is left over, since the head weighs
@@ -124,6 +126,31 @@ impl Layout {
     }
 }
 
+/// The first stage that does not go on where the one before it ended, and what is wrong with it.
+fn fault(stages: &[Stage]) -> Option<(usize, String)> {
+    let mut next = 0;
+    for (i, stage) in stages.iter().enumerate() {
+        let Range { start, end } = stage.layers.clone();
+        if start == next && end > start {
+            next = end;
+            continue;
+        }
+        let mut sorted = stages.to_vec();
+        sorted.sort_by_key(|s| s.layers.start);
+        let why = if end <= start {
+            format!("stage {i} has no layers")
+        } else if sorted != stages && fault(&sorted).is_none() {
+            format!("stage {i} begins with layer {start}: stages are not in the order of their layers")
+        } else if start > next {
+            format!("stage {i} begins with layer {start}: {} in no stage", layers(next..start))
+        } else {
+            format!("stage {i} begins with layer {start}: {} in two stages", layers(start..next.min(end)))
+        };
+        return Some((i, why));
+    }
+    stages.is_empty().then(|| (0, "it has no stages".into()))
+}
+
 /// `layer 3 is`, `layers 3-5 are`.
 fn layers(range: Range<usize>) -> String {
     match range.len() {
@@ -151,43 +178,9 @@ impl fmt::Display for Layout {
     }
 }
 
-/// `0-9,10-29`, each part optionally with its device: `0-9@cpu,10-29@cuda:1`.
-impl FromStr for Layout {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let wrong = |part: &str| {
-            let why = format!("{part:?} is not of the form FIRST-LAST or FIRST-LAST@DEVICE");
-            Error::usage("--layout", why)
-        };
-        let mut stages = Vec::new();
-        for part in text.split(',') {
-            let (run, device) = match part.split_once('@') {
-                Some((run, device)) => (run, device.parse()?),
-                None => (part, Device::default()),
-            };
-            let (first, last) = run.split_once('-').unwrap_or((run, run));
-            let number = |s: &str| s.trim().parse::<usize>().ok().filter(|&n| n < usize::MAX);
-            let (Some(first), Some(last)) = (number(first), number(last)) else { return Err(wrong(part)) };
-            if last < first {
-                return Err(Error::usage("--layout", format!("{part:?} ends before it begins")));
-            }
-            stages.push(Stage { device, layers: first..last + 1 });
-        }
-        Layout::new(stages).map_err(|e| match e {
-            Error::Usage { why, .. } => Error::usage(format!("--layout {text}"), why),
-            other => other,
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn message(text: &str) -> String {
-        text.parse::<Layout>().unwrap_err().to_string()
-    }
 
     #[test]
     fn even_layouts_cover_every_layer_once_and_differ_by_one_at_most() {
@@ -206,26 +199,10 @@ mod tests {
     }
 
     #[test]
-    fn text_form_goes_both_ways() {
-        for text in ["0-9@cpu,10-29@cpu", "0@cpu,1-2@cuda:3", "0@cpu"] {
-            assert_eq!(text.parse::<Layout>().unwrap().to_string(), text);
-        }
-        assert_eq!("0-1,2".parse::<Layout>().unwrap().to_string(), "0-1@cpu,2@cpu");
-    }
-
-    #[test]
-    fn gaps_overlaps_and_nonsense_are_named() {
-        assert!(message("0-3,5-9").contains("layer 4 is in no stage"));
-        assert!(message("1-3").contains("layer 0 is in no stage"));
-        assert!(message("0-5,4-9").contains("layers 4-5 are in two stages"));
-        assert!(message("0-3,2").contains("layer 2 is in two stages"));
-        assert!(message("3-1").contains("ends before it begins"));
-        assert!(message("0-3@gpu").contains("neither cpu nor cuda:N"));
-        for text in ["", ",", "a-b", "0-", "-3", "0-18446744073709551615", "0--1", "1e3"] {
-            assert!(!message(text).contains('\n'), "{text:?}");
-        }
+    fn a_layout_is_checked_against_its_model() {
         let layout: Layout = "0-9".parse().unwrap();
         assert!(layout.check(12).unwrap_err().to_string().contains("layers 10-11 are in no stage"));
         assert!(layout.check(5).unwrap_err().to_string().contains("layer 9 does not exist"));
+        layout.check(10).unwrap();
     }
 }

@@ -5,6 +5,7 @@ use std::{ops::Range, sync::Arc};
 use super::{
     arch::Arch,
     spec::{ModelSpec, Norm, Role},
+    units::units_of,
     weights::Weights,
 };
 use crate::{
@@ -81,31 +82,11 @@ pub fn weight_bytes(spec: &ModelSpec, dtype: DType, layers: &Range<usize>) -> us
 
 /// Bytes of each matrix, and of each vector, of the stage with these layers, in the order in which they are loaded.
 pub fn weight_sizes(spec: &ModelSpec, dtype: DType, layers: &Range<usize>) -> Vec<usize> {
-    let (dim, heads, bias) = (spec.dim, spec.heads, spec.bias);
-    let (first, last) = (layers.start == 0, layers.end == spec.layers.len());
-    let vector = |n: usize| n * DType::F32.size();
-    let matrix = |n: usize, k: usize, bias: bool| n * k * dtype.size() + if bias { vector(n) } else { 0 };
-    let mut sizes = Vec::new();
-    if first {
-        sizes.push(matrix(spec.vocab, dim, false));
-    }
-    for _ in layers.clone() {
-        sizes.extend([vector(dim), matrix(heads.qkv_dim(), dim, bias.qkv)]);
-        if spec.qk_norm {
-            sizes.extend([vector(heads.head_dim); 2]);
-        }
-        sizes.extend([
-            matrix(dim, heads.q_dim(), bias.out),
-            vector(dim),
-            matrix(2 * spec.ffn, dim, bias.mlp),
-            matrix(dim, spec.ffn, bias.mlp),
-        ]);
-    }
-    if last {
-        sizes.push(vector(dim));
-        if !(first && spec.tied) {
-            sizes.push(matrix(spec.vocab, dim, false));
-        }
+    let units = units_of(spec, layers);
+    let mut sizes: Vec<usize> = units.iter().flat_map(|unit| unit.tensor_sizes(spec, dtype)).collect();
+    if spec.tied && layers.len() == spec.layers.len() {
+        // The head's matrix comes last, and is the embedding's.
+        sizes.pop();
     }
     sizes
 }

@@ -6,7 +6,9 @@ pub mod decoder;
 mod folder;
 pub mod hub;
 mod mapped;
+pub mod shapes;
 pub mod spec;
+pub mod units;
 pub mod weights;
 
 pub use folder::{Model, open_model};

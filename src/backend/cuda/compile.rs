@@ -73,7 +73,7 @@ pub(super) fn cubin(file: &'static str, defines: &[(&str, u32)], arch: &str) -> 
 }
 
 /// Where things are kept that can be made again; `None` if the environment names no place.
-pub(super) fn cache_folder() -> Option<PathBuf> {
+pub fn cache_folder() -> Option<PathBuf> {
     let given = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let base = given("XDG_CACHE_HOME").or_else(|| given("HOME").map(|home| home.join(".cache")))?;
     Some(base.join("pipeline-infer"))
@@ -144,7 +144,7 @@ fn write_entry(path: &Path, key: u128, contents: &[u8]) -> std::io::Result<()> {
 }
 
 /// Writes a file as a whole, or not at all.
-pub(super) fn write_aside(path: &Path, contents: &[u8]) -> std::io::Result<()> {
+pub fn write_aside(path: &Path, contents: &[u8]) -> std::io::Result<()> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;

@@ -41,6 +41,7 @@ use std::sync::{
 
 pub use account::{StageNeeds, allocated, free_bytes, kv_waste, rows_room, stage_bytes};
 pub use batch::Batch;
+pub use compile::{cache_folder, write_aside};
 pub use driver::{DeviceFacts, devices, driver_present};
 pub use kv::Kv;
 pub use lost::any as any_lost;

@@ -1,0 +1,84 @@
+//! A prediction as tables.
+
+use super::Told;
+use crate::{
+    cli::table::{columns, seconds},
+    layout::{Prediction, predict::StagePrediction},
+    model::units::Pass,
+};
+
+/// What is planned for what.
+pub(super) fn heading(told: &Told) -> String {
+    let Told { model, layers, dtype, workload, devices, measured, .. } = told;
+    let measured = match measured.iter().filter(|measured| **measured).count() {
+        0 => "predicted",
+        n if n == devices.len() => "measured",
+        _ => "measured and predicted",
+    };
+    format!(
+        "{model}: {layers} layers, {}; {} device{}, {measured}; {} requests at once of {} prompt and {} new tokens\n\n",
+        dtype.name(),
+        devices.len(),
+        if devices.len() == 1 { "" } else { "s" },
+        workload.running,
+        workload.prompt,
+        workload.new
+    )
+}
+
+/// A row a stage, then what they do together.
+pub(super) fn plan(plan: &Prediction) -> String {
+    let mut head: Vec<String> =
+        ["stage", "device", "", "units", "weights GB", "KV tokens"].map(String::from).to_vec();
+    head.extend(plan.stages[0].times.iter().map(|time| match time.pass {
+        Pass::Decode { rows: 1, .. } => "1 row".into(),
+        Pass::Decode { rows, .. } => format!("{rows} rows"),
+        Pass::Chunk { rows, .. } => format!("chunk of {rows}"),
+    }));
+    head.push("share".into());
+    let mut rows = vec![head];
+    for (i, stage) in plan.stages.iter().enumerate() {
+        let gigabytes = format!("{:.1}", stage.weight_bytes as f64 / 1e9);
+        let (device, name) = (stage.device.clone(), stage.name.clone());
+        let mut row = vec![i.to_string(), device, name, units(stage), gigabytes, stage.kv_tokens.to_string()];
+        row.extend(stage.times.iter().map(|time| seconds(time.seconds)));
+        row.push(percent(stage.share));
+        rows.push(row);
+    }
+    let mut sums = vec![
+        vec!["layout".into(), plan.layout.clone()],
+        vec!["KV tokens".into(), plan.kv_tokens.to_string()],
+        vec!["bubble of the slowest".into(), percent(plan.bubble)],
+        vec!["imbalance".into(), percent(plan.imbalance)],
+    ];
+    for rate in &plan.decode {
+        sums.push(vec![format!("new tokens/s, {} at once", rate.requests), whole(rate.tokens_per_s)]);
+    }
+    sums.push(vec!["prompt tokens/s".into(), whole(plan.prompt_tokens_per_s)]);
+    sums.push(vec!["new tokens/s, with prompts".into(), whole(plan.new_tokens_per_s)]);
+    format!("{}\n{}\n", columns(&rows), pairs(&sums))
+}
+
+/// `embed, 0-7`.
+pub(super) fn units(stage: &StagePrediction) -> String {
+    let embed = if stage.embed { "embed, " } else { "" };
+    let head = if stage.head { ", head" } else { "" };
+    format!("{embed}{}{head}", stage.layers)
+}
+
+/// `97%`, `0.4%`.
+pub(super) fn percent(share: f64) -> String {
+    let percent = 100.0 * share;
+    if percent.abs() < 9.95 { format!("{percent:.1}%") } else { format!("{percent:.0}%") }
+}
+
+/// `12345`, `12.3`.
+pub(super) fn whole(rate: f64) -> String {
+    if rate < 100.0 { format!("{rate:.1}") } else { format!("{rate:.0}") }
+}
+
+/// Names to the left, values beside them.
+fn pairs(rows: &[Vec<String>]) -> String {
+    let width = rows.iter().map(|row| row[0].len()).max().unwrap_or(0);
+    rows.iter().map(|row| format!("{:<width$}  {}\n", row[0], row[1])).collect()
+}

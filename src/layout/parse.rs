@@ -1,0 +1,224 @@
+//! Layouts as users write them: the short form, and TOML files.
+
+use std::{fs, ops::Range, path::Path, str::FromStr};
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::{Device, Layout, Stage, fault};
+use crate::error::{Error, Result, shown};
+
+/// A layout's file is a few KiB.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// `0-9,10-29`, each part optionally with its device: `0-9@cpu,10-29@cuda:1`. Without one it is the processor's.
+impl FromStr for Layout {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let stages = text.split(',').enumerate().map(|(i, part)| {
+            let wrong =
+                |why: String| Error::usage(what(text), format!("stage {i}, \"{}\": {why}", shown(part)));
+            let (run, device) = match part.split_once('@') {
+                Some((run, device)) => (run, device.trim().parse().map_err(|e| wrong(why(e)))?),
+                None => (part, Device::default()),
+            };
+            Ok(Stage { device, layers: layers(run).map_err(wrong)? })
+        });
+        Layout::new(stages.collect::<Result<_>>()?).map_err(|e| Error::usage(what(text), why(e)))
+    }
+}
+
+fn what(text: &str) -> String {
+    format!("--layout {}", shown(text))
+}
+
+/// What is wrong, without what it is wrong with.
+fn why(error: Error) -> String {
+    match error {
+        Error::Usage { what, why } if what != "--layout" => format!("{what}: {why}"),
+        Error::Usage { why, .. } => why,
+        other => other.to_string(),
+    }
+}
+
+/// `0-9`, or `3` alone.
+fn layers(text: &str) -> Result<Range<usize>, String> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
+    if !digits(first.trim()) || !digits(last.trim()) {
+        return Err("it is not of the form FIRST-LAST or FIRST-LAST@DEVICE".into());
+    }
+    let number = |s: &str| s.trim().parse::<usize>().ok().filter(|&n| n < usize::MAX);
+    match (number(first), number(last)) {
+        (Some(first), Some(last)) if last < first => Err("it ends before it begins".into()),
+        (Some(first), Some(last)) => Ok(first..last + 1),
+        _ => Err("no model has so many layers".into()),
+    }
+}
+
+/// A file's tables, before they are understood.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileForm {
+    #[serde(default)]
+    stage: Vec<Spanned<StageForm>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StageForm {
+    layers: Spanned<String>,
+    device: Option<Spanned<String>>,
+}
+
+impl Layout {
+    /// What `--layout` says: a file if it ends in `.toml`, else the short form.
+    pub fn from_arg(text: &str) -> Result<Layout> {
+        if text.ends_with(".toml") { Layout::open(Path::new(text)) } else { text.parse() }
+    }
+
+    /// Reads a TOML file: a table `[[stage]]` for each stage, with `layers = "0-20"` and `device = "cuda:0"`.
+    pub fn open(path: &Path) -> Result<Layout> {
+        let meta = fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if !meta.is_file() {
+            return Err(Error::io(path, "it is not a file"));
+        }
+        if meta.len() > FILE_BYTES_MAX {
+            return Err(Error::data(path, format!("it is larger than {FILE_BYTES_MAX} bytes")));
+        }
+        let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
+        let text = String::from_utf8(bytes).map_err(|_| Error::data(path, "it is not text"))?;
+        Layout::from_toml(&text, path)
+    }
+
+    /// The same from its text; `path` is for messages.
+    ///
+    /// ```
+    /// # use pipeline_infer::Layout;
+    /// let text = "[[stage]]\nlayers = '0-20'\ndevice = 'cuda:2'\n[[stage]]\nlayers = '21-79'\ndevice = 'cuda:0'\n";
+    /// let layout = Layout::from_toml(text, "layout.toml".as_ref())?;
+    /// assert_eq!(layout.to_string(), "0-20@cuda:2,21-79@cuda:0");
+    /// # Ok::<(), pipeline_infer::Error>(())
+    /// ```
+    pub fn from_toml(text: &str, path: &Path) -> Result<Layout> {
+        let wrong = |at: Option<usize>, why: String| {
+            let line = at.map(|at| text[..at.min(text.len())].matches('\n').count() + 1);
+            let place = line.map_or(String::new(), |line| format!("line {line}: "));
+            Error::data(path, format!("{place}{why}"))
+        };
+        let file: FileForm =
+            toml::from_str(text).map_err(|e| wrong(e.span().map(|span| span.start), shown(e.message())))?;
+        let mut stages = Vec::new();
+        for (i, stage) in file.stage.iter().enumerate() {
+            let StageForm { layers: run, device } = stage.get_ref();
+            let bad = |at: &Spanned<String>, why: String| {
+                wrong(Some(at.span().start), format!("stage {i}, \"{}\": {why}", shown(at.get_ref())))
+            };
+            let layers = layers(run.get_ref()).map_err(|why| bad(run, why))?;
+            let device = match device {
+                Some(device) => device
+                    .get_ref()
+                    .parse()
+                    .map_err(|_| bad(device, "it is neither cpu nor cuda:N".into()))?,
+                None => Device::default(),
+            };
+            stages.push(Stage { device, layers });
+        }
+        match fault(&stages) {
+            Some((i, why)) => Err(wrong(file.stage.get(i).map(|stage| stage.span().start), why)),
+            None => Layout::new(stages),
+        }
+    }
+
+    /// As a TOML file.
+    pub fn to_toml(&self) -> String {
+        let stage = |s: &Stage| format!("[[stage]]\nlayers = \"{s}\"\ndevice = \"{}\"\n", s.device);
+        self.stages().iter().map(stage).collect::<Vec<_>>().join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(text: &str) -> String {
+        text.parse::<Layout>().unwrap_err().to_string()
+    }
+
+    fn of_file(text: &str) -> String {
+        Layout::from_toml(text, "l.toml".as_ref()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn text_form_goes_both_ways() {
+        for text in ["0-9@cpu,10-29@cpu", "0@cpu,1-2@cuda:3", "0@cpu", "0-1@cuda:0,2-3@cuda:0,4@cuda:1"] {
+            let layout = text.parse::<Layout>().unwrap();
+            assert_eq!(layout.to_string(), text);
+            assert_eq!(Layout::from_toml(&layout.to_toml(), "x".as_ref()).unwrap(), layout);
+        }
+        assert_eq!("0-1,2".parse::<Layout>().unwrap().to_string(), "0-1@cpu,2@cpu");
+        assert_eq!(" 0 - 1 , 2 @ cuda".parse::<Layout>().unwrap().to_string(), "0-1@cpu,2@cuda:0");
+    }
+
+    #[test]
+    fn gaps_overlaps_and_nonsense_are_named() {
+        for (text, want) in [
+            ("0-3,5-9", "--layout 0-3,5-9: stage 1 begins with layer 5: layer 4 is in no stage"),
+            ("1-3", "stage 0 begins with layer 1: layer 0 is in no stage"),
+            ("0-5,4-9", "stage 1 begins with layer 4: layers 4-5 are in two stages"),
+            ("0-3,2", "layer 2 is in two stages"),
+            ("4-7,0-3", "stage 0 begins with layer 4: stages are not in the order of their layers"),
+            ("3-1", "stage 0, \"3-1\": it ends before it begins"),
+            ("0-3@gpu", "stage 0, \"0-3@gpu\": device \"gpu\": it is neither cpu nor cuda:N"),
+            ("0-3,4-7@cuda:-1", "stage 1, \"4-7@cuda:-1\""),
+            ("0-18446744073709551615", "no model has so many layers"),
+            ("0-99999999999999999999999", "no model has so many layers"),
+            ("0-1,x", "stage 1, \"x\": it is not of the form"),
+        ] {
+            assert!(message(text).contains(want), "{text}: {}", message(text));
+        }
+        for text in [
+            "",
+            ",",
+            "a-b",
+            "0-",
+            "-3",
+            "0--1",
+            "1e3",
+            "0-1\n",
+            "0-1@",
+            "+1",
+            "0-1@cuda:99999999999999999999",
+        ] {
+            if let Err(e) = text.parse::<Layout>() {
+                assert!(!e.to_string().contains('\n'), "{text:?}");
+            }
+        }
+        assert!(message(&"0-1,".repeat(10_000)).len() < 600, "long input is not repeated");
+    }
+
+    #[test]
+    fn files_name_the_line() {
+        let good = "[[stage]]\nlayers = \"0-3\"\n";
+        for (text, want) in [
+            ("", "l.toml: it has no stages".to_owned()),
+            ("x = 1", "l.toml: line 1: unknown field `x`".into()),
+            ("[[stage]]\nlayer = \"0\"", "line 2: unknown field `layer`".into()),
+            ("[[stage]]\nlayers = 3", "line 2: invalid type: integer `3`".into()),
+            ("[[stage]]\ndevice = \"cpu\"", "line 1: missing field `layers`".into()),
+            ("[[stage\n", "l.toml: line 1: ".into()),
+            ("[stage]\nlayers = \"0\"", "line 1: invalid type: map".into()),
+            (&format!("{good}[[stage]]\nlayers = \"5-9\""), "line 3: stage 1 begins with layer 5".into()),
+            (&format!("{good}[[stage]]\nlayers = \"3-9\""), "layer 3 is in two stages".into()),
+            (&format!("{good}[[stage]]\nlayers = \"9-4\""), "line 4: stage 1, \"9-4\": it ends".into()),
+            (&format!("{good}device = \"tpu\""), "line 3: stage 0, \"tpu\": it is neither cpu".into()),
+        ] {
+            let said = of_file(text);
+            assert!(said.contains(&want) && !said.contains('\n'), "{text:?}: {said}");
+        }
+        let missing = Layout::from_arg("no/such.toml").unwrap_err().to_string();
+        assert!(missing.starts_with("no/such.toml: "), "{missing}");
+        assert!(Layout::open(Path::new("src")).unwrap_err().to_string().contains("not a file"));
+    }
+}

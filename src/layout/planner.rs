@@ -1,0 +1,392 @@
+//! Layouts for a model on devices: how many stages, in which order, cut where; and why none is possible.
+
+use std::{collections::HashMap, ops::Range};
+
+use serde::Serialize;
+
+use super::{
+    Device, DeviceSpec, Layout, Stage,
+    cost::Costs,
+    plan::{self, Problem, Sizes, Slot},
+    predict::{self, Prediction},
+    profile::Profile,
+};
+use crate::{
+    backend::DType,
+    error::{Error, Result},
+    model::{
+        spec::ModelSpec,
+        units::{Pass, Unit},
+    },
+};
+
+/// Of fewer stages that reach as many tokens a second within this share, the fewest are taken.
+const STAGE_WORTH: f64 = 0.01;
+/// Orders of devices that are tried; of more, the given one and its reverse alone.
+const ORDERS_MAX: usize = 1000;
+/// Further devices that are tried where those at hand are too few.
+const MORE_MAX: usize = 64;
+/// KV tokens come in blocks.
+const KV_STEP: usize = crate::batch::KV_BLOCK;
+const KV_TOKENS_MAX: usize = 1 << 40;
+
+/// How the layers are cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Split {
+    /// Into stages of near-equal length.
+    Even,
+    /// So that the slowest stage is as fast as can be.
+    Planned,
+}
+
+/// What a plan is for. A stage's cost is the time that it spends on one of these requests, its share of passes that it
+/// has in common with others included.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Workload {
+    /// Requests that run at once, spread over as many micro-batches as there are devices.
+    pub running: usize,
+    /// Prompt tokens of each.
+    pub prompt: usize,
+    /// New tokens of each.
+    pub new: usize,
+    /// Prompt tokens in a micro-batch.
+    pub chunk: usize,
+}
+
+impl Default for Workload {
+    fn default() -> Self {
+        Workload { running: 256, prompt: 512, new: 256, chunk: 2048 }
+    }
+}
+
+impl Workload {
+    /// What a device of so many sees of a request: passes, and how many of them are its own.
+    pub fn passes(&self, devices: usize) -> [(Pass, f64); 2] {
+        let rows = self.running.div_ceil(devices.max(1)).max(1);
+        let decode = Pass::Decode { rows, context: self.context() };
+        let chunk = Pass::Chunk { rows: self.chunk.max(1), before: 0 };
+        [(decode, self.new as f64 / rows as f64), (chunk, self.prompt as f64 / self.chunk.max(1) as f64)]
+    }
+
+    /// Tokens that a sequence has in the middle of its answer.
+    pub fn context(&self) -> usize {
+        self.prompt + self.new / 2
+    }
+
+    /// Tokens of all that run at once, at their ends.
+    pub fn kv_tokens(&self) -> usize {
+        self.running.saturating_mul(self.prompt.saturating_add(self.new))
+    }
+}
+
+/// Bytes of a stage beside weights, keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct Scratch {
+    /// Of every stage.
+    pub stage: usize,
+    /// Of the last one besides: logits, sampling.
+    pub head: usize,
+    /// Of every layer: what is lost where its pages end.
+    pub layer: usize,
+}
+
+/// Plans a model on devices.
+///
+/// ```
+/// use pipeline_infer::{backend::DType, layout::{DeviceSpec, Planner}, model::shapes};
+///
+/// let spec = shapes::find("7b").unwrap()?;
+/// let devices = DeviceSpec::list("4xh200-141g")?;
+/// let layout = Planner::new(&spec, DType::BF16, &devices).plan(4)?;
+/// // The last stage has the head, which weighs more than two layers.
+/// assert!(layout.stages()[3].layers.len() < layout.stages()[0].layers.len());
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Planner<'a> {
+    /// The model.
+    pub spec: &'a ModelSpec,
+    /// How weights, keys and values are kept.
+    pub dtype: DType,
+    /// Where stages can be, in the order of the data.
+    pub devices: &'a [DeviceSpec],
+    /// What has been measured, for each device.
+    pub profiles: Vec<Option<Profile>>,
+    /// What for.
+    pub workload: Workload,
+    /// Tokens whose keys and values must have room. `None`: those of the workload, or as many as there is room for.
+    pub kv_tokens: Option<usize>,
+    /// What stages take besides.
+    pub scratch: Scratch,
+}
+
+impl<'a> Planner<'a> {
+    /// Without profiles, for the default workload.
+    pub fn new(spec: &'a ModelSpec, dtype: DType, devices: &'a [DeviceSpec]) -> Self {
+        let profiles = vec![None; devices.len()];
+        let (workload, scratch) = (Workload::default(), Scratch::default());
+        Planner { spec, dtype, devices, profiles, workload, kv_tokens: None, scratch }
+    }
+
+    /// The best cut into `stages` stages on the first devices. Where there are fewer devices, neighbours share them.
+    pub fn plan(&self, stages: usize) -> Result<Layout> {
+        self.check(stages)?;
+        let order: Vec<usize> = (0..self.devices.len().min(stages)).collect();
+        self.fitted(&order, stages).ok_or_else(|| self.refusal(stages))
+    }
+
+    /// The same, on any of the devices, in any order.
+    pub fn plan_any_order(&self, stages: usize) -> Result<Layout> {
+        self.check(stages)?;
+        if stages > self.devices.len() {
+            return self.plan(stages);
+        }
+        let candidates = self.orders(stages).into_iter().filter_map(|order| self.fitted(&order, stages));
+        let rated = candidates.map(|layout| (self.rate(&layout), layout));
+        let best = rated.max_by(|(a, _), (b, _)| a.partial_cmp(b).expect("rates are numbers; this is a bug"));
+        best.map(|(_, layout)| layout).ok_or_else(|| self.refusal(stages))
+    }
+
+    /// The best number of stages, at most one a device, in any order of the devices: that with the most tokens a second,
+    /// or fewer that reach as many within one percent.
+    pub fn plan_auto(&self) -> Result<Layout> {
+        let most = self.devices.len().min(self.spec.layers.len());
+        self.check(most)?;
+        let layouts: Vec<Layout> = (1..=most).filter_map(|stages| self.plan_any_order(stages).ok()).collect();
+        let rates: Vec<f64> = layouts.iter().map(|layout| self.rate(layout)).collect();
+        let best = rates.iter().copied().fold(0.0, f64::max);
+        let first = rates.iter().position(|&rate| rate >= best * (1.0 - STAGE_WORTH));
+        first.map(|i| layouts[i].clone()).ok_or_else(|| self.refusal(most))
+    }
+
+    /// Stages of near-equal length on the first devices.
+    pub fn even(&self, stages: usize) -> Result<Layout> {
+        self.check(stages)?;
+        let even = Layout::even(stages, self.spec.layers.len(), Device::Cpu)?;
+        let devices = self.devices.len().min(stages);
+        let on = |i: usize| self.devices[i * devices / stages].device;
+        Layout::new(
+            even.stages().iter().enumerate().map(|(i, s)| Stage { device: on(i), ..s.clone() }).collect(),
+        )
+    }
+
+    /// What a layout will do.
+    pub fn predict(&self, layout: &Layout) -> Result<Prediction> {
+        predict::predict(self, layout)
+    }
+
+    /// Costs on a device, by its place among them.
+    pub fn costs(&self, device: usize) -> Costs<'_> {
+        let profile = self.profiles.get(device).and_then(Option::as_ref);
+        Costs { spec: self.spec, dtype: self.dtype, device: &self.devices[device], profile }
+    }
+
+    /// The best layout on these devices for the wanted KV tokens, or, where nobody says how many, for as many as fit.
+    fn fitted(&self, order: &[usize], stages: usize) -> Option<Layout> {
+        let of = |kv_tokens| self.solved(order, stages, kv_tokens);
+        match self.kv_tokens {
+            Some(tokens) => of(tokens),
+            None => of(self.workload.kv_tokens()).or_else(|| of(self.kv_most(order, stages)?)),
+        }
+    }
+
+    fn solved(&self, order: &[usize], stages: usize, kv_tokens: usize) -> Option<Layout> {
+        let cut = plan::solve(&self.problem(order, stages, kv_tokens))?;
+        let mut all = Vec::new();
+        for (i, (run, &device)) in cut.into_iter().zip(order).enumerate() {
+            let own = shared(i, order.len(), stages).len();
+            let (start, len) = (run.start, run.len());
+            let cut = |k: usize| start + k * len / own;
+            all.extend(
+                (0..own).map(|k| Stage { device: self.devices[device].device, layers: cut(k)..cut(k + 1) }),
+            );
+        }
+        Some(Layout::new(all).expect("a cut covers all layers in order; this is a bug"))
+    }
+
+    /// The most KV tokens that fit these devices; `None` if not even a block does.
+    fn kv_most(&self, order: &[usize], stages: usize) -> Option<usize> {
+        let fits = |blocks: usize| plan::solve(&self.problem(order, stages, blocks * KV_STEP)).is_some();
+        let (mut good, mut bad) = (1, KV_TOKENS_MAX / KV_STEP);
+        if !fits(good) {
+            return None;
+        }
+        while bad - good > 1 {
+            let middle = good + (bad - good) / 2;
+            if fits(middle) { good = middle } else { bad = middle }
+        }
+        Some(good * KV_STEP)
+    }
+
+    fn problem(&self, order: &[usize], stages: usize, kv_tokens: usize) -> Problem {
+        let passes = self.workload.passes(order.len());
+        let layers = self.spec.layers.len();
+        let slot = |(i, &device): (usize, &usize)| {
+            let costs = self.costs(device);
+            let own = shared(i, order.len(), stages).len();
+            let weighted = |of: &dyn Fn(Pass) -> f64| {
+                let seconds: f64 = passes.iter().map(|&(pass, weight)| weight * of(pass)).sum();
+                (seconds * 1e12) as u64
+            };
+            let mut by_window = HashMap::new();
+            let mut layer = |i: usize| {
+                let window = self.spec.layers[i].window;
+                *by_window
+                    .entry(window)
+                    .or_insert_with(|| weighted(&|pass| costs.seconds(Unit::Layer(i), pass)))
+            };
+            Slot {
+                layers: (0..layers).map(&mut layer).collect(),
+                embed: weighted(&|pass| costs.seconds(Unit::Embed, pass)),
+                head: weighted(&|pass| costs.seconds(Unit::Head, pass)),
+                pass: own as u64 * weighted(&|_| costs.pass()),
+                boundary: weighted(&|pass| costs.boundary(pass)),
+                room: costs.device.free.saturating_sub(own * self.scratch.stage) as u64,
+                layers_min: own,
+            }
+        };
+        Problem { sizes: self.sizes(kv_tokens), slots: order.iter().enumerate().map(slot).collect() }
+    }
+
+    fn sizes(&self, kv_tokens: usize) -> Sizes {
+        let (spec, dtype) = (self.spec, self.dtype);
+        let bytes = |unit: Unit| unit.weight_bytes(spec, dtype) as u64;
+        let layer = |i: usize| {
+            let kv = (Unit::Layer(i).kv_bytes_per_token(spec, dtype) as u64).saturating_mul(kv_tokens as u64);
+            kv.saturating_add(bytes(Unit::Layer(i)) + self.scratch.layer as u64)
+        };
+        let (embed, head) = (bytes(Unit::Embed), bytes(Unit::Head) + self.scratch.head as u64);
+        let head_tied = spec.tied.then(|| head - embed);
+        Sizes { layers: (0..spec.layers.len()).map(layer).collect(), embed, head, head_tied }
+    }
+
+    /// Requests a second, prompts included, as far as the slowest device goes.
+    fn rate(&self, layout: &Layout) -> f64 {
+        self.predict(layout).map_or(0.0, |prediction| prediction.requests_per_s)
+    }
+
+    fn check(&self, stages: usize) -> Result<()> {
+        if self.devices.is_empty() {
+            return Err(Error::usage("--devices", "there are none"));
+        }
+        Layout::even(stages, self.spec.layers.len(), Device::Cpu).map(|_| ())
+    }
+
+    /// Orders of `count` of the devices in which kinds differ somewhere.
+    fn orders(&self, count: usize) -> Vec<Vec<usize>> {
+        let mut kinds: Vec<Vec<usize>> = Vec::new();
+        for (i, device) in self.devices.iter().enumerate() {
+            let same = |kind: &&mut Vec<usize>| alike(&self.devices[kind[0]], device);
+            match kinds.iter_mut().find(same) {
+                Some(kind) => kind.push(i),
+                None => kinds.push(vec![i]),
+            }
+        }
+        let mut all = Vec::new();
+        arrange(&kinds, &mut vec![0; kinds.len()], count, &mut Vec::new(), &mut all);
+        if all.len() > ORDERS_MAX {
+            let given: Vec<usize> = (0..count).collect();
+            let back = (0..self.devices.len()).rev().take(count).collect();
+            return vec![given, back];
+        }
+        // Of equally good ones the last is taken, which should be the given one.
+        all.reverse();
+        all
+    }
+
+    /// Why it does not fit, and what would make it fit.
+    fn refusal(&self, stages: usize) -> Error {
+        let devices = self.devices.len().min(stages);
+        let order: Vec<usize> = (0..devices).collect();
+        let gigabytes = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
+        let wanted = self.kv_tokens.unwrap_or(KV_STEP);
+        let Problem { sizes, slots } = self.problem(&order, stages, wanted);
+        let sum = |of: &mut dyn Iterator<Item = u64>| of.fold(0u64, u64::saturating_add);
+        let need = sum(&mut sizes
+            .layers
+            .iter()
+            .copied()
+            .chain([sizes.embed, sizes.head_tied.unwrap_or(sizes.head)]));
+        let have = sum(&mut slots.iter().map(|slot| slot.room));
+        let mut ways = Vec::new();
+        if self.kv_tokens.is_some()
+            && let Some(most) = self.kv_most(&order, stages)
+        {
+            ways.push(format!("--kv-tokens {most} or fewer"));
+        }
+        if self.dtype == DType::F32
+            && (Planner { dtype: DType::BF16, ..self.clone() }).fitted(&order, stages).is_some()
+        {
+            ways.push("--dtype bf16".into());
+        }
+        if let Some(more) = self.more_devices() {
+            let name = &self.devices[self.devices.len() - 1].name;
+            ways.push(format!("{more} more {name}"));
+        }
+        let what =
+            format!("{} on {devices} device{}", self.dtype.name(), if devices == 1 { "" } else { "s" });
+        let units = if have >= need { ", but layers are not divided" } else { "" };
+        let advice = match &ways[..] {
+            [] => "neither fewer KV tokens nor more of these devices make it fit".into(),
+            ways => format!("it fits with {}", ways.join(", or with ")),
+        };
+        let why = format!(
+            "the model does not fit: weights and {wanted} KV tokens take {}, and there is room for {}{units}; {advice}",
+            gigabytes(need),
+            gigabytes(have),
+        );
+        Error::Device { device: what, why }
+    }
+
+    /// How many more devices like the last one it takes, if it is not many.
+    fn more_devices(&self) -> Option<usize> {
+        let have = self.devices.len();
+        let most = MORE_MAX.min(self.spec.layers.len().saturating_sub(have));
+        (1..=most).find(|more| {
+            let mut devices = self.devices.to_vec();
+            devices.extend(std::iter::repeat_n(self.devices[have - 1].clone(), *more));
+            let profiles = vec![None; devices.len()];
+            let order: Vec<usize> = (0..devices.len()).collect();
+            let planner = Planner { devices: &devices, profiles, ..self.clone() };
+            planner.fitted(&order, order.len()).is_some()
+        })
+    }
+}
+
+/// Stages that the device number `i` of `devices` has: neighbours share it.
+fn shared(i: usize, devices: usize, stages: usize) -> Range<usize> {
+    let first = |i: usize| (i * stages).div_ceil(devices);
+    first(i)..first(i + 1)
+}
+
+/// Whether two devices are of a kind: GPUs of one name differ by little in what is free.
+fn alike(a: &DeviceSpec, b: &DeviceSpec) -> bool {
+    const FREE_DIFFERS_BYTES: usize = 2 << 30;
+    let place = |d: &DeviceSpec| d.device == Device::Cpu;
+    let speed = |d: &DeviceSpec| (d.bandwidth, d.rates, d.link);
+    place(a) == place(b) && speed(a) == speed(b) && a.free.abs_diff(b.free) < FREE_DIFFERS_BYTES
+}
+
+/// Every sequence of `count` kinds, each standing for its next device.
+fn arrange(
+    kinds: &[Vec<usize>],
+    used: &mut Vec<usize>,
+    count: usize,
+    begun: &mut Vec<usize>,
+    all: &mut Vec<Vec<usize>>,
+) {
+    if begun.len() == count {
+        return all.push(begun.clone());
+    }
+    for kind in 0..kinds.len() {
+        if used[kind] == kinds[kind].len() || all.len() > ORDERS_MAX {
+            continue;
+        }
+        begun.push(kinds[kind][used[kind]]);
+        used[kind] += 1;
+        arrange(kinds, used, count, begun, all);
+        used[kind] -= 1;
+        begun.pop();
+    }
+}

@@ -1,0 +1,270 @@
+//! What a layout will do: times, memory, tokens a second.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::{Device, Layout, Planner, Workload};
+use crate::{
+    batch::KV_BLOCK,
+    error::{Error, Result},
+    model::units::{Pass, Unit, units_of},
+};
+
+/// Rows of the passes whose times are told.
+const ROWS: [usize; 3] = [1, 32, 256];
+/// Requests at once whose tokens a second are told.
+const BATCHES: [usize; 3] = [1, 64, 256];
+
+/// What a layout will do.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Prediction {
+    /// As in `--layout`.
+    pub layout: String,
+    /// In the order of the data.
+    pub stages: Vec<StagePrediction>,
+    /// Tokens whose keys and values fit: the tightest device's.
+    pub kv_tokens: usize,
+    /// Share of time in which the slowest device does no unit's work while answers are written, with all requests running:
+    /// it waits, takes rows across, or begins a pass.
+    pub bubble: f64,
+    /// How much longer the slowest device is busy than all of them on average, less one.
+    pub imbalance: f64,
+    /// While answers are written.
+    pub decode: Vec<DecodeRate>,
+    /// While prompts are read.
+    pub prompt_tokens_per_s: f64,
+    /// Of the workload, prompts included.
+    pub requests_per_s: f64,
+    /// Of the workload, prompts included.
+    pub new_tokens_per_s: f64,
+}
+
+/// A stage of it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StagePrediction {
+    /// As in `--layout`.
+    pub device: String,
+    /// What it is.
+    pub name: String,
+    /// As in `--layout`.
+    pub layers: String,
+    /// Whether it has the embedding.
+    pub embed: bool,
+    /// Whether it has the head.
+    pub head: bool,
+    /// Bytes of its weights.
+    pub weight_bytes: usize,
+    /// Bytes of keys and values of a token.
+    pub kv_bytes_per_token: usize,
+    /// Bytes beside them.
+    pub scratch_bytes: usize,
+    /// Bytes of its device that a pipeline may take, for all its stages there.
+    pub room_bytes: usize,
+    /// Tokens whose keys and values its device has room for.
+    pub kv_tokens: usize,
+    /// How long it takes.
+    pub times: Vec<PassTime>,
+    /// The time that its device spends on a request of the workload, to that of the slowest device.
+    pub share: f64,
+}
+
+/// How long a stage takes for a pass.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct PassTime {
+    /// Which.
+    pub pass: Pass,
+    /// How long.
+    pub seconds: f64,
+}
+
+/// New tokens of so many requests at once.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct DecodeRate {
+    /// Requests.
+    pub requests: usize,
+    /// Of all together.
+    pub tokens_per_s: f64,
+}
+
+/// Predicts a layout, whose devices must be among the planner's.
+pub(super) fn predict(planner: &Planner<'_>, layout: &Layout) -> Result<Prediction> {
+    layout.check(planner.spec.layers.len())?;
+    let pipeline = Pipeline::new(planner, layout)?;
+    let kv: Vec<usize> = (0..pipeline.places.len()).map(|i| pipeline.kv_tokens(i)).collect::<Result<_>>()?;
+    let kv_tokens = kv.iter().copied().min().unwrap_or(0);
+    // No more run at once than have room.
+    let asked = planner.workload;
+    let room = (kv_tokens / (asked.prompt + asked.new).max(1)).max(1);
+    let workload = Workload { running: asked.running.min(room), ..asked };
+    let passes = workload.passes(pipeline.devices().len());
+    let of_request =
+        |i: usize| passes.iter().map(|&(pass, weight)| weight * pipeline.seconds(i, pass)).sum::<f64>();
+    let per_stage: Vec<f64> = (0..pipeline.places.len()).map(of_request).collect();
+    let busy = pipeline.by_device(&per_stage);
+    let slowest = busy.values().copied().fold(0.0, f64::max);
+    let mean = busy.values().sum::<f64>() / busy.len() as f64;
+    let share = |i: usize| busy[&pipeline.places[i]] / slowest;
+    let running = pipeline.cycle(workload.running);
+    let decode = BATCHES.map(|requests| {
+        let cycle = pipeline.cycle(requests.min(room));
+        DecodeRate { requests, tokens_per_s: requests.min(room) as f64 / cycle.seconds }
+    });
+    let chunk = passes[1].0;
+    let of_chunk: Vec<f64> = (0..kv.len()).map(|i| pipeline.seconds(i, chunk)).collect();
+    let chunk_s = pipeline.by_device(&of_chunk).into_values().fold(0.0, f64::max);
+    // What few requests wait for each other, decoding pays.
+    let waits = (running.seconds - running.taken) * workload.new as f64 / workload.running.max(1) as f64;
+    let request_s = slowest + waits;
+    Ok(Prediction {
+        layout: layout.to_string(),
+        stages: kv.iter().enumerate().map(|(i, &kv)| pipeline.stage(i, kv, share(i))).collect(),
+        kv_tokens,
+        bubble: 1.0 - running.working / running.seconds,
+        imbalance: slowest / mean - 1.0,
+        decode: decode.to_vec(),
+        prompt_tokens_per_s: chunk.rows() as f64 / chunk_s,
+        requests_per_s: 1.0 / request_s,
+        new_tokens_per_s: workload.new as f64 / request_s,
+    })
+}
+
+/// A layout on its devices.
+pub(super) struct Pipeline<'a> {
+    planner: &'a Planner<'a>,
+    layout: &'a Layout,
+    /// Each stage's device, by its place among the planner's.
+    places: Vec<usize>,
+}
+
+/// The time in which every running sequence gets a token.
+struct Cycle {
+    seconds: f64,
+    /// Of them, those that the slowest device's passes take, boundaries included.
+    taken: f64,
+    /// Of these, those that its units take.
+    working: f64,
+}
+
+impl<'a> Pipeline<'a> {
+    pub(super) fn new(planner: &'a Planner<'a>, layout: &'a Layout) -> Result<Self> {
+        let place = |(i, device): (usize, Device)| {
+            planner.devices.iter().position(|spec| spec.device == device).ok_or_else(|| {
+                let why = format!("stage {i} is on {device}, which is not among the devices");
+                Error::usage(format!("--layout {}", crate::error::shown(&layout.to_string())), why)
+            })
+        };
+        let devices = layout.stages().iter().map(|stage| stage.device).enumerate();
+        Ok(Pipeline { planner, layout, places: devices.map(place).collect::<Result<_>>()? })
+    }
+
+    /// Devices that have stages.
+    fn devices(&self) -> Vec<usize> {
+        let mut devices = self.places.clone();
+        devices.sort_unstable();
+        devices.dedup();
+        devices
+    }
+
+    fn units(&self, stage: usize) -> Vec<Unit> {
+        units_of(self.planner.spec, &self.layout.stages()[stage].layers)
+    }
+
+    /// Seconds of a stage's pass, until its rows have left it.
+    pub(super) fn seconds(&self, stage: usize, pass: Pass) -> f64 {
+        let costs = self.planner.costs(self.places[stage]);
+        let last = stage + 1 == self.places.len();
+        self.units_seconds(stage, pass) + costs.pass() + if last { 0.0 } else { costs.boundary(pass) }
+    }
+
+    /// Of them, those of its units.
+    fn units_seconds(&self, stage: usize, pass: Pass) -> f64 {
+        let costs = self.planner.costs(self.places[stage]);
+        self.units(stage).into_iter().map(|unit| costs.seconds(unit, pass)).sum()
+    }
+
+    /// Sums over the stages of each device.
+    fn by_device(&self, per_stage: &[f64]) -> BTreeMap<usize, f64> {
+        let mut sums = BTreeMap::new();
+        for (&place, seconds) in self.places.iter().zip(per_stage) {
+            *sums.entry(place).or_insert(0.0) += seconds;
+        }
+        sums
+    }
+
+    /// Sequences are spread over as many micro-batches as there are devices. In a cycle each device takes every one of them;
+    /// and no micro-batch comes round faster than it passes through all stages.
+    fn cycle(&self, requests: usize) -> Cycle {
+        let slots = self.devices().len().min(requests).max(1);
+        let pass =
+            Pass::Decode { rows: requests.div_ceil(slots).max(1), context: self.planner.workload.context() };
+        let times: Vec<f64> = (0..self.places.len()).map(|i| self.seconds(i, pass)).collect();
+        let working: Vec<f64> = (0..self.places.len()).map(|i| self.units_seconds(i, pass)).collect();
+        let round: f64 = times.iter().sum();
+        let by_device = self.by_device(&times);
+        let (slowest, taken) =
+            by_device.iter().fold((0, 0.0), |a, (&i, &b)| if b > a.1 { (i, b) } else { a });
+        let (taken, working) = (slots as f64 * taken, slots as f64 * self.by_device(&working)[&slowest]);
+        Cycle { seconds: taken.max(round), taken, working }
+    }
+
+    /// Tokens whose keys and values a stage's device has room for, beside those of its other stages.
+    fn kv_tokens(&self, i: usize) -> Result<usize> {
+        let (planner, place) = (self.planner, self.places[i]);
+        let device = &planner.devices[place];
+        let on_device = || (0..self.places.len()).filter(|&k| self.places[k] == place);
+        let taken: usize = on_device().map(|k| self.weight_bytes(k) + self.scratch_bytes(k)).sum();
+        let each: usize = on_device().map(|k| self.kv_bytes_per_token(k)).sum();
+        let tokens = device.free.saturating_sub(taken) / each.max(1) / KV_BLOCK * KV_BLOCK;
+        let wanted = planner.kv_tokens.unwrap_or(KV_BLOCK);
+        if tokens >= wanted {
+            return Ok(tokens);
+        }
+        let gigabytes = |bytes: usize| bytes as f64 / 1e9;
+        let (name, taken, free) = (&device.name, gigabytes(taken), gigabytes(device.free));
+        let why = format!(
+            "{name} has room for {free:.1} GB; weights and buffers of its stages take {taken:.1} GB, which leaves room \
+             for {tokens} KV tokens of {wanted}"
+        );
+        Err(Error::Device { device: device.device.to_string(), why })
+    }
+
+    fn stage(&self, i: usize, kv_tokens: usize, share: f64) -> StagePrediction {
+        let (planner, stage) = (self.planner, &self.layout.stages()[i]);
+        let device = &planner.devices[self.places[i]];
+        let units = self.units(i);
+        let passes = ROWS.map(|rows| Pass::Decode { rows, context: planner.workload.context() });
+        let chunk = planner.workload.passes(1)[1].0;
+        let times = passes.into_iter().chain([chunk]);
+        StagePrediction {
+            device: device.device.to_string(),
+            name: device.name.clone(),
+            layers: stage.to_string(),
+            embed: units.contains(&Unit::Embed),
+            head: units.contains(&Unit::Head),
+            weight_bytes: self.weight_bytes(i),
+            kv_bytes_per_token: self.kv_bytes_per_token(i),
+            scratch_bytes: self.scratch_bytes(i),
+            room_bytes: device.free,
+            kv_tokens,
+            times: times.map(|pass| PassTime { pass, seconds: self.seconds(i, pass) }).collect(),
+            share,
+        }
+    }
+
+    fn kv_bytes_per_token(&self, stage: usize) -> usize {
+        let bytes = |unit: Unit| unit.kv_bytes_per_token(self.planner.spec, self.planner.dtype);
+        self.units(stage).into_iter().map(bytes).sum()
+    }
+
+    fn weight_bytes(&self, stage: usize) -> usize {
+        let layers = &self.layout.stages()[stage].layers;
+        crate::model::decoder::weight_bytes(self.planner.spec, self.planner.dtype, layers)
+    }
+
+    fn scratch_bytes(&self, stage: usize) -> usize {
+        let scratch = self.planner.scratch;
+        let head = if stage + 1 == self.places.len() { scratch.head } else { 0 };
+        scratch.stage + head + scratch.layer * self.layout.stages()[stage].layers.len()
+    }
+}

@@ -1,0 +1,253 @@
+//! What a layout places: units, with their bytes, and with the work that a pass makes them do.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use super::spec::ModelSpec;
+use crate::backend::DType;
+
+/// A part of a model that is on one device as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Unit {
+    /// From tokens to rows; always on the first stage.
+    Embed,
+    /// Attention and feed-forward part.
+    Layer(usize),
+    /// The last norm, the logits and the choice of tokens; always on the last stage.
+    Head,
+}
+
+/// The shape of a micro-batch, as far as its cost goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pass {
+    /// One new token of each of `rows` sequences.
+    Decode {
+        /// Sequences.
+        rows: usize,
+        /// Tokens that each row attends to.
+        context: usize,
+    },
+    /// Tokens of one prompt.
+    Chunk {
+        /// How many.
+        rows: usize,
+        /// Tokens of the prompt before them.
+        before: usize,
+    },
+}
+
+/// Bytes that are moved, and floating-point operations on matrix units.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Demand {
+    /// Read and written.
+    pub bytes: f64,
+    /// Multiplications and additions.
+    pub flops: f64,
+}
+
+/// What a unit does in a pass.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Work {
+    /// Rows of its matrix products.
+    pub rows: usize,
+    /// Its matrix products.
+    pub products: Demand,
+    /// Attention to cached keys and values.
+    pub attention: Demand,
+    /// Bytes that everything else reads and writes: norms, rotations, activations, logits.
+    pub other_bytes: f64,
+    /// Kernels whose start nothing hides.
+    pub kernels: usize,
+}
+
+/// Up to so many rows, products are made by kernels of which each starts while the one before it runs, and which make the
+/// norms and sums beside them.
+const FEW_ROWS: usize = 8;
+
+/// The units of a stage with these layers, in order.
+pub fn units_of(spec: &ModelSpec, layers: &Range<usize>) -> Vec<Unit> {
+    let mut units: Vec<Unit> = layers.clone().map(Unit::Layer).collect();
+    if layers.start == 0 {
+        units.insert(0, Unit::Embed);
+    }
+    if layers.end == spec.layers.len() {
+        units.push(Unit::Head);
+    }
+    units
+}
+
+impl Pass {
+    /// Rows of the micro-batch.
+    pub fn rows(self) -> usize {
+        match self {
+            Pass::Decode { rows, .. } | Pass::Chunk { rows, .. } => rows,
+        }
+    }
+
+    /// Rows whose logits are wanted.
+    pub fn outputs(self) -> usize {
+        match self {
+            Pass::Decode { rows, .. } => rows,
+            Pass::Chunk { .. } => 1,
+        }
+    }
+
+    /// Pairs of a row and a token that it attends to, where it sees the last `window` of them.
+    pub fn attended(self, window: Option<usize>) -> f64 {
+        let window = window.unwrap_or(usize::MAX);
+        match self {
+            Pass::Decode { rows, context } => rows as f64 * context.min(window) as f64,
+            Pass::Chunk { rows, before } => {
+                // Rows see one token more each, until the window is full.
+                let growing = window.saturating_sub(before).min(rows);
+                let grown = growing as f64 * (before as f64 + (growing as f64 + 1.0) / 2.0);
+                let full = if growing < rows { (rows - growing) as f64 * window as f64 } else { 0.0 };
+                grown + full
+            }
+        }
+    }
+
+    /// Tokens whose keys and values are read.
+    fn cached(self, window: Option<usize>) -> f64 {
+        let window = window.unwrap_or(usize::MAX);
+        match self {
+            Pass::Decode { rows, context } => rows as f64 * context.min(window) as f64,
+            Pass::Chunk { rows, before } => rows as f64 + before.min(window) as f64,
+        }
+    }
+}
+
+impl Unit {
+    /// Bytes of each of its tensors, in the order in which they are loaded. A tied head counts in full: only a stage that
+    /// holds the embedding too shares it.
+    pub fn tensor_sizes(self, spec: &ModelSpec, dtype: DType) -> Vec<usize> {
+        let (dim, heads, bias) = (spec.dim, spec.heads, spec.bias);
+        let vector = |n: usize| n * DType::F32.size();
+        let matrix = |n: usize, k: usize, bias: bool| n * k * dtype.size() + if bias { vector(n) } else { 0 };
+        match self {
+            Unit::Embed => vec![matrix(spec.vocab, dim, false)],
+            Unit::Head => vec![vector(dim), matrix(spec.vocab, dim, false)],
+            Unit::Layer(_) => {
+                let mut sizes = vec![vector(dim), matrix(heads.qkv_dim(), dim, bias.qkv)];
+                if spec.qk_norm {
+                    sizes.extend([vector(heads.head_dim); 2]);
+                }
+                sizes.extend([
+                    matrix(dim, heads.q_dim(), bias.out),
+                    vector(dim),
+                    matrix(2 * spec.ffn, dim, bias.mlp),
+                    matrix(dim, spec.ffn, bias.mlp),
+                ]);
+                sizes
+            }
+        }
+    }
+
+    /// Bytes of its weights.
+    pub fn weight_bytes(self, spec: &ModelSpec, dtype: DType) -> usize {
+        self.tensor_sizes(spec, dtype).into_iter().sum()
+    }
+
+    /// Bytes of its keys and values of one token.
+    pub fn kv_bytes_per_token(self, spec: &ModelSpec, dtype: DType) -> usize {
+        match self {
+            Unit::Layer(_) => spec.kv_bytes_per_token(dtype),
+            Unit::Embed | Unit::Head => 0,
+        }
+    }
+
+    /// What it does in a pass.
+    pub fn work(self, spec: &ModelSpec, dtype: DType, pass: Pass) -> Work {
+        match self {
+            Unit::Embed => {
+                let row = spec.dim * (dtype.size() + DType::F32.size());
+                Work { other_bytes: (pass.rows() * row) as f64, kernels: 1, ..Work::default() }
+            }
+            Unit::Layer(i) => layer_work(spec, dtype, pass, spec.layers[i].window),
+            Unit::Head => {
+                let (rows, numbers) = (pass.outputs(), (spec.vocab * spec.dim) as f64);
+                let weights = self.weight_bytes(spec, dtype) as f64;
+                // Logits are written once, and read to find the largest and by what may change them.
+                let logits = 3 * rows * spec.vocab * DType::F32.size();
+                Work {
+                    rows,
+                    products: Demand { bytes: weights, flops: 2.0 * rows as f64 * numbers },
+                    other_bytes: logits as f64,
+                    kernels: 3,
+                    ..Work::default()
+                }
+            }
+        }
+    }
+}
+
+fn layer_work(spec: &ModelSpec, dtype: DType, pass: Pass, window: Option<usize>) -> Work {
+    let (rows, heads, wide) = (pass.rows(), spec.heads, DType::F32.size());
+    let weights = Unit::Layer(0).weight_bytes(spec, dtype) as f64;
+    let per_row = heads.qkv_dim() * spec.dim + spec.dim * heads.q_dim() + 3 * spec.ffn * spec.dim;
+    let kv = pass.cached(window) * spec.kv_bytes_per_token(dtype) as f64;
+    // Two norms from wide rows to narrow ones; the rotation in place; gates and ups to one.
+    let other = 2 * spec.dim * (wide + dtype.size()) + (2 * heads.qkv_dim() + 3 * spec.ffn) * dtype.size();
+    Work {
+        rows,
+        products: Demand { bytes: weights, flops: 2.0 * rows as f64 * per_row as f64 },
+        attention: Demand { bytes: kv, flops: 4.0 * pass.attended(window) * heads.q_dim() as f64 },
+        other_bytes: if rows <= FEW_ROWS { 0.0 } else { (rows * other) as f64 },
+        kernels: if rows <= FEW_ROWS { 1 } else { 7 },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{decoder::weight_sizes, shapes};
+
+    #[test]
+    fn units_make_up_a_stage() {
+        let spec = shapes::find("7b").unwrap().unwrap();
+        let stages = [0..9, 9..20, 20..28];
+        let mut all = Vec::new();
+        for layers in &stages {
+            let units = units_of(&spec, layers);
+            let bytes: usize = units.iter().map(|unit| unit.weight_bytes(&spec, DType::BF16)).sum();
+            assert_eq!(bytes, weight_sizes(&spec, DType::BF16, layers).into_iter().sum());
+            all.extend(units);
+        }
+        assert_eq!((all.len(), all[0], all[1], all[29]), (30, Unit::Embed, Unit::Layer(0), Unit::Head));
+        // 466 MB a layer, 1.09 GB the head.
+        assert_eq!(Unit::Layer(3).weight_bytes(&spec, DType::BF16) / 1_000_000, 466);
+        assert_eq!(Unit::Head.weight_bytes(&spec, DType::BF16) / 1_000_000, 1089);
+        assert_eq!(Unit::Layer(3).kv_bytes_per_token(&spec, DType::BF16), 2048);
+        assert_eq!(Unit::Head.kv_bytes_per_token(&spec, DType::BF16), 0);
+    }
+
+    #[test]
+    fn attention_is_counted_pair_by_pair() {
+        let counted = |rows: usize, before: usize, window: usize| {
+            (0..rows).map(|i| (before + i + 1).min(window)).sum::<usize>() as f64
+        };
+        for (rows, before, window) in [(5, 0, 9), (5, 3, 6), (5, 9, 4), (1, 0, 1), (7, 2, 5)] {
+            let pass = Pass::Chunk { rows, before };
+            assert_eq!(pass.attended(Some(window)), counted(rows, before, window), "{pass:?} {window}");
+            assert_eq!(pass.attended(None), counted(rows, before, usize::MAX), "{pass:?}");
+        }
+        assert_eq!(Pass::Decode { rows: 3, context: 10 }.attended(Some(4)), 12.0);
+    }
+
+    #[test]
+    fn work_grows_with_rows_and_context() {
+        let spec = shapes::find("7b").unwrap().unwrap();
+        let work = |unit: Unit, pass| unit.work(&spec, DType::BF16, pass);
+        let one = work(Unit::Layer(0), Pass::Decode { rows: 1, context: 100 });
+        assert!(one.products.bytes > 4.6e8 && (one.products.flops / 466e6 - 1.0).abs() < 0.01, "{one:?}");
+        assert_eq!(one.attention.bytes, 100.0 * 2048.0);
+        let many = work(Unit::Layer(0), Pass::Decode { rows: 64, context: 100 });
+        assert_eq!(many.products.bytes, one.products.bytes);
+        assert_eq!(many.products.flops, 64.0 * one.products.flops);
+        // Of a prompt's chunk, one row has logits.
+        let head = |pass| work(Unit::Head, pass).products.flops;
+        assert_eq!(head(Pass::Chunk { rows: 512, before: 0 }), head(Pass::Decode { rows: 1, context: 9 }));
+    }
+}
