@@ -1,6 +1,6 @@
 //! A micro-batch: what the scheduler decides and the stages carry out. Plain data.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use crate::request::{Logprobs, SamplingParams};
 
@@ -102,4 +102,15 @@ pub struct Sampled {
     pub id: u32,
     /// If the request asked for them.
     pub logprobs: Option<Logprobs>,
+}
+
+/// How long a stage was busy with a step, as measured.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Observation {
+    /// The stage.
+    pub stage: usize,
+    /// The step.
+    pub step: u64,
+    /// How long it could do nothing else.
+    pub busy: Duration,
 }

@@ -1,6 +1,6 @@
 //! The flags that make an engine: the model, where its stages run, and how much they may use.
 
-use std::time::Instant;
+use std::{path::PathBuf, time::Instant};
 
 use clap::{Args, ValueEnum};
 
@@ -55,6 +55,9 @@ pub(super) struct Setup {
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Writes a trace of what the stages do, for Perfetto or chrome://tracing
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    timeline: Option<PathBuf>,
 }
 
 /// A [`DType`], or the checkpoint's.
@@ -115,6 +118,9 @@ impl Setup {
                 Some(count) => builder = set(builder, count),
                 None => {}
             }
+        }
+        if let Some(path) = &self.timeline {
+            builder = builder.timeline(path);
         }
         Ok(builder)
     }

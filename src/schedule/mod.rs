@@ -2,6 +2,8 @@
 
 mod blocks;
 mod scheduler;
+mod stats;
 
 pub use blocks::{BlockPool, Lease};
 pub use scheduler::{NewSequence, Scheduler, SchedulerConfig};
+pub use stats::SchedulerStats;

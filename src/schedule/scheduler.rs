@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{BlockPool, Lease};
+use super::{BlockPool, Lease, SchedulerStats};
 use crate::{
     batch::{MicroBatch, ON_DEVICE, OutputRow, Sampled, SeqId, SeqRows, SeqStart, Step},
     request::SamplingParams,
@@ -215,6 +215,18 @@ impl Scheduler {
     /// Sequences that hold blocks.
     pub fn running(&self) -> usize {
         self.config.running_max - self.seats.len()
+    }
+
+    /// Queues and blocks now.
+    pub fn stats(&self) -> SchedulerStats {
+        SchedulerStats {
+            waiting: self.waiting(),
+            running: self.running(),
+            kv_blocks_total: self.blocks.total(),
+            kv_blocks_free: self.blocks.free(),
+            in_flight: self.steps.len(),
+            ..SchedulerStats::default()
+        }
     }
 
     fn admit(&mut self) {

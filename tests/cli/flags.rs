@@ -16,6 +16,7 @@ const FLAGS: &[&str] = &[
     "--chunk",
     "--running",
     "--threads",
+    "--timeline",
     "--prompt",
     "--prompt-file",
     "--prompt-ids",

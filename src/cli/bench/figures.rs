@@ -95,7 +95,7 @@ impl Figures {
         runs: &[Run],
         before: &[StageStats],
     ) -> Figures {
-        let stats = engine.stats();
+        let stats = engine.stats().stages;
         let on_gpu = engine.layout().stages().iter().any(|stage| stage.device != Device::Cpu);
         let requests = f64::from(workload.requests);
         let (input, output) = (f64::from(workload.input_len), f64::from(workload.output_len));

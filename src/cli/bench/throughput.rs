@@ -91,7 +91,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
         let run = args.workload.run(&engine, u64::from(warmup))?;
         tracing::info!(seconds = run.seconds, "warm-up");
     }
-    let before = engine.stats();
+    let before = engine.stats().stages;
     let mut runs = Vec::new();
     for repeat in 0..args.runs.repeat {
         let run = args.workload.run(&engine, u64::from(args.runs.warmup + repeat))?;
@@ -100,7 +100,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     }
     let figures = Figures::new(args.workload, &engine, loading, &runs, &before);
     let text = match args.format {
-        Format::Table => figures.table(&before, &engine.stats()),
+        Format::Table => figures.table(&before, &engine.stats().stages),
         Format::Json => figures.json(),
     };
     crate::cli::print(text.as_bytes())
