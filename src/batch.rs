@@ -26,7 +26,7 @@ pub struct MicroBatch {
     pub seqs: Vec<SeqRows>,
     /// The rows whose next token is wanted, in the order of the rows.
     pub outputs: Vec<OutputRow>,
-    /// Sequences that have their first rows here.
+    /// Sequences that have their first rows here, or begin again.
     pub starts: Vec<SeqStart>,
     /// Sequences that have ended: what a stage keeps of them can go, before `starts`, which may have their seats.
     pub ends: Vec<SeqId>,
@@ -63,7 +63,8 @@ pub struct SeqRows {
     pub len: usize,
     /// Tokens of this sequence already in the KV cache: the position of the first row.
     pub cached: usize,
-    /// The sequence's KV blocks: token `p` lives in `blocks[p / KV_BLOCK]`, on every stage.
+    /// The sequence's KV blocks: token `p` lives in `blocks[p / KV_BLOCK]`, on every stage. Those of the cached tokens
+    /// may be other sequences' too; an earlier step has written them.
     pub blocks: Arc<[u32]>,
 }
 
@@ -91,6 +92,9 @@ pub struct SeqStart {
     pub seed: u64,
     /// The whole prompt, for the repetition penalty.
     pub prompt: Arc<[u32]>,
+    /// Tokens of the answer that have been chosen already, if it begins again: its penalties count them, and the next random
+    /// number is the one after theirs.
+    pub generated: Arc<[u32]>,
 }
 
 /// A token chosen for a sequence.
@@ -104,13 +108,13 @@ pub struct Sampled {
     pub logprobs: Option<Logprobs>,
 }
 
-/// How long a stage was busy with a step, as measured.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// How long a stage took for a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Observation {
-    /// The stage.
+    /// The stage's place in the pipeline.
     pub stage: usize,
     /// The step.
     pub step: u64,
-    /// How long it could do nothing else.
+    /// Without what it waited for.
     pub busy: Duration,
 }

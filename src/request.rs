@@ -52,12 +52,15 @@ pub struct Request {
     pub stop: StopParams,
     /// How many independent samples to draw; sample `i` uses seed + `i`.
     pub n: u32,
+    /// Requests of higher priority come first; those of one priority in the order of submission.
+    pub priority: i32,
 }
 
 impl Request {
     /// A request with default sampling (greedy) and stopping.
     pub fn new(prompt: Prompt) -> Self {
-        Request { prompt, sampling: SamplingParams::default(), stop: StopParams::default(), n: 1 }
+        let (sampling, stop) = Default::default();
+        Request { prompt, sampling, stop, n: 1, priority: 0 }
     }
 }
 

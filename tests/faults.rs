@@ -88,6 +88,7 @@ fn step(step: u64, id: u32, started: bool) -> Step {
         sampling: Arc::new(SamplingParams::default()),
         seed: 0,
         prompt: [id].into(),
+        generated: [].into(),
     };
     let batch = MicroBatch {
         ids: vec![id],

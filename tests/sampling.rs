@@ -16,6 +16,7 @@ fn start(seq: u64, seed: u64, sampling: &SamplingParams, prompt: &[u32]) -> SeqS
         sampling: Arc::new(sampling.clone()),
         seed,
         prompt: prompt.into(),
+        generated: [].into(),
     }
 }
 

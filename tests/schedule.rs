@@ -1,213 +1,257 @@
-//! The scheduler's promises, over many random schedules: no block leaked or leased twice, every sequence fed in
-//! order without gap, steps bounded, nobody waits for ever.
+//! The scheduler's promises: whatever comes when, every client gets the tokens that its prompt leads to, no block is lost or
+//! written by two, nobody waits for ever; prompts that begin the same are computed once; those who lose their blocks go on.
 
-use std::{collections::HashMap, sync::Arc};
+mod common;
 
+use common::world::{Wanted, World};
 use pipeline_infer::{
-    SamplingParams,
-    batch::{KV_BLOCK, MicroBatch, Sampled, SeqId, Step},
-    schedule::{BlockPool, NewSequence, Scheduler, SchedulerConfig},
+    batch::{KV_BLOCK, Observation},
+    schedule::SchedulerConfig,
 };
 use proptest::prelude::*;
 
-/// What a sequence should do, and how far it is.
-#[derive(Debug)]
-struct Wanted {
-    prompt: Arc<[u32]>,
-    answer: usize,
-    fed: usize,
-    got: usize,
-    blocks: Option<Arc<[u32]>>,
-    cancelled: bool,
+fn config(slots: usize, chunk: usize, running_max: usize) -> SchedulerConfig {
+    SchedulerConfig { slots, chunk, chunk_min: chunk, running_max, ..SchedulerConfig::default() }
 }
 
-/// Stages and clients in one: checks every step and answers it.
-struct World {
-    scheduler: Scheduler,
-    pool: BlockPool,
-    config: SchedulerConfig,
-    wanted: HashMap<SeqId, Wanted>,
-    flying: std::collections::VecDeque<Step>,
-    ended: usize,
+fn rows(world: &World) -> Vec<usize> {
+    world.queued.iter().map(|step| step.batch.rows()).collect()
 }
 
-impl World {
-    fn new(config: SchedulerConfig, blocks: usize) -> Self {
-        let pool = BlockPool::new(blocks);
-        let scheduler = Scheduler::new(config, pool.clone());
-        World { scheduler, pool, config, wanted: HashMap::new(), flying: Default::default(), ended: 0 }
-    }
-
-    fn add(&mut self, id: u64, prompt: usize, answer: usize) {
-        let prompt: Arc<[u32]> = (0..prompt as u32).map(|t| t * 7 + id as u32).collect();
-        let tokens_max = prompt.len() + answer - 1;
-        let sampling = Arc::new(SamplingParams::default());
-        let new = NewSequence { seq: SeqId(id), prompt: prompt.clone(), tokens_max, sampling, seed: id };
-        self.scheduler.add(new);
-        let wanted = Wanted { prompt, answer, fed: 0, got: 0, blocks: None, cancelled: false };
-        self.wanted.insert(SeqId(id), wanted);
-    }
-
-    fn plan_all(&mut self) {
-        while let Some(plan) = self.scheduler.plan() {
-            self.check(&plan.batch);
-            self.flying.push_back(plan);
-            assert!(self.flying.len() <= self.config.slots);
-        }
-    }
-
-    fn check(&mut self, batch: &MicroBatch) {
-        assert!(batch.rows() > 0 && batch.rows() <= Scheduler::rows_max(self.config));
-        assert_eq!(batch.rows(), batch.positions.len());
-        let mut row = 0;
-        for part in &batch.seqs {
-            assert_eq!(part.row, row, "rows without gap");
-            row += part.len;
-            let wanted = self.wanted.get_mut(&part.seq).expect("an ended sequence is planned");
-            assert!(!wanted.cancelled, "a cancelled sequence is planned");
-            assert_eq!(part.cached, wanted.fed, "fed in order");
-            assert!(part.blocks.len() * KV_BLOCK >= part.cached + part.len, "room for its tokens");
-            let first = batch.starts.iter().any(|s| s.seq == part.seq);
-            assert_eq!(first, wanted.fed == 0, "started once");
-            for i in 0..part.len {
-                assert_eq!(batch.positions[part.row + i] as usize, part.cached + i);
-                if let Some(&token) = wanted.prompt.get(part.cached + i) {
-                    assert_eq!(batch.ids[part.row + i], token);
-                } else {
-                    assert_eq!(batch.ids[part.row + i] as usize, 1000 + wanted.got, "the last token is fed");
-                }
-            }
-            wanted.fed += part.len;
-            wanted.blocks = Some(part.blocks.clone());
-            let output = batch.outputs.iter().any(|o| o.seq == part.seq && o.row == part.row + part.len - 1);
-            assert_eq!(output, wanted.fed >= wanted.prompt.len(), "an output where the prompt is complete");
-        }
-        assert_eq!(row, batch.rows());
-        self.no_block_twice();
-    }
-
-    /// Blocks of running sequences are distinct.
-    fn no_block_twice(&self) {
-        let mut all: Vec<u32> =
-            self.wanted.values().filter_map(|w| w.blocks.as_ref()).flat_map(|b| b.to_vec()).collect();
-        let held = all.len();
-        all.sort_unstable();
-        all.dedup();
-        assert_eq!(all.len(), held, "a block is in two sequences");
-    }
-
-    /// The oldest step comes back.
-    fn finish_step(&mut self) {
-        let Some(plan) = self.flying.pop_front() else { return };
-        let token = |seq: SeqId| Sampled { seq, id: 1001 + self.wanted[&seq].got as u32, logprobs: None };
-        let sampled = plan.batch.outputs.iter().map(|o| token(o.seq)).collect();
-        for token in self.scheduler.apply(plan.step, sampled) {
-            let wanted = self.wanted.get_mut(&token.seq).expect("a token of nobody");
-            assert!(!wanted.cancelled, "a token after the end");
-            wanted.got += 1;
-            if wanted.got == wanted.answer {
-                self.scheduler.end(token.seq);
-                self.wanted.remove(&token.seq);
-                self.ended += 1;
-            }
-        }
-        let flying: Vec<SeqId> =
-            self.flying.iter().flat_map(|p| p.batch.seqs.iter().map(|s| s.seq)).collect();
-        self.wanted.retain(|seq, w| !w.cancelled || flying.contains(seq));
-    }
-
-    fn cancel(&mut self, id: u64) {
-        let flying = self.flying.iter().any(|p| p.batch.seqs.iter().any(|s| s.seq == SeqId(id)));
-        if let Some(wanted) = self.wanted.get_mut(&SeqId(id)).filter(|w| !w.cancelled) {
-            wanted.cancelled = true;
-            self.ended += 1;
-            self.scheduler.end(SeqId(id));
-            if !flying {
-                self.wanted.remove(&SeqId(id));
-            }
-        }
-    }
+/// Random requests: tokens of a common beginning and of its own, an answer, how likely it stops, a group, a priority.
+fn requests() -> impl Strategy<Value = Vec<(usize, usize, usize, u32, u32, i32)>> {
+    prop::collection::vec((0usize..80, 1usize..50, 1usize..30, 0u32..5, 0u32..3, 0i32..3), 1..24)
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_schedule_ends_every_sequence_once_and_gives_all_blocks_back(
+    fn every_client_gets_the_tokens_that_its_prompt_leads_to(
+        (ahead, prefix_reuse) in any::<(bool, bool)>(),
         slots in 1usize..6,
         chunk in 1usize..50,
+        chunk_min in 1usize..50,
         running_max in 1usize..9,
-        blocks in 8usize..30,
-        sequences in prop::collection::vec((1usize..90, 1usize..12), 1..20),
-        events in prop::collection::vec((0u8..4, 0u64..20), 0..120),
+        blocks in 10usize..40,
+        requests in requests(),
+        events in prop::collection::vec((0u8..9, 0u64..24), 0..300),
     ) {
-        let mut world = World::new(SchedulerConfig { slots, chunk, running_max, ahead: false }, blocks);
-        let mut next = 0;
+        let config = SchedulerConfig { slots, chunk, chunk_min, running_max, ahead, prefix_reuse };
+        let mut world = World::new(config, blocks);
+        let mut new = requests.iter().enumerate().map(|(id, &(common, own, answer, stops, group, priority))| {
+            let wanted = Wanted::new(id as u64, own, answer, stops).after(group, common);
+            (id as u64, Wanted { priority, ..wanted })
+        });
         for (kind, which) in events {
             match kind {
-                0 if next < sequences.len() => {
-                    let (prompt, answer) = sequences[next];
-                    world.add(next as u64, prompt, answer);
-                    next += 1;
-                }
+                0 => drop(new.next().map(|(id, wanted)| world.add(id, &wanted))),
                 1 => world.cancel(which),
-                2 => world.plan_all(),
-                _ => world.finish_step(),
+                2 | 3 => world.plan(),
+                4 | 5 => world.run(),
+                6 => world.scheduler.observe(Observation {
+                    stage: which as usize % 3,
+                    step: which,
+                    busy: std::time::Duration::from_micros(50 + 7 * which),
+                }),
+                _ => drop(world.read()),
             }
         }
-        for (i, &(prompt, answer)) in sequences.iter().enumerate().skip(next) {
-            world.add(i as u64, prompt, answer);
-        }
-        let mut steps = 0;
-        while world.ended < sequences.len() {
-            world.plan_all();
-            prop_assert!(!world.flying.is_empty(), "nothing runs and {} have not ended", world.wanted.len());
-            world.finish_step();
-            steps += 1;
-            prop_assert!(steps < 20_000);
-        }
-        while !world.flying.is_empty() {
-            world.finish_step();
-        }
-        prop_assert_eq!(world.pool.free(), blocks);
-        prop_assert_eq!((world.scheduler.running(), world.scheduler.waiting()), (0, 0));
+        new.for_each(|(id, wanted)| world.add(id, &wanted));
+        world.finish();
     }
 }
 
 #[test]
 fn decoding_sequences_are_shared_out_over_the_slots() {
-    let config = SchedulerConfig { slots: 4, chunk: 64, running_max: 16, ahead: false };
-    let mut world = World::new(config, 64);
+    let mut world = World::new(config(4, 64, 16), 64);
     for id in 0..8 {
-        world.add(id, 1, 50);
+        world.add(id, &Wanted::new(id, 1, 50, 0));
     }
     for _ in 0..8 {
-        world.plan_all();
-        world.finish_step();
+        world.plan();
+        world.run();
+        world.read();
     }
-    world.plan_all();
-    let rows: Vec<usize> = world.flying.iter().map(|p| p.batch.rows()).collect();
-    assert_eq!(rows, [2, 2, 2, 2], "never all of them in the first step");
+    world.plan();
+    assert_eq!(rows(&world), [2, 2, 2, 2], "never all of them in the first step");
+    (0..4).for_each(|id| world.cancel(2 * id));
+    for _ in 0..12 {
+        world.run();
+        world.read();
+        world.plan();
+    }
+    assert_eq!(rows(&world), [1, 1, 1, 1], "and evenly again when some have ended");
+    world.finish();
 }
 
 #[test]
 fn a_long_prompt_fills_the_pipeline_by_itself() {
-    let mut world = World::new(SchedulerConfig { slots: 3, chunk: 10, running_max: 4, ahead: false }, 16);
-    world.add(0, 35, 2);
-    world.plan_all();
-    let rows: Vec<usize> = world.flying.iter().map(|p| p.batch.rows()).collect();
-    assert_eq!(rows, [10, 10, 10]);
+    let mut world = World::new(config(3, 10, 4), 16);
+    world.add(0, &Wanted::new(0, 35, 2, 0));
+    world.plan();
+    assert_eq!(rows(&world), [10, 10, 10]);
 }
 
 #[test]
 fn single_steps_and_prompt_chunks_share_a_micro_batch() {
-    let mut world = World::new(SchedulerConfig { slots: 1, chunk: 8, running_max: 4, ahead: false }, 16);
-    world.add(0, 3, 20);
-    world.plan_all();
-    world.finish_step();
-    world.add(1, 20, 2);
-    world.plan_all();
-    let batch = &world.flying[0].batch;
+    let mut world = World::new(config(1, 8, 4), 16);
+    world.add(0, &Wanted::new(0, 3, 20, 0));
+    world.plan();
+    world.run();
+    world.read();
+    world.add(1, &Wanted::new(1, 20, 2, 0));
+    world.plan();
+    let batch = &world.queued[0].batch;
     assert_eq!(batch.seqs.iter().map(|s| (s.seq.0, s.len)).collect::<Vec<_>>(), [(0, 1), (1, 8)]);
     assert_eq!(batch.outputs.len(), 1);
+}
+
+/// Rows that it takes to serve all, and the steps.
+fn served(config: SchedulerConfig, blocks: usize, all: &[Wanted]) -> (usize, usize, World) {
+    let mut world = World::new(config, blocks);
+    all.iter().zip(0..).for_each(|(wanted, id)| world.add(id, wanted));
+    let (mut rows, mut steps) = (0, 0);
+    while !world.clients.is_empty() {
+        let planned = world.queued.len();
+        world.plan();
+        rows += world.queued.iter().skip(planned).map(|step| step.batch.rows()).sum::<usize>();
+        world.run();
+        world.read();
+        steps += 1;
+    }
+    world.finish();
+    (rows, steps, world)
+}
+
+#[test]
+fn a_prefix_of_many_that_come_at_once_is_computed_once() {
+    let all: Vec<Wanted> = (0..64).map(|i| Wanted::new(i, 30, 4, 0).after(0, 2048)).collect();
+    for (slots, chunk, ahead) in [(1, 2048, false), (4, 512, true), (4, 100, true), (3, 7000, false)] {
+        let config = SchedulerConfig { ahead, ..config(slots, chunk, 64) };
+        let (rows, _, world) = served(config, 1024, &all);
+        let needed = 2048 + 64 * (30 + 3);
+        assert_eq!(rows, needed, "{slots} slots, chunks of {chunk}");
+        let stats = world.scheduler.stats();
+        assert_eq!((stats.prefix_hit_tokens, stats.preemptions), (63 * 2048, 0));
+        assert_eq!(stats.prefix_lookup_tokens, 64 * 2078);
+        let without = SchedulerConfig { prefix_reuse: false, ..config };
+        let (rows, _, world) = served(without, 10_000, &all);
+        assert_eq!((rows, world.scheduler.stats().prefix_hit_tokens), (64 * (2078 + 3), 0));
+        assert_eq!(world.scheduler.stats().kv_blocks_free, 10_000);
+    }
+}
+
+#[test]
+fn samples_share_their_prompt_and_a_later_turn_finds_the_answer_too() {
+    let mut world = World::new(config(2, 64, 8), 64);
+    let first = Wanted::new(1, 100, 60, 0);
+    for id in 0..4 {
+        world.add(id, &Wanted { seed: id, ..first.clone() });
+    }
+    world.finish();
+    assert_eq!(world.scheduler.stats().prefix_hit_tokens, 3 * 96, "all but the block that is not full");
+    let before = world.scheduler.stats().prefix_hit_tokens;
+    // The conversation goes on: prompt, answer, and another question.
+    let answer = Wanted { seed: 2, ..first.clone() }.tokens();
+    let prompt = [answer, vec![7; 20]].concat();
+    world.add(9, &Wanted { prompt, ..Wanted::new(9, 1, 5, 0) });
+    world.finish();
+    // The answer's last token has never been fed.
+    assert_eq!(world.scheduler.stats().prefix_hit_tokens - before, (159 / KV_BLOCK * KV_BLOCK) as u64);
+}
+
+#[test]
+fn cached_blocks_go_when_others_need_them() {
+    let mut world = World::new(config(1, 64, 4), 20);
+    for id in 0..30 {
+        // Three kinds of prompts, of which two fit.
+        world.add(id, &Wanted::new(id, 10, 3, 0).after(id as u32 % 3, 100));
+        world.finish();
+    }
+    let stats = world.scheduler.stats();
+    assert!(stats.kv_blocks_cached > 10 && stats.preemptions == 0, "{stats:?}");
+}
+
+#[test]
+fn a_cancelled_sequence_gives_its_blocks_back_at_once_wherever_it_is() {
+    let mut world = World::new(SchedulerConfig { ahead: true, ..config(2, 32, 4) }, 16);
+    let free = |world: &World| {
+        let stats = world.scheduler.stats();
+        stats.kv_blocks_free + stats.kv_blocks_cached
+    };
+    world.add(0, &Wanted::new(0, 100, 30, 0));
+    world.plan();
+    assert!(free(&world) < 16 && world.in_flight().count() == 4);
+    world.cancel(0);
+    assert_eq!(free(&world), 16, "in the middle of the prompt, with steps in flight");
+    // Another one writes to them behind those steps.
+    world.add(1, &Wanted::new(1, 60, 100, 0));
+    world.add(2, &Wanted::new(2, 200, 2, 0));
+    for _ in 0..20 {
+        world.plan();
+        world.run();
+        world.read();
+    }
+    assert!(free(&world) < 16 && world.scheduler.waiting() == 1);
+    world.cancel(2);
+    world.cancel(1);
+    assert_eq!((free(&world), world.scheduler.waiting()), (16, 0));
+    world.finish();
+}
+
+#[test]
+fn the_oldest_goes_on_when_blocks_run_out_and_the_others_end_later() {
+    for ahead in [false, true] {
+        for prefix_reuse in [false, true] {
+            let all: Vec<Wanted> = (0..6).map(|i| Wanted::new(i, 20, 100, 0)).collect();
+            let config = SchedulerConfig { ahead, prefix_reuse, ..config(2, 64, 6) };
+            let (_, steps, world) = served(config, 20, &all);
+            let stats = world.scheduler.stats();
+            assert!(stats.preemptions > 0, "{stats:?}");
+            assert_eq!(world.ended, [0, 1, 2, 3, 4, 5]);
+            assert!(steps < 1500, "{steps} steps: {stats:?}");
+        }
+    }
+}
+
+#[test]
+fn higher_priorities_begin_first_and_lose_their_blocks_last() {
+    let mut world = World::new(config(1, 16, 1), 8);
+    for (id, priority) in [(0, 0), (1, 0), (2, 5), (3, -5), (4, 5)] {
+        world.add(id, &Wanted { priority, ..Wanted::new(id, 10, 3, 0) });
+    }
+    world.finish();
+    assert_eq!(world.started, [2, 4, 0, 1, 3]);
+    // Room for one and a half: the first, and lower, gives its blocks to the second.
+    let mut world = World::new(config(1, 16, 2), 8);
+    world.add(0, &Wanted { priority: 0, ..Wanted::new(0, 60, 20, 0) });
+    for _ in 0..8 {
+        world.plan();
+        world.run();
+        world.read();
+    }
+    world.add(1, &Wanted { priority: 1, ..Wanted::new(1, 60, 20, 0) });
+    world.finish();
+    assert_eq!((world.ended.clone(), world.scheduler.stats().preemptions), (vec![1, 0], 1));
+}
+
+#[test]
+fn a_low_priority_ends_although_higher_ones_keep_coming() {
+    for blocks in [6, 12] {
+        let mut world = World::new(config(2, 16, 2), blocks);
+        world.add(0, &Wanted { priority: -7, ..Wanted::new(0, 40, 30, 0) });
+        let mut id = 0;
+        while !world.ended.contains(&0) {
+            while world.scheduler.waiting() < 3 {
+                id += 1;
+                world.add(id, &Wanted::new(id, 20, 10, 0));
+            }
+            world.plan();
+            world.run();
+            world.read();
+            assert!(id < 2000, "it starves");
+        }
+        assert!(id > 50, "{id}: it comes last as long as it need not come first");
+    }
 }

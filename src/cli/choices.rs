@@ -99,6 +99,7 @@ impl Choices {
             sampling: model_default(model),
             stop: StopParams { max_tokens: Some(MAX_TOKENS), ..StopParams::default() },
             n: 1,
+            priority: 0,
         };
         self.apply(&mut request);
         over.apply(&mut request);

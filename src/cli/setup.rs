@@ -46,12 +46,16 @@ pub(super) struct Setup {
     /// Micro-batches in flight at most [default: the number of devices]
     #[arg(long, value_name = "N")]
     slots: Option<usize>,
-    /// Prompt tokens in a micro-batch at most [default: 256 on the CPU, 2048 on GPUs]
+    /// Prompt tokens in each micro-batch [default: up to 256 on the CPU and 2048 on GPUs, fewer where few wait and where
+    /// answers that are under way would notice]
     #[arg(long, value_name = "TOKENS")]
     chunk: Option<usize>,
     /// Sequences that run at once at most; others wait [default: 64 on the CPU, 256 on GPUs]
     #[arg(long, value_name = "N")]
     pub(super) running: Option<usize>,
+    /// Computes every prompt from its first token on, even if another one has begun the same
+    #[arg(long)]
+    no_prefix_cache: bool,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -79,7 +83,7 @@ enum Source {
 impl Setup {
     /// The engine's description, with what can be checked before a file is opened.
     pub(super) fn builder(&self) -> Result<EngineBuilder> {
-        let mut builder = Engine::builder().weights(match self.weights {
+        let mut builder = Engine::builder().prefix_cache(!self.no_prefix_cache).weights(match self.weights {
             Source::Real => WeightSource::Real,
             Source::Dummy => WeightSource::Dummy,
         });

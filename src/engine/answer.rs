@@ -55,9 +55,11 @@ impl Answer {
         Ok(Answer { sample, text, eos, tokens_max, usage, submitted: Instant::now() })
     }
 
-    /// The first step that holds it has been planned.
+    /// The first step that holds it has been planned, or it begins again.
     pub(super) fn started(&mut self) {
-        self.usage.queued_s = self.submitted.elapsed().as_secs_f64();
+        if self.usage.queued_s == 0.0 {
+            self.usage.queued_s = self.submitted.elapsed().as_secs_f64();
+        }
     }
 
     /// Takes the next token.

@@ -30,6 +30,10 @@ const CONTEXT_DEFAULT: usize = 8192;
 const CHUNK_CPU: usize = 256;
 /// A GPU's matrix units want more rows; beyond this they gain a few percent.
 const CHUNK_GPU: usize = 2048;
+/// With fewer a pass takes as long, since it reads all weights.
+const CHUNK_MIN_GPU: usize = 128;
+/// Passes over the CPU's weights are cheap against so many rows.
+const CHUNK_MIN_CPU: usize = 32;
 /// Sequences that run at once, unless asked otherwise.
 const RUNNING_CPU: usize = 64;
 const RUNNING_GPU: usize = 256;
@@ -66,6 +70,7 @@ pub struct EngineBuilder {
     slots: Option<usize>,
     chunk: Option<usize>,
     running: Option<usize>,
+    no_prefix_cache: bool,
     threads: Option<usize>,
     observer: Option<Observer>,
     timeline: Option<PathBuf>,
@@ -135,7 +140,8 @@ impl EngineBuilder {
         self
     }
 
-    /// Prompt tokens in a micro-batch at most. Default: 256 on the CPU, 2048 on GPUs.
+    /// Prompt tokens in each micro-batch, where as many wait. Default: up to 256 on the CPU and 2048 on GPUs, fewer where
+    /// few wait and where sequences that decode would notice.
     pub fn chunk(mut self, tokens: usize) -> Self {
         self.chunk = Some(tokens);
         self
@@ -144,6 +150,13 @@ impl EngineBuilder {
     /// Sequences that run at once at most; others wait. Default: 64 on the CPU, 256 on GPUs.
     pub fn running(mut self, sequences: usize) -> Self {
         self.running = Some(sequences);
+        self
+    }
+
+    /// Whether keys and values of a prompt's beginning are used again for prompts that begin the same. Default: yes. On
+    /// GPUs the last bits of an answer can depend on it, since they depend on the rows that are computed together.
+    pub fn prefix_cache(mut self, wanted: bool) -> Self {
+        self.no_prefix_cache = !wanted;
         self
     }
 
@@ -189,12 +202,19 @@ impl EngineBuilder {
         let gpus = layout.stages().iter().any(|stage| stage.device != Device::Cpu);
         let context = self.plan_context(&spec)?;
         let chunk = self.chunk.unwrap_or(if gpus { CHUNK_GPU } else { CHUNK_CPU }).min(context);
+        let chunk_min = match (self.chunk, gpus) {
+            (Some(_), _) => chunk,
+            (None, true) => CHUNK_MIN_GPU.min(chunk),
+            (None, false) => CHUNK_MIN_CPU.min(chunk),
+        };
         let running = self.running.unwrap_or(if gpus { RUNNING_GPU } else { RUNNING_CPU });
         let mut scheduling = SchedulerConfig {
             slots: self.slots.unwrap_or_else(|| devices(&layout)),
             chunk,
+            chunk_min,
             running_max: running,
             ahead: gpus,
+            prefix_reuse: !self.no_prefix_cache,
         };
         let limits = |scheduling: SchedulerConfig, context_max| Limits {
             rows_max: Scheduler::rows_max(scheduling),

@@ -18,6 +18,10 @@ use crate::{
 
 /// Observations on their way to the scheduler; it reads them when it plans.
 const OBSERVATIONS: usize = 1024;
+/// Where every pass is measured, those of one step in so many are observed after the first ones: each takes the scheduler some
+/// microseconds. No multiple of usual numbers of slots, of which each should be seen.
+const OBSERVED_FIRST: u64 = 64;
+const OBSERVED_EVERY: u64 = 5;
 
 /// Something that an engine tells of itself. Times count from its start.
 #[derive(Debug, Clone)]
@@ -112,9 +116,12 @@ impl Meter {
     }
 
     pub(super) fn span(&self, span: StageSpan) {
-        let observation = Observation { stage: span.stage, step: span.step, busy: span.taken() };
-        // A scheduler that has not read for so long does not need them all.
-        let _ = self.observations.0.try_send(observation);
+        let sampled = span.weight > 1.0 || span.step < OBSERVED_FIRST;
+        if sampled || span.step % OBSERVED_EVERY == 0 {
+            let observation = Observation { stage: span.stage, step: span.step, busy: span.taken() };
+            // A scheduler that has not read for so long does not need them all.
+            let _ = self.observations.0.try_send(observation);
+        }
         self.tell(|| Measurement::Span(span));
     }
 

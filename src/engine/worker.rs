@@ -10,7 +10,7 @@ use crossbeam_channel as channel;
 
 use super::{Facts, answer::Answer, meter::Meter};
 use crate::{
-    batch::{Observation, Sampled, SeqId, Step},
+    batch::{Sampled, SeqId, Step},
     error::{Error, Result},
     pipeline::Outcome,
     request::{Event, Request},
@@ -111,14 +111,11 @@ impl Worker {
         }
     }
 
-    /// Passes on what stages have been observed to take.
+    /// Tells the scheduler what stages have been observed to take.
     fn observe(&mut self) {
-        let meter = self.meter.clone();
-        meter.observations().for_each(|observation| self.observed(observation));
-    }
-
-    fn observed(&mut self, Observation { stage, step, busy }: Observation) {
-        tracing::trace!(stage, step, ?busy, "observed");
+        for observation in self.meter.observations() {
+            self.scheduler.observe(observation);
+        }
     }
 
     fn command(&mut self, command: Command) {
@@ -168,6 +165,7 @@ impl Running {
                 tokens_max: prompt.len() + new_max - 1,
                 sampling: sampling.clone(),
                 seed: seed.wrapping_add(u64::from(sample)),
+                priority: params.priority,
             });
         }
         self.requests.insert(request, client);
@@ -304,7 +302,16 @@ mod tests {
     /// Open requests get the stage's error, later ones get it at once, and the thread ends when told to.
     #[test]
     fn a_failed_stage_ends_open_requests_and_refuses_new_ones() {
-        let ends = start(SchedulerConfig { slots: 1, chunk: 8, running_max: 1, ahead: false }, 2);
+        let ends = start(
+            SchedulerConfig {
+                slots: 1,
+                chunk: 8,
+                running_max: 1,
+                ahead: false,
+                ..SchedulerConfig::default()
+            },
+            2,
+        );
         // One runs, one waits for its blocks.
         let open: Vec<_> = (0..2).map(|i| ends.submit(i, 1)).collect();
         let step: Step = ends.steps.recv().unwrap();
@@ -322,7 +329,16 @@ mod tests {
 
     #[test]
     fn a_client_that_goes_ends_all_its_samples_and_nobody_elses() {
-        let ends = start(SchedulerConfig { slots: 1, chunk: 8, running_max: 4, ahead: false }, 8);
+        let ends = start(
+            SchedulerConfig {
+                slots: 1,
+                chunk: 8,
+                running_max: 4,
+                ahead: false,
+                ..SchedulerConfig::default()
+            },
+            8,
+        );
         drop(ends.submit(0, 2));
         let step = ends.steps.recv().unwrap();
         assert_eq!(step.batch.outputs.len(), 2);
@@ -359,7 +375,10 @@ mod tests {
 
     /// Stages that are `slow`: a result comes when so many later steps have come, or no more do.
     fn answers(ahead: bool, slow: usize) -> Vec<(Vec<u32>, FinishReason)> {
-        let ends = start(SchedulerConfig { slots: 2, chunk: 8, running_max: 4, ahead }, 8);
+        let ends = start(
+            SchedulerConfig { slots: 2, chunk: 8, running_max: 4, ahead, ..SchedulerConfig::default() },
+            8,
+        );
         let events: Vec<_> = (0..6).map(|i| ends.submit(i, 1)).collect();
         let Ends { commands, steps, results, thread } = ends;
         let stages = std::thread::spawn(move || {

@@ -1,34 +1,60 @@
-//! Who holds which KV block: ids and leases, no memory.
+//! Who holds which KV block: ids, holders, and what can be found again; no memory.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::collections::HashMap;
 
+use super::prefix::BlockKey;
 use crate::batch::KV_BLOCK;
 
+const NONE: u32 = u32::MAX;
+
 /// All KV blocks of the pipeline. An id means the same block on every stage.
-#[derive(Debug, Clone)]
+///
+/// A block that nobody holds is free, or it is cached: it has been published under a key and can be found by it until
+/// its room is needed. Of the cached ones those go first that were given back first, so a chain goes from its tail.
+#[derive(Debug)]
 pub struct BlockPool {
-    shared: Arc<Mutex<Pool>>,
-}
-
-#[derive(Debug)]
-struct Pool {
+    blocks: Vec<Block>,
     free: Vec<u32>,
-    leased: Vec<bool>, // [blocks]
+    by_key: HashMap<BlockKey, u32>,
+    /// Ends of the list of cached blocks, by when they were given back.
+    oldest: u32,
+    newest: u32,
+    cached: usize,
 }
 
-/// Blocks that one sequence holds. Dropping it gives them back.
-#[derive(Debug)]
-pub struct Lease {
-    ids: Arc<[u32]>,
-    pool: BlockPool,
+#[derive(Debug, Clone)]
+struct Block {
+    holders: u32,
+    key: Option<BlockKey>,
+    /// If it has a key: no step after this one writes to it.
+    written: u64,
+    /// Neighbours in the list of cached blocks.
+    older: u32,
+    newer: u32,
+}
+
+/// A published block.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Found {
+    pub(super) id: u32,
+    /// Steps after this one can read it.
+    pub(super) written: u64,
 }
 
 impl BlockPool {
     /// A pool of `blocks` free blocks.
     pub fn new(blocks: usize) -> Self {
-        let count = u32::try_from(blocks).expect("more KV blocks than ids; this is a bug");
-        let pool = Pool { free: (0..count).rev().collect(), leased: vec![false; blocks] };
-        BlockPool { shared: Arc::new(Mutex::new(pool)) }
+        let count = u32::try_from(blocks).ok().filter(|&count| count < NONE);
+        let count = count.expect("more KV blocks than ids; this is a bug");
+        let block = Block { holders: 0, key: None, written: 0, older: NONE, newer: NONE };
+        BlockPool {
+            blocks: vec![block; blocks],
+            free: (0..count).rev().collect(),
+            by_key: HashMap::new(),
+            oldest: NONE,
+            newest: NONE,
+            cached: 0,
+        }
     }
 
     /// How many blocks hold this many tokens.
@@ -36,73 +62,150 @@ impl BlockPool {
         tokens.div_ceil(KV_BLOCK)
     }
 
-    /// Leases blocks for this many tokens; `None` if too few are free.
-    pub fn lease(&self, tokens: usize) -> Option<Lease> {
-        let count = Self::blocks_for(tokens);
-        let mut pool = self.pool();
-        let rest = pool.free.len().checked_sub(count)?;
-        let ids: Arc<[u32]> = pool.free.drain(rest..).rev().collect();
-        for &id in ids.iter() {
-            let taken = std::mem::replace(&mut pool.leased[id as usize], true);
-            assert!(!taken, "block {id} leased twice; this is a bug");
-        }
-        Some(Lease { ids, pool: self.clone() })
+    /// Blocks that nobody holds and nobody can find.
+    pub fn free(&self) -> usize {
+        self.free.len()
     }
 
-    /// Blocks that nobody holds.
-    pub fn free(&self) -> usize {
-        self.pool().free.len()
+    /// Blocks that nobody holds and that can be found by their tokens.
+    pub fn cached(&self) -> usize {
+        self.cached
     }
 
     /// All blocks.
     pub fn total(&self) -> usize {
-        self.pool().leased.len()
+        self.blocks.len()
     }
 
-    fn pool(&self) -> MutexGuard<'_, Pool> {
-        // Every change under the lock is complete before anything in it can panic.
-        self.shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    /// Blocks that can be taken.
+    pub(super) fn available(&self) -> usize {
+        self.free.len() + self.cached
     }
-}
 
-impl Lease {
-    /// The blocks, in the order of the tokens they hold.
-    pub fn ids(&self) -> &Arc<[u32]> {
-        &self.ids
+    /// A block for one holder, who writes to it.
+    pub(super) fn take(&mut self) -> Option<u32> {
+        let id = match self.free.pop() {
+            Some(id) => id,
+            None if self.oldest == NONE => return None,
+            None => {
+                let id = self.oldest;
+                self.uncache(id);
+                let key = self.blocks[id as usize].key.take();
+                self.by_key.remove(&key.expect("a cached block without a key; this is a bug"));
+                id
+            }
+        };
+        let block = &mut self.blocks[id as usize];
+        assert!(block.holders == 0 && block.key.is_none(), "block {id} taken twice; this is a bug");
+        block.holders = 1;
+        Some(id)
     }
-}
 
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let mut pool = self.pool.pool();
-        for &id in self.ids.iter().rev() {
-            let taken = std::mem::replace(&mut pool.leased[id as usize], false);
-            debug_assert!(taken, "block {id} given back twice; this is a bug");
-            pool.free.push(id);
+    /// One more holder of a published block, who reads it.
+    pub(super) fn share(&mut self, id: u32) {
+        if self.blocks[id as usize].holders == 0 {
+            self.uncache(id);
         }
+        let block = &mut self.blocks[id as usize];
+        assert!(block.key.is_some(), "block {id} shared before it is full; this is a bug");
+        block.holders += 1;
+    }
+
+    /// One holder less.
+    pub(super) fn give_back(&mut self, id: u32) {
+        let newest = self.newest;
+        let block = &mut self.blocks[id as usize];
+        block.holders = block.holders.checked_sub(1).expect("a block given back twice; this is a bug");
+        if block.holders > 0 {
+            return;
+        }
+        if block.key.is_none() {
+            return self.free.push(id);
+        }
+        (block.older, block.newer) = (newest, NONE);
+        match newest {
+            NONE => self.oldest = id,
+            newest => self.blocks[newest as usize].newer = id,
+        }
+        self.newest = id;
+        self.cached += 1;
+    }
+
+    /// Lets a full block be found. Where its tokens can be found already, they stay where they are.
+    pub(super) fn publish(&mut self, id: u32, key: BlockKey, written: u64) {
+        let block = &mut self.blocks[id as usize];
+        assert!(block.holders > 0 && block.key.is_none(), "block {id} published twice; this is a bug");
+        if let std::collections::hash_map::Entry::Vacant(vacant) = self.by_key.entry(key) {
+            vacant.insert(id);
+            (block.key, block.written) = (Some(key), written);
+        }
+    }
+
+    /// The block with these tokens after those.
+    pub(super) fn find(&self, key: BlockKey) -> Option<Found> {
+        let &id = self.by_key.get(&key)?;
+        Some(Found { id, written: self.blocks[id as usize].written })
+    }
+
+    /// Whether nobody holds a published block.
+    pub(super) fn is_cached(&self, id: u32) -> bool {
+        self.blocks[id as usize].holders == 0
+    }
+
+    /// Takes a block out of the list of cached ones.
+    fn uncache(&mut self, id: u32) {
+        let Block { older, newer, .. } = self.blocks[id as usize];
+        match older {
+            NONE => self.oldest = newer,
+            older => self.blocks[older as usize].newer = newer,
+        }
+        match newer {
+            NONE => self.newest = older,
+            newer => self.blocks[newer as usize].older = older,
+        }
+        self.cached -= 1;
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::prefix::Keys, *};
 
     #[test]
-    fn a_lease_holds_distinct_blocks_until_it_is_dropped() {
-        let pool = BlockPool::new(5);
-        let a = pool.lease(KV_BLOCK + 1).unwrap();
-        let b = pool.lease(3 * KV_BLOCK).unwrap();
-        assert_eq!(a.ids().len(), 2);
-        assert_eq!(pool.free(), 0);
-        let mut all: Vec<u32> = a.ids().iter().chain(b.ids().iter()).copied().collect();
-        all.sort_unstable();
-        assert_eq!(all, [0, 1, 2, 3, 4]);
-        assert!(pool.lease(1).is_none());
-        drop(b);
-        assert_eq!(pool.free(), 3);
-        assert!(pool.lease(4 * KV_BLOCK).is_none(), "a lease is whole or not at all");
-        assert_eq!(pool.free(), 3);
-        drop(a);
-        assert_eq!(pool.free(), pool.total());
+    fn blocks_are_distinct_and_come_back() {
+        let mut pool = BlockPool::new(5);
+        let mut taken: Vec<u32> = std::iter::from_fn(|| pool.take()).collect();
+        assert_eq!((pool.free(), pool.available(), pool.take()), (0, 0, None));
+        taken.iter().for_each(|&id| pool.give_back(id));
+        assert_eq!((pool.free(), pool.cached()), (5, 0));
+        taken.sort_unstable();
+        assert_eq!(taken, [0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_published_block_is_found_until_its_room_is_needed_and_tails_go_first() {
+        let (mut pool, keys) = (BlockPool::new(3), Keys::default());
+        let first = keys.after(None, &[1; KV_BLOCK]);
+        let second = keys.after(Some(first), &[2; KV_BLOCK]);
+        let chain = [pool.take().unwrap(), pool.take().unwrap()];
+        pool.publish(chain[0], first, 7);
+        pool.publish(chain[1], second, 8);
+        pool.share(chain[0]);
+        chain.iter().rev().for_each(|&id| pool.give_back(id));
+        assert_eq!((pool.free(), pool.cached()), (1, 1), "one of them has another holder");
+        assert_eq!(pool.find(first), Some(Found { id: chain[0], written: 7 }));
+        assert_eq!(chain.map(|id| pool.is_cached(id)), [false, true]);
+        pool.give_back(chain[0]);
+        assert_eq!(pool.find(second), Some(Found { id: chain[1], written: 8 }));
+        let other = pool.take().unwrap();
+        assert!(!chain.contains(&other), "free ones first");
+        assert_eq!(pool.take(), Some(chain[1]));
+        assert_eq!((pool.find(first).is_some(), pool.find(second)), (true, None));
+        // The same tokens in another block are not published again.
+        pool.publish(other, first, 9);
+        pool.give_back(other);
+        assert_eq!((pool.free(), pool.cached()), (1, 1));
+        pool.share(chain[0]);
+        assert_eq!((pool.free(), pool.cached()), (1, 0));
     }
 }

@@ -1,9 +1,13 @@
 //! What runs next: no device, no thread, no clock. `plan` decides, `apply` records.
 
 mod blocks;
+mod cost;
+mod prefix;
+mod queue;
 mod scheduler;
-mod stats;
+mod sequence;
 
-pub use blocks::{BlockPool, Lease};
-pub use scheduler::{NewSequence, Scheduler, SchedulerConfig};
-pub use stats::SchedulerStats;
+pub use blocks::BlockPool;
+pub use cost::{CostModel, PassShape, StageCost};
+pub use scheduler::{Scheduler, SchedulerConfig, SchedulerStats};
+pub use sequence::NewSequence;

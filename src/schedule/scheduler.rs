@@ -1,15 +1,26 @@
 //! Queues of sequences. `plan` takes the next micro-batch from them; `apply` records what came of it.
 
+mod memory;
+mod prompts;
+
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::Arc,
 };
 
-use super::{BlockPool, Lease, SchedulerStats};
-use crate::{
-    batch::{MicroBatch, ON_DEVICE, OutputRow, Sampled, SeqId, SeqRows, SeqStart, Step},
-    request::SamplingParams,
+use serde::Serialize;
+
+use self::memory::Growth;
+use super::{
+    BlockPool, CostModel, NewSequence, PassShape,
+    prefix::Keys,
+    queue::{Rank, Waiting},
+    sequence::{Sequences, State},
 };
+use crate::batch::{MicroBatch, ON_DEVICE, Observation, OutputRow, Sampled, SeqId, SeqRows, Step};
+
+/// Shapes of steps that are kept after their end, for observations that come late.
+const SHAPES: usize = 1024;
 
 /// How much runs at once.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,11 +29,29 @@ pub struct SchedulerConfig {
     pub slots: usize,
     /// Prompt tokens in a micro-batch at most.
     pub chunk: usize,
+    /// Prompt tokens in a micro-batch at least, if as many wait. As many as `chunk` always makes chunks of that size.
+    pub chunk_min: usize,
     /// Sequences that hold KV blocks at most.
     pub running_max: usize,
     /// For devices that hand tokens on by themselves: a sequence's next step is planned before the host has read
     /// the token that it begins with.
     pub ahead: bool,
+    /// Whether a sequence may read KV blocks that others have computed for the same tokens.
+    pub prefix_reuse: bool,
+}
+
+impl Default for SchedulerConfig {
+    fn default() -> Self {
+        let chunk = 256;
+        SchedulerConfig {
+            slots: 1,
+            chunk,
+            chunk_min: chunk,
+            running_max: 64,
+            ahead: false,
+            prefix_reuse: true,
+        }
+    }
 }
 
 impl SchedulerConfig {
@@ -32,95 +61,113 @@ impl SchedulerConfig {
     }
 }
 
-/// A sequence to be run.
-#[derive(Debug, Clone)]
-pub struct NewSequence {
-    /// Its id, never used before.
-    pub seq: SeqId,
-    /// Its prompt; not empty.
-    pub prompt: Arc<[u32]>,
-    /// Prompt and answer together, at most.
-    pub tokens_max: usize,
-    /// For the sampler.
-    pub sampling: Arc<SamplingParams>,
-    /// For the sampler.
-    pub seed: u64,
-}
-
-/// A sequence between `add` and its end.
-#[derive(Debug)]
-struct Sequence {
-    new: NewSequence,
-    /// Tokens that steps have been planned for.
-    planned: usize,
-    /// The latest step that holds rows of it.
-    last: u64,
-    /// The token to be fed next, if the host knows it.
-    next: Option<u32>,
+/// What a scheduler has and has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct SchedulerStats {
+    /// Sequences without blocks and without a seat.
+    pub waiting: usize,
+    /// Sequences with a seat.
+    pub running: usize,
+    /// All KV blocks.
+    pub kv_blocks_total: usize,
+    /// Those that nobody holds and that hold nothing of use.
+    pub kv_blocks_free: usize,
+    /// Those that nobody holds and that can be found by their tokens.
+    pub kv_blocks_cached: usize,
+    /// Tokens of admitted sequences.
+    pub prefix_lookup_tokens: u64,
+    /// Those of them whose blocks were found.
+    pub prefix_hit_tokens: u64,
+    /// Sequences that have lost their blocks to others.
+    pub preemptions: u64,
     /// Steps planned and not applied.
-    in_flight: usize,
-    /// Those of them that bring a token.
-    unknown: usize,
-    /// From admission to the last step's end.
-    place: Option<Place>,
-    /// Nothing more is to be planned.
-    ended: bool,
-}
-
-/// What a running sequence holds.
-#[derive(Debug)]
-struct Place {
-    /// KV blocks for all its tokens.
-    lease: Lease,
-    /// Its line in the devices' tables.
-    seat: u32,
+    pub in_flight: usize,
 }
 
 /// Decides what the stages do next.
 ///
-/// A running sequence holds blocks for its longest possible answer from the start, so an admitted one always
-/// ends; waiting ones are admitted in the order they came.
+/// Stages carry steps out in the order in which they were planned. So what a planned step writes can be read by every later
+/// one, and a block that is given back can be written by every later one, whatever is in flight.
 ///
 /// One step ahead, a sequence is in two steps at a time: one whose token the host has not read, and the one after
 /// it, whose row the device fills in. The later one is for nothing if the token is the last; `apply` drops it.
 #[derive(Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
-    blocks: BlockPool,
-    sequences: HashMap<SeqId, Sequence>,
-    waiting: VecDeque<SeqId>,
-    /// Admitted, with prompt tokens left to plan, in order of arrival.
-    prefill: VecDeque<SeqId>,
-    /// Past the prompt, and may be planned: those whose latest step is the oldest first.
-    ready: VecDeque<SeqId>,
-    /// Admitted and not ended, with the whole prompt planned: in `ready` or in flight.
+    pool: BlockPool,
+    keys: Keys,
+    cost: CostModel,
+    sequences: Sequences,
+    waiting: Waiting,
+    /// The one that has blocks and tokens of the prompt left to plan. Others begin when it is done.
+    prompt: Option<u32>,
+    /// Those that hold blocks.
+    running: BTreeMap<Rank, u32>,
+    /// Those of them with the whole prompt planned: ready or in flight.
     decoding: usize,
     /// Seats that nobody has.
     seats: Vec<u32>,
-    steps: HashMap<u64, Arc<MicroBatch>>,
+    steps: VecDeque<InFlight>,
     next_step: u64,
+    /// Of the latest steps, the last one's last.
+    shapes: VecDeque<PassShape>,
+    /// Single steps of the latest micro-batch that had any.
+    singles: PassShape,
+    /// Of waiting sequences and of the prompt in hand.
+    prompt_tokens: usize,
+    /// Prompt tokens of a micro-batch, as many wait.
+    cut: usize,
+    arrivals: u64,
     ends: Vec<SeqId>,
+    /// Counts alone.
+    stats: SchedulerStats,
+}
+
+/// A step that has been planned and not applied.
+#[derive(Debug)]
+struct InFlight {
+    step: u64,
+    /// Whose rows, and whose outputs.
+    parts: Vec<u32>,
+    outputs: Vec<u32>,
+    /// Those of its outputs' sequences that go on and have no later step.
+    live: usize,
+}
+
+/// A micro-batch that is being planned.
+struct Draft {
+    batch: MicroBatch,
+    this: InFlight,
+    after: Option<u64>,
 }
 
 impl Scheduler {
     /// A scheduler with nothing to do.
-    pub fn new(config: SchedulerConfig, blocks: BlockPool) -> Self {
+    pub fn new(config: SchedulerConfig, pool: BlockPool) -> Self {
         assert!(
-            config.slots > 0 && config.chunk > 0 && config.running_max > 0,
+            config.slots > 0 && config.chunk > 0 && config.chunk_min > 0 && config.running_max > 0,
             "a scheduler that can plan nothing; this is a bug"
         );
         Scheduler {
             config,
-            blocks,
-            sequences: HashMap::new(),
-            waiting: VecDeque::new(),
-            prefill: VecDeque::new(),
-            ready: VecDeque::new(),
+            pool,
+            keys: Keys::default(),
+            cost: CostModel::default(),
+            sequences: Sequences::new(),
+            waiting: Waiting::default(),
+            prompt: None,
+            running: BTreeMap::new(),
             decoding: 0,
             seats: (0..config.running_max as u32).rev().collect(),
-            steps: HashMap::new(),
+            steps: VecDeque::new(),
             next_step: 0,
+            shapes: VecDeque::new(),
+            singles: PassShape::default(),
+            prompt_tokens: 0,
+            cut: config.chunk,
+            arrivals: 0,
             ends: Vec::new(),
+            stats: SchedulerStats::default(),
         }
     }
 
@@ -133,13 +180,13 @@ impl Scheduler {
     pub fn add(&mut self, new: NewSequence) {
         assert!(!new.prompt.is_empty(), "a sequence without a prompt; this is a bug");
         assert!(
-            BlockPool::blocks_for(new.tokens_max) <= self.blocks.total(),
+            BlockPool::blocks_for(new.tokens_max) <= self.pool.total(),
             "a sequence that can never be admitted; this is a bug"
         );
-        let seq = new.seq;
-        let before = self.sequences.insert(seq, Sequence::new(new));
-        assert!(before.is_none(), "a sequence id used twice; this is a bug");
-        self.waiting.push_back(seq);
+        let rank = Rank::new(new.priority, self.arrivals);
+        self.arrivals += 1;
+        let slot = self.sequences.insert(new, rank);
+        self.wait(slot);
     }
 
     /// Decides the next step; `None` if nothing can start now.
@@ -147,64 +194,82 @@ impl Scheduler {
         if self.steps.len() >= self.config.in_flight_max() {
             return None;
         }
-        self.admit();
-        let mut batch = MicroBatch::default();
-        let after = self.plan_decode(&mut batch);
-        self.plan_prompts(&mut batch);
+        let this = InFlight { step: self.next_step, parts: Vec::new(), outputs: Vec::new(), live: 0 };
+        let mut draft = Draft { batch: MicroBatch::default(), this, after: None };
+        self.begin_prompt();
+        self.plan_decode(&mut draft);
+        self.plan_prompts(&mut draft);
+        let Draft { mut batch, this, after } = draft;
         if batch.rows() == 0 {
             return None;
         }
         batch.ends = std::mem::take(&mut self.ends);
-        let plan = Step { step: self.next_step, after, batch: Arc::new(batch) };
+        if self.shapes.len() == SHAPES {
+            self.shapes.pop_front();
+        }
+        self.shapes.push_back(PassShape::of(&batch));
+        let step = Step { step: self.next_step, after, batch: Arc::new(batch) };
         self.next_step += 1;
-        self.steps.insert(plan.step, plan.batch.clone());
-        Some(plan)
+        self.steps.push_back(this);
+        Some(step)
     }
 
     /// Records what came of a step. Returns the tokens of sequences that had not ended; the caller says with
     /// [`Scheduler::end`] which of them end here, before it plans again. Steps are applied in their order.
     pub fn apply(&mut self, step: u64, sampled: Vec<Sampled>) -> Vec<Sampled> {
-        let batch = self.steps.remove(&step).expect("a step that was not planned; this is a bug");
-        for rows in &batch.seqs {
-            let sequence =
-                self.sequences.get_mut(&rows.seq).expect("a step without its sequence; this is a bug");
-            sequence.in_flight -= 1;
+        let done = self.steps.pop_front().filter(|done| done.step == step);
+        let done = done.expect("a step that was not planned, or not the next one; this is a bug");
+        assert!(sampled.len() == done.outputs.len(), "tokens without outputs; this is a bug");
+        for &slot in &done.parts {
+            self.sequences[slot].in_flight -= 1;
         }
-        let mut wanted = Vec::with_capacity(sampled.len());
-        for token in sampled {
-            let sequence = self.sequences.get_mut(&token.seq).expect("a token of no sequence; this is a bug");
-            if sequence.ended {
-                continue;
-            }
-            let before = sequence.may_be_planned(self.config.ahead);
-            sequence.unknown -= 1;
-            // A step in flight that brings another token has this one from the device.
-            sequence.next = (sequence.unknown == 0).then_some(token.id);
-            if !before && sequence.may_be_planned(self.config.ahead) {
-                self.make_ready(token.seq);
-            }
-            wanted.push(token);
-        }
-        for rows in &batch.seqs {
-            self.release(rows.seq);
+        let mut wanted = sampled;
+        let mut slots = done.outputs.iter();
+        wanted.retain(|token| {
+            let &slot = slots.next().expect("as many as outputs; this is a bug");
+            assert!(self.sequences[slot].new.seq == token.seq, "a token of no sequence; this is a bug");
+            self.note_token(slot, token.id)
+        });
+        for &slot in &done.parts {
+            self.settle(slot);
         }
         wanted
     }
 
-    /// Ends a sequence, wherever it is. Its blocks come back when its last step in flight has been applied.
-    /// A sequence that has ended before is left alone.
+    /// Ends a sequence, wherever it is. Its blocks come back at once, its seat when its last step in flight has been
+    /// applied. A sequence that has ended before is left alone.
     pub fn end(&mut self, seq: SeqId) {
-        let Some(sequence) = self.sequences.get_mut(&seq).filter(|s| !s.ended) else { return };
-        sequence.ended = true;
-        if sequence.place.is_none() {
-            self.waiting.retain(|&s| s != seq);
-        } else if sequence.planned < sequence.new.prompt.len() {
-            self.prefill.retain(|&s| s != seq);
-        } else {
-            self.ready.retain(|&s| s != seq);
-            self.decoding -= 1;
+        let Some(slot) = self.sequences.find(seq) else { return };
+        match self.sequences[slot].state {
+            State::Ended => return,
+            State::Waiting => {
+                self.waiting.remove(self.sequences[slot].rank);
+                self.prompt_tokens -= self.sequences[slot].known();
+            }
+            State::Prompt | State::Decoding => self.stop(slot),
+            State::Returning => (),
         }
-        self.release(seq);
+        self.sequences[slot].state = State::Ended;
+        self.settle(slot);
+    }
+
+    /// Learns how long a stage took for a step. It may come late or never.
+    pub fn observe(&mut self, seen: Observation) {
+        let first = self.next_step - self.shapes.len() as u64;
+        let shape = seen.step.checked_sub(first).and_then(|i| self.shapes.get(i as usize));
+        if let Some(shape) = shape {
+            self.cost.fit(seen.stage, shape, seen.busy);
+        }
+    }
+
+    /// What stages' times are predicted by.
+    pub fn cost_model(&self) -> &CostModel {
+        &self.cost
+    }
+
+    /// Begins with what is known from before.
+    pub fn set_cost_model(&mut self, cost: CostModel) {
+        self.cost = cost;
     }
 
     /// Sequences that wait for blocks.
@@ -212,171 +277,165 @@ impl Scheduler {
         self.waiting.len()
     }
 
-    /// Sequences that hold blocks.
+    /// Sequences with a seat: those that hold blocks, and others as long as steps of theirs are in flight.
     pub fn running(&self) -> usize {
         self.config.running_max - self.seats.len()
     }
 
-    /// Queues and blocks now.
+    /// What it has and has done.
     pub fn stats(&self) -> SchedulerStats {
         SchedulerStats {
             waiting: self.waiting(),
             running: self.running(),
-            kv_blocks_total: self.blocks.total(),
-            kv_blocks_free: self.blocks.free(),
+            kv_blocks_total: self.pool.total(),
+            kv_blocks_free: self.pool.free(),
+            kv_blocks_cached: self.pool.cached(),
             in_flight: self.steps.len(),
-            ..SchedulerStats::default()
+            ..self.stats
         }
     }
 
-    fn admit(&mut self) {
-        while let Some(&seat) = self.seats.last()
-            && let Some(&seq) = self.waiting.front()
-        {
-            let sequence = self.sequences.get_mut(&seq).expect("a waiting sequence is gone; this is a bug");
-            let Some(lease) = self.blocks.lease(sequence.new.tokens_max) else { return };
-            sequence.place = Some(Place { lease, seat });
-            self.seats.pop();
-            self.waiting.pop_front();
-            self.prefill.push_back(seq);
-        }
-    }
-
-    /// Fills a micro-batch with single steps. Returns the latest step that brings one of their tokens.
-    fn plan_decode(&mut self, batch: &mut MicroBatch) -> Option<u64> {
+    /// Fills a micro-batch with single steps.
+    fn plan_decode(&mut self, draft: &mut Draft) {
         // Never all of them in one step, or the other slots would travel empty.
         let share = self.decoding.div_ceil(self.config.slots);
+        draft.reserve(share);
         let distance = self.distance();
-        let due = self.ready.iter().take(share).take_while(|seq| self.is_due(seq, distance)).count();
-        let mut after = None;
-        for seq in self.ready.drain(..due).collect::<Vec<_>>() {
-            let sequence = self.sequences.get_mut(&seq).expect("a ready sequence is gone; this is a bug");
-            let token = sequence.next.take().unwrap_or_else(|| {
+        while draft.batch.rows() < share
+            && let Some(slot) = self.sequences.first_ready()
+            && self.is_due(slot, distance)
+        {
+            match self.grow(slot) {
+                Growth::There => (),
+                Growth::Preempted => continue,
+                Growth::Later => break,
+            }
+            self.sequences.unready(slot);
+            let sequence = &self.sequences[slot];
+            let token = sequence.token(sequence.planned).unwrap_or_else(|| {
                 assert!(sequence.unknown == 1, "a ready sequence has no token; this is a bug");
-                after = after.max(Some(sequence.last));
+                draft.after = draft.after.max(Some(sequence.last));
                 ON_DEVICE
             });
-            sequence.push_rows(self.next_step, batch, &[token]);
-            self.want_token(seq, batch);
+            draft.batch.ids.push(token);
+            self.push_rows(slot, 1, draft);
+            self.want_token(slot, draft);
         }
-        after
+        if draft.batch.rows() > 0 {
+            self.singles = PassShape::of(&draft.batch);
+        }
     }
 
     /// How many steps a sequence's next one should be behind its latest: as many as travel at the same time. A nearer
     /// one would hold up those behind it while it waits for its token.
     fn distance(&self) -> u64 {
         // Prompts need no token, so they fill every slot.
-        if !self.prefill.is_empty() {
+        if self.prompt.is_some() {
             return self.config.slots as u64;
         }
-        let latest = |step: u64, output: &OutputRow| {
-            let sequence = self.sequences.get(&output.seq);
-            sequence.is_some_and(|s| s.last == step && !s.ended && s.planned < s.new.tokens_max)
-        };
-        let groups =
-            self.steps.iter().filter(|(step, batch)| batch.outputs.iter().any(|o| latest(**step, o))).count();
-        groups.min(self.config.slots) as u64
+        self.steps.iter().filter(|step| step.live > 0).count().min(self.config.slots) as u64
     }
 
     /// Whether a ready sequence's next step may be planned now.
-    fn is_due(&self, seq: &SeqId, distance: u64) -> bool {
-        let sequence = &self.sequences[seq];
-        sequence.next.is_some() || self.next_step - sequence.last >= distance
+    fn is_due(&self, slot: u32, distance: u64) -> bool {
+        let sequence = &self.sequences[slot];
+        let known = sequence.planned < sequence.known();
+        !sequence.is_in(self.next_step) && (known || self.next_step - sequence.last >= distance)
     }
 
-    /// Fills a micro-batch with prompt chunks. A chunk needs no result of the chunk before it, so a long
-    /// prompt fills the pipeline by itself.
-    fn plan_prompts(&mut self, batch: &mut MicroBatch) {
-        let mut room = self.config.chunk;
-        while room > 0
-            && let Some(&seq) = self.prefill.front()
-        {
-            let sequence = self.sequences.get_mut(&seq).expect("a prompt's sequence is gone; this is a bug");
-            let prompt = sequence.new.prompt.clone();
-            let start = sequence.planned;
-            let len = room.min(prompt.len() - start);
-            if start == 0 {
-                batch.starts.push(sequence.start());
-            }
-            sequence.push_rows(self.next_step, batch, &prompt[start..start + len]);
-            room -= len;
-            if start + len == prompt.len() {
-                self.prefill.pop_front();
-                self.decoding += 1;
-                self.want_token(seq, batch);
-            }
-        }
+    /// Makes the draft's last ids the next rows of a sequence.
+    fn push_rows(&mut self, slot: u32, len: usize, draft: &mut Draft) {
+        self.forget_live(slot);
+        let sequence = &mut self.sequences[slot];
+        let Draft { batch, this, .. } = draft;
+        let (cached, row) = (sequence.planned, batch.positions.len());
+        batch.seqs.push(SeqRows {
+            seq: sequence.new.seq,
+            seat: sequence.seat(),
+            row,
+            len,
+            cached,
+            blocks: sequence.blocks.clone(),
+        });
+        batch.positions.extend((cached..cached + len).map(|place| place as u32));
+        this.parts.push(slot);
+        sequence.planned += len;
+        sequence.last = this.step;
+        sequence.in_flight += 1;
+        assert!(sequence.planned <= sequence.new.tokens_max, "a sequence past its end; this is a bug");
+        self.publish_full(slot, this.step);
     }
 
     /// Asks for a token from the micro-batch's last row.
-    fn want_token(&mut self, seq: SeqId, batch: &mut MicroBatch) {
-        let sequence = self.sequences.get_mut(&seq).expect("a planned sequence is gone; this is a bug");
-        batch.outputs.push(OutputRow { row: batch.rows() - 1, seq, seat: sequence.place().seat });
+    fn want_token(&mut self, slot: u32, draft: &mut Draft) {
+        let sequence = &mut self.sequences[slot];
+        let (row, seq, seat) = (draft.batch.rows() - 1, sequence.new.seq, sequence.seat());
+        draft.batch.outputs.push(OutputRow { row, seq, seat });
+        draft.this.outputs.push(slot);
         sequence.unknown += 1;
+        sequence.live = sequence.planned < sequence.new.tokens_max;
+        draft.this.live += usize::from(sequence.live);
         if sequence.may_be_planned(self.config.ahead) {
-            self.make_ready(seq);
+            self.sequences.make_ready(slot);
         }
     }
 
-    fn make_ready(&mut self, seq: SeqId) {
-        let last = self.sequences[&seq].last;
-        let before = self.ready.iter().rposition(|other| self.sequences[other].last <= last);
-        self.ready.insert(before.map_or(0, |i| i + 1), seq);
-    }
-
-    /// Takes an ended sequence's blocks and seat back once no step touches them.
-    fn release(&mut self, seq: SeqId) {
-        let Some(sequence) = self.sequences.get(&seq) else { return };
-        if !sequence.ended || sequence.in_flight > 0 {
+    /// Its latest step is not live for it any more.
+    fn forget_live(&mut self, slot: u32) {
+        let sequence = &mut self.sequences[slot];
+        if !std::mem::take(&mut sequence.live) {
             return;
         }
-        if sequence.planned > 0 {
-            self.ends.push(seq);
+        let first = self.steps.front().map_or(self.next_step, |step| step.step);
+        // A step that has been applied counts no more.
+        if let Some(place) = sequence.last.checked_sub(first) {
+            self.steps[place as usize].live -= 1;
         }
-        self.seats.extend(sequence.place.as_ref().map(|place| place.seat));
-        self.sequences.remove(&seq);
+    }
+
+    /// Takes note of a token; whether anybody wants it.
+    fn note_token(&mut self, slot: u32, id: u32) -> bool {
+        let ahead = self.config.ahead;
+        let sequence = &mut self.sequences[slot];
+        if sequence.state == State::Ended {
+            return false;
+        }
+        let before = sequence.may_be_planned(ahead);
+        sequence.unknown -= 1;
+        sequence.answer.push(id);
+        let now = sequence.may_be_planned(ahead);
+        if sequence.state == State::Decoding {
+            // No step after the latest planned one writes what is full now.
+            self.publish_full(slot, self.next_step - 1);
+            if now && !before {
+                self.sequences.make_ready(slot);
+            }
+        }
+        true
+    }
+
+    /// Takes a seat back once no step touches it.
+    fn settle(&mut self, slot: u32) {
+        let sequence = &mut self.sequences[slot];
+        let leaves = matches!(sequence.state, State::Ended | State::Returning);
+        if !leaves || sequence.in_flight > 0 {
+            return;
+        }
+        self.seats.extend(sequence.seat.take());
+        if std::mem::take(&mut sequence.started) {
+            self.ends.push(sequence.new.seq);
+        }
+        match sequence.state {
+            State::Ended => self.sequences.remove(slot),
+            _ => self.wait(slot),
+        }
     }
 }
 
-impl Sequence {
-    fn new(new: NewSequence) -> Self {
-        Sequence { new, planned: 0, last: 0, next: None, in_flight: 0, unknown: 0, place: None, ended: false }
-    }
-
-    fn place(&self) -> &Place {
-        self.place.as_ref().expect("a planned sequence holds no blocks; this is a bug")
-    }
-
-    /// Past the prompt: whether a single step may be planned, now or when it is due.
-    fn may_be_planned(&self, ahead: bool) -> bool {
-        self.unknown == 0 || (ahead && self.unknown == 1 && self.planned < self.new.tokens_max)
-    }
-
-    fn start(&self) -> SeqStart {
-        SeqStart {
-            seq: self.new.seq,
-            seat: self.place().seat,
-            sampling: self.new.sampling.clone(),
-            seed: self.new.seed,
-            prompt: self.new.prompt.clone(),
-        }
-    }
-
-    fn push_rows(&mut self, step: u64, batch: &mut MicroBatch, tokens: &[u32]) {
-        let place = self.place();
-        batch.seqs.push(SeqRows {
-            seq: self.new.seq,
-            seat: place.seat,
-            row: batch.rows(),
-            len: tokens.len(),
-            cached: self.planned,
-            blocks: place.lease.ids().clone(),
-        });
-        batch.ids.extend_from_slice(tokens);
-        batch.positions.extend((self.planned..self.planned + tokens.len()).map(|p| p as u32));
-        self.planned += tokens.len();
-        self.last = step;
-        assert!(self.planned <= self.new.tokens_max, "a sequence past its blocks; this is a bug");
-        self.in_flight += 1;
+impl Draft {
+    fn reserve(&mut self, rows: usize) {
+        let MicroBatch { ids, positions, seqs, outputs, .. } = &mut self.batch;
+        (ids.reserve(rows), positions.reserve(rows), seqs.reserve(rows), outputs.reserve(rows));
+        (self.this.parts.reserve(rows), self.this.outputs.reserve(rows));
     }
 }

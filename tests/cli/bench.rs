@@ -55,7 +55,10 @@ fn throughput_as_json_is_one_object_whose_figures_agree() {
     full(&figures["pipeline"]["whole"], "whole run");
     assert!(figures["pipeline"]["steady"].is_null(), "the first request ends before the last one begins");
     let scheduler = &figures["scheduler"];
-    assert_eq!((&scheduler["running_max"], &scheduler["in_flight_max"]), (&70.into(), &1.into()));
+    assert!((2..=70).contains(&scheduler["running_max"].as_u64().unwrap()), "{scheduler}");
+    assert_eq!((&scheduler["in_flight_max"], &scheduler["kv_blocks_total"]), (&1.into(), &(2 * 70).into()));
+    let costs = figures["costs"].as_array().unwrap();
+    assert!(costs.len() == 2 && costs.iter().all(|cost| number(&cost["base"]) >= 0.0), "{costs:?}");
     assert_eq!(figures["dropped_measurements"], 0);
     // All of them at once, of 26 tokens each: two blocks.
     assert_eq!(figures["kv_tokens"], 70 * 32);
@@ -114,6 +117,25 @@ fn a_prompt_that_comes_later_and_a_prefix_in_common_are_among_the_figures() {
         throughput(&["--requests", "2", "--input-len", "9", "--output-len", "20", "--then-input-len", "30"]);
     let text = good(&output);
     assert!(text.contains("a prompt of 30 later") && text.contains("max over median"), "{text}");
+}
+
+#[test]
+fn the_trace_of_a_process_that_was_killed_lacks_its_bracket_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("trace.json");
+    let flags = ["bench", "throughput", "--model", &model(), "--weights", "dummy", "--device", "cpu"];
+    let more = ["--input-len", "9", "--repeat", "1000", "--timeline", path.to_str().unwrap()];
+    let mut child = program(&[&flags[..], &more].concat()).stdout(Stdio::null()).spawn().unwrap();
+    let written = || std::fs::metadata(&path).is_ok_and(|file| file.len() > 100_000);
+    while !written() {
+        assert!(child.try_wait().unwrap().is_none(), "it has ended by itself");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let text = std::fs::read_to_string(path).unwrap();
+    let events: Vec<Value> = serde_json::from_str(&(text + "]")).unwrap();
+    assert!(events.len() > 100);
 }
 
 #[test]

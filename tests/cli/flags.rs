@@ -15,6 +15,7 @@ const FLAGS: &[&str] = &[
     "--slots",
     "--chunk",
     "--running",
+    "--no-prefix-cache",
     "--threads",
     "--timeline",
     "--prompt",

@@ -20,7 +20,14 @@ use crate::{
 type Asked = (Vec<f32>, MicroBatch);
 
 fn start(seq: u64, seat: u32, seed: u64, sampling: &SamplingParams, prompt: &[u32]) -> SeqStart {
-    SeqStart { seq: SeqId(seq), seat, sampling: Arc::new(sampling.clone()), seed, prompt: prompt.into() }
+    SeqStart {
+        seq: SeqId(seq),
+        seat,
+        sampling: Arc::new(sampling.clone()),
+        seed,
+        prompt: prompt.into(),
+        generated: [].into(),
+    }
 }
 
 fn outputs(seqs: &[u64]) -> Vec<OutputRow> {

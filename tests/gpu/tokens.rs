@@ -134,5 +134,6 @@ fn greedy(seat: u32) -> SeqStart {
         sampling: Arc::new(SamplingParams::default()),
         seed: 0,
         prompt: [1].into(),
+        generated: [].into(),
     }
 }

@@ -98,7 +98,10 @@ impl SeqState {
         if start.sampling.repetition_penalty != 1.0 {
             counts.extend(start.prompt.iter().map(|&id| (id, 0)));
         }
-        SeqState { sampling: Arc::clone(&start.sampling), seed: start.seed, answered: 0, counts }
+        let mut state =
+            SeqState { sampling: Arc::clone(&start.sampling), seed: start.seed, answered: 0, counts };
+        start.generated.iter().for_each(|&id| state.record(id));
+        state
     }
 
     fn penalizes(&self) -> bool {

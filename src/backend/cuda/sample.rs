@@ -28,6 +28,8 @@ const ARGMAX_SPAN: usize = 4096;
 const WARPS: usize = 16;
 const FEW_OUTPUTS: usize = 16;
 const CLUSTER: usize = 8;
+/// `IN_PROMPT` in sample.cuh.
+const IN_PROMPT: u32 = 1 << 31;
 /// More than the static shared memory of `sample`.
 const STATIC_SHARED: usize = 16 << 10;
 
@@ -277,23 +279,31 @@ impl Sampler {
     fn start(&mut self, cuda: &Cuda, starts: &[SeqStart], slot: &mut Slot) -> Result<()> {
         let biases: Vec<BTreeMap<u32, f32>> = starts.iter().map(|s| merged(&s.sampling.logit_bias)).collect();
         let marked = |s: &SeqStart| if s.sampling.repetition_penalty != 1.0 { s.prompt.len() } else { 0 };
-        let words: usize =
-            starts.iter().map(marked).sum::<usize>() + biases.iter().map(|b| 2 * b.len()).sum::<usize>();
+        let again: Vec<BTreeMap<u32, u32>> = starts.iter().map(counted).collect();
+        let pairs = |lens: usize| 2 * lens;
+        let words: usize = starts.iter().map(marked).sum::<usize>()
+            + pairs(biases.iter().map(BTreeMap::len).sum())
+            + pairs(again.iter().map(BTreeMap::len).sum());
         let mut staging = Staging::new(cuda, slot, 4 * words)?;
-        for (start, bias) in starts.iter().zip(biases) {
-            let sampling = start.sampling.clone();
-            let mut state = SeqState { sampling, seed: start.seed, answered: 0, counts: None, bias: None };
+        for ((start, bias), again) in starts.iter().zip(biases).zip(again) {
+            let (sampling, answered) = (start.sampling.clone(), start.generated.len() as u32);
+            let mut state = SeqState { sampling, seed: start.seed, answered, counts: None, bias: None };
             if penalizes(&start.sampling) {
                 let row = self.cleared_row(cuda)?;
                 let prompt = staging.put(start.prompt[..marked(start)].iter().copied());
                 self.mark(cuda, &row, prompt, marked(start))?;
+                if !again.is_empty() {
+                    let ids = staging.put(again.keys().copied());
+                    let counts = staging.put(again.values().copied());
+                    self.set_words(cuda, &row, (ids, counts), again.len())?;
+                }
                 state.counts = Some(row);
             }
             if !bias.is_empty() {
                 let row = self.cleared_row(cuda)?;
                 let ids = staging.put(bias.keys().copied());
                 let values = staging.put(bias.values().map(|v| v.to_bits()));
-                self.set_bias(cuda, &row, (ids, values), bias.len())?;
+                self.set_words(cuda, &row, (ids, values), bias.len())?;
                 state.bias = Some(row);
             }
             self.seqs.insert(start.seq, state);
@@ -328,7 +338,8 @@ impl Sampler {
         }
     }
 
-    fn set_bias(
+    /// Writes words of 32 bits to a row: biases, or counts, which pass through the kernel unchanged as any bits do.
+    fn set_words(
         &self,
         cuda: &Cuda,
         row: &DeviceBuf,
@@ -367,6 +378,23 @@ fn words_grid(words: usize) -> Grid {
 
 fn penalizes(p: &SamplingParams) -> bool {
     p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0
+}
+
+/// The counts of the tokens that a sequence has chosen already if it begins again, as sample.cuh has them.
+fn counted(start: &SeqStart) -> BTreeMap<u32, u32> {
+    let mut counts = BTreeMap::new();
+    if !penalizes(&start.sampling) {
+        return counts;
+    }
+    for &id in start.generated.iter() {
+        *counts.entry(id).or_insert(0) += 1;
+    }
+    if start.sampling.repetition_penalty != 1.0 && !counts.is_empty() {
+        for id in start.prompt.iter() {
+            counts.entry(*id).and_modify(|count| *count |= IN_PROMPT);
+        }
+    }
+    counts
 }
 
 /// Each token's bias: several for one token are added up, in their order.

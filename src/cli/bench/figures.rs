@@ -18,6 +18,7 @@ use crate::{
     engine::{Engine, EngineStats, StageStats},
     layout::Device,
     request::Usage,
+    schedule::StageCost,
 };
 
 /// One run over the workload.
@@ -57,6 +58,8 @@ pub(super) struct Figures {
     late_prompt: Option<LatePrompt>,
     pipeline: Pipeline,
     scheduler: SchedulerFigures,
+    /// What each stage's time is made of, in seconds; none where the runs did not tell.
+    costs: Option<Vec<StageCost>>,
     /// If there are any, the figures that follow from measurements have gaps.
     dropped_measurements: u64,
     load_seconds: f64,
@@ -151,6 +154,7 @@ impl Figures {
             late_prompt: late_input.map(|input_len| late_prompt(input_len, runs)),
             pipeline: Pipeline::of(runs, stats.len(), workload.output_len > 1),
             scheduler: SchedulerFigures::of(runs, before, &after),
+            costs: runs.last().and_then(|run| run.record.costs.costs()),
             dropped_measurements: after.dropped - before.dropped,
             load_seconds: loaded.took.as_secs_f64(),
             load_gb_per_s: loaded.weights.filter(|_| on_gpu).and_then(Speed::gb_per_s),

@@ -6,7 +6,7 @@ use crate::{
     batch::{MicroBatch, SeqId},
     engine::{Engine, Measurement, Measurements},
     pipeline::{StageSpan, Work},
-    schedule::SchedulerStats,
+    schedule::{CostModel, PassShape, SchedulerStats},
 };
 
 /// Measurements that wait to be read, at most.
@@ -19,6 +19,7 @@ const LATE: Duration = Duration::from_millis(20);
 /// Listens to an engine.
 pub(super) struct Recorder {
     measurements: Measurements,
+    requests: usize,
     record: Record,
     /// Steps that have not come back.
     open: HashMap<u64, Arc<MicroBatch>>,
@@ -35,7 +36,7 @@ pub(super) struct Record {
     pub(super) steps: Option<(u64, u64)>,
     /// The last one with rows of a prompt.
     pub(super) last_prompt: Option<u64>,
-    /// The first one that a sequence ended with.
+    /// The first one that a sequence ended with, other than the one that came later.
     pub(super) first_end: Option<u64>,
     /// Between a sequence's tokens.
     pub(super) gaps: Vec<Gap>,
@@ -44,6 +45,10 @@ pub(super) struct Record {
     /// When each sequence's first token came.
     pub(super) first_tokens: HashMap<SeqId, Duration>,
     pub(super) queues: Queues,
+    /// What the steps were that spans may come for.
+    pub(super) shapes: HashMap<u64, PassShape>,
+    /// What the stages' times are made of.
+    pub(super) costs: CostModel,
 }
 
 /// So many sequences had a token at each of these moments and none in between.
@@ -72,16 +77,21 @@ impl Recorder {
     pub(super) fn new(engine: &Engine) -> Recorder {
         Recorder {
             measurements: engine.measurements(ROOM),
+            requests: 0,
             record: Record::default(),
             open: HashMap::new(),
             last: HashMap::new(),
         }
     }
 
-    /// A run begins; nothing of an earlier one is kept.
-    pub(super) fn begin(&mut self) {
+    /// A run of so many requests begins, perhaps with one more that comes later and ends with its first token. Nothing of
+    /// an earlier run is kept.
+    pub(super) fn begin(&mut self, requests: usize) {
+        self.requests = requests;
         self.measurements.try_iter().for_each(drop);
-        self.record = Record::default();
+        // What stages cost is the same in each run.
+        let costs = std::mem::take(&mut self.record.costs);
+        self.record = Record { costs, ..Record::default() };
         self.open.clear();
         self.last.clear();
     }
@@ -96,10 +106,12 @@ impl Recorder {
                     self.open.insert(step.step, step.batch);
                 }
                 Measurement::Applied { at, step, ended, .. } => {
-                    if ended > 0 {
+                    let Some(batch) = self.open.remove(&step) else { continue };
+                    let late = self.record.late(self.requests);
+                    let late_ended = batch.outputs.iter().any(|output| Some(output.seq) == late);
+                    if ended > usize::from(late_ended) {
                         self.record.first_end.get_or_insert(step);
                     }
-                    let Some(batch) = self.open.remove(&step) else { continue };
                     self.record.tokens(at, &batch, &mut self.last);
                 }
             }
@@ -110,15 +122,24 @@ impl Recorder {
     pub(super) fn end(&mut self) -> Record {
         std::thread::sleep(LATE);
         self.read();
-        std::mem::take(&mut self.record)
+        let costs = self.record.costs.clone();
+        std::mem::replace(&mut self.record, Record { costs, ..Record::default() })
     }
 }
 
 impl Record {
+    /// The sequence that came after so many requests.
+    fn late(&self, requests: usize) -> Option<SeqId> {
+        self.planned.keys().max().copied().filter(|_| self.planned.len() > requests)
+    }
+
     fn span(&mut self, span: StageSpan) {
         let of_this_run = self.steps.is_some_and(|(first, _)| first <= span.step);
         if of_this_run && self.spans.len() < SPANS_MAX {
             self.spans.push(span);
+        }
+        if let Some(shape) = self.shapes.get(&span.step) {
+            self.costs.fit(span.stage, shape, span.taken());
         }
     }
 
@@ -131,6 +152,9 @@ impl Record {
             self.planned.entry(start.seq).or_insert(at);
         }
         self.queues.add(queues);
+        if self.shapes.len() < SPANS_MAX {
+            self.shapes.insert(step, PassShape::of(batch));
+        }
     }
 
     fn tokens(&mut self, at: Duration, batch: &MicroBatch, last: &mut HashMap<SeqId, Duration>) {

@@ -225,7 +225,7 @@ impl Workload {
     fn run(&self, engine: &Engine, run: u64, mut recorder: Option<&mut Recorder>) -> Result<Run> {
         let vocab = engine.spec().vocab;
         let (requests, mut then) = (self.requests(run, vocab), self.late_request(run, vocab));
-        recorder.iter_mut().for_each(|recorder| recorder.begin());
+        recorder.iter_mut().for_each(|recorder| recorder.begin(self.requests as usize));
         let started = Instant::now();
         let mut open = requests.into_iter().map(|r| engine.submit(r)).collect::<Result<Vec<_>>>()?;
         let mut usages: Vec<Usage> = Vec::with_capacity(open.len());

@@ -1,0 +1,52 @@
+//! What blocks are found by: their tokens, and all tokens before them.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+
+use crate::batch::KV_BLOCK;
+
+/// Stands for a full block's tokens and all tokens before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct BlockKey(u128);
+
+/// Makes keys. They are keyed hashes of 128 bits, with random numbers of this process: nobody outside can choose tokens
+/// whose key is that of others, so equal keys are equal tokens.
+#[derive(Debug, Default)]
+pub(super) struct Keys {
+    low: RandomState,
+    high: RandomState,
+}
+
+impl Keys {
+    /// The key of a block after another, or of a sequence's first one.
+    pub(super) fn after(&self, before: Option<BlockKey>, tokens: &[u32; KV_BLOCK]) -> BlockKey {
+        let mut bytes = [0; 1 + 16 + 4 * KV_BLOCK];
+        bytes[0] = u8::from(before.is_some());
+        bytes[1..17].copy_from_slice(&before.map_or(0, |key| key.0).to_le_bytes());
+        for (to, token) in bytes[17..].chunks_exact_mut(4).zip(tokens) {
+            to.copy_from_slice(&token.to_le_bytes());
+        }
+        let hash = |state: &RandomState| {
+            let mut hasher = state.build_hasher();
+            hasher.write(&bytes);
+            u128::from(hasher.finish())
+        };
+        BlockKey(hash(&self.low) | hash(&self.high) << 64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_stands_for_the_tokens_and_for_all_before_them() {
+        let keys = Keys::default();
+        let (a, b) = ([1; KV_BLOCK], [2; KV_BLOCK]);
+        let first = keys.after(None, &a);
+        assert_eq!(first, keys.after(None, &a));
+        assert_ne!(first, keys.after(None, &b));
+        assert_ne!(keys.after(Some(first), &a), first);
+        assert_ne!(keys.after(Some(first), &b), keys.after(Some(keys.after(None, &b)), &b));
+        assert_ne!(first, Keys::default().after(None, &a), "others have other keys");
+    }
+}

@@ -1,0 +1,181 @@
+//! Who gets KV blocks, keeps them, and loses them.
+
+use std::sync::Arc;
+
+use super::Scheduler;
+use crate::{
+    batch::KV_BLOCK,
+    schedule::{BlockPool, queue::Rank, sequence::State},
+};
+
+/// A sequence that has lost its blocks to higher priorities so often comes before them.
+const YIELDED_MAX: u32 = 4;
+
+/// Whether there is a block for a sequence's next token.
+pub(super) enum Growth {
+    There,
+    /// Not in this step: those that would have to give theirs are in it.
+    Later,
+    /// The sequence itself was the last in order, and has given its blocks back.
+    Preempted,
+}
+
+/// Blocks that a prompt can begin with.
+pub(super) enum Prefix {
+    Found(Vec<u32>),
+    /// The next one is being written in this very step, so a later step can read it.
+    Coming,
+}
+
+impl Scheduler {
+    /// Sees to it that a decoding sequence has a block for its next token. Those that are last in the order give theirs.
+    pub(super) fn grow(&mut self, slot: u32) -> Growth {
+        let sequence = &self.sequences[slot];
+        if sequence.planned < sequence.blocks.len() * KV_BLOCK {
+            return Growth::There;
+        }
+        let rank = sequence.rank;
+        loop {
+            if let Some(block) = self.pool.take() {
+                let sequence = &mut self.sequences[slot];
+                sequence.blocks = sequence.blocks.iter().copied().chain([block]).collect();
+                return Growth::There;
+            }
+            let victim = self.last_running().expect("blocks that nobody holds are gone; this is a bug");
+            if victim != slot {
+                self.preempt(victim, rank);
+            } else if self.running.last_key_value().is_some_and(|(&last, _)| last > rank) {
+                return Growth::Later;
+            } else {
+                self.preempt(slot, rank);
+                return Growth::Preempted;
+            }
+        }
+    }
+
+    /// The last in the order of those that hold blocks and are not in this step, whose rows need them.
+    fn last_running(&self) -> Option<u32> {
+        let mut slots = self.running.values().rev().copied();
+        slots.find(|&slot| !self.sequences[slot].is_in(self.next_step))
+    }
+
+    /// Takes a sequence's blocks. It waits again, and is computed again, once its steps in flight have brought their tokens.
+    fn preempt(&mut self, slot: u32, by: Rank) {
+        self.stop(slot);
+        self.stats.preemptions += 1;
+        let sequence = &mut self.sequences[slot];
+        sequence.state = State::Returning;
+        if by.outranks(sequence.rank) {
+            sequence.yielded += 1;
+            if sequence.yielded >= YIELDED_MAX {
+                sequence.rank = sequence.rank.raised();
+            }
+        }
+        self.settle(slot);
+    }
+
+    /// Nothing more is planned for a running sequence; its blocks are anybody's.
+    pub(super) fn stop(&mut self, slot: u32) {
+        self.forget_live(slot);
+        self.sequences.unready(slot);
+        let sequence = &mut self.sequences[slot];
+        match sequence.state {
+            State::Prompt => {
+                self.prompt = None;
+                self.prompt_tokens -= sequence.goal - sequence.planned;
+            }
+            State::Decoding => self.decoding -= 1,
+            _ => unreachable!("a sequence that does not run is stopped; this is a bug"),
+        }
+        self.running.remove(&sequence.rank);
+        // The tail first: a chain of cached blocks is of use as far as it is whole from its beginning.
+        let blocks = std::mem::take(&mut sequence.blocks);
+        blocks.iter().rev().for_each(|&block| self.pool.give_back(block));
+    }
+
+    /// Queues a sequence without blocks.
+    pub(super) fn wait(&mut self, slot: u32) {
+        let sequence = &mut self.sequences[slot];
+        assert!(sequence.unknown == 0, "a sequence waits whose tokens are not known; this is a bug");
+        let known = sequence.known();
+        if self.config.prefix_reuse {
+            for block in sequence.keys.len()..known / KV_BLOCK {
+                let key = self.keys.after(sequence.keys.last().copied(), &sequence.block_tokens(block));
+                sequence.keys.push(key);
+            }
+        }
+        sequence.state = State::Waiting;
+        (sequence.planned, sequence.published, sequence.findable) = (0, 0, 0);
+        sequence.decoding_before = self.decoding;
+        self.waiting.insert(sequence.rank, slot);
+        self.prompt_tokens += known;
+        self.cut_anew();
+    }
+
+    /// The blocks that a waiting sequence can begin with. Its last token is computed in any case, for its logits.
+    pub(super) fn find_prefix(&mut self, slot: u32) -> Prefix {
+        let step = self.next_step;
+        let sequence = &mut self.sequences[slot];
+        let most = ((sequence.known() - 1) / KV_BLOCK).min(sequence.keys.len());
+        let keys = &sequence.keys[..most];
+        // From where it ended last time: a prompt may wait for many steps while another one computes its prefix.
+        for (i, &key) in keys.iter().enumerate().skip(sequence.findable) {
+            match self.pool.find(key) {
+                Some(found) if found.written == step => {
+                    sequence.findable = i;
+                    return Prefix::Coming;
+                }
+                Some(_) => (),
+                None => break,
+            }
+        }
+        let readable = |&key: &_| self.pool.find(key).filter(|found| found.written < step).map(|f| f.id);
+        let found: Vec<u32> = keys.iter().map_while(readable).collect();
+        sequence.findable = found.len();
+        Prefix::Found(found)
+    }
+
+    /// Gives a waiting sequence blocks for all its known tokens and the next one; false if there are too few. Those of
+    /// lower priority give theirs. Others keep a block each to grow into.
+    pub(super) fn take_blocks(&mut self, slot: u32, prefix: &[u32]) -> bool {
+        let sequence = &self.sequences[slot];
+        let rank = sequence.rank;
+        let all = BlockPool::blocks_for((sequence.known() + 1).min(sequence.new.tokens_max));
+        let new = all - prefix.len();
+        loop {
+            let woken = prefix.iter().filter(|&&block| self.pool.is_cached(block)).count();
+            if new + woken + self.running.len() <= self.pool.available() {
+                break;
+            }
+            let victim = self.last_running().filter(|&victim| rank.outranks(self.sequences[victim].rank));
+            let Some(victim) = victim else { return false };
+            self.preempt(victim, rank);
+        }
+        prefix.iter().for_each(|&block| self.pool.share(block));
+        let mut take = || self.pool.take().expect("blocks were counted; this is a bug");
+        let blocks: Arc<[u32]> = prefix.iter().copied().chain((0..new).map(|_| take())).collect();
+        let sequence = &mut self.sequences[slot];
+        sequence.blocks = blocks;
+        sequence.published = prefix.len();
+        sequence.planned = prefix.len() * KV_BLOCK;
+        self.running.insert(rank, slot);
+        true
+    }
+
+    /// Lets blocks be found that are full of known tokens once `written` has been carried out.
+    pub(super) fn publish_full(&mut self, slot: u32, written: u64) {
+        let sequence = &mut self.sequences[slot];
+        let full = sequence.planned.min(sequence.known()) / KV_BLOCK;
+        if !self.config.prefix_reuse || sequence.published >= full {
+            return;
+        }
+        for block in sequence.published..full {
+            if block == sequence.keys.len() {
+                let key = self.keys.after(sequence.keys.last().copied(), &sequence.block_tokens(block));
+                sequence.keys.push(key);
+            }
+            self.pool.publish(sequence.blocks[block], sequence.keys[block], written);
+        }
+        sequence.published = full;
+    }
+}

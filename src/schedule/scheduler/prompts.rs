@@ -1,0 +1,144 @@
+//! Which prompts begin, and how they are cut.
+
+use super::{Draft, Scheduler, memory::Prefix};
+use crate::{
+    batch::KV_BLOCK,
+    schedule::{PassShape, sequence::State},
+};
+
+/// Waiting prompts that are passed over in a step because another one computes their prefix, at most.
+const PASSED_OVER_MAX: usize = 32;
+/// A micro-batch may take so many times as long as without prompts, while it is decoding sequences that should not notice.
+const SLOWER: f64 = 1.75;
+/// Decoding sequences should not notice prompts if there are so many times as many of them as prompts.
+const MANY: usize = 8;
+
+/// What prompts may still put into a micro-batch.
+struct Room {
+    rows: usize,
+    /// As many rows as this have room in any case.
+    floor: usize,
+    /// Of the slowest stage, for the whole micro-batch.
+    seconds: f64,
+}
+
+impl Scheduler {
+    /// Sees to it that there is a prompt in hand, if one can begin. A prompt that has begun goes on before another begins, so
+    /// none is left half done. One whose prefix is being computed in this step waits for the next step.
+    pub(super) fn begin_prompt(&mut self) {
+        let mut after = None;
+        for _ in 0..=PASSED_OVER_MAX {
+            if self.prompt.is_some() || self.seats.is_empty() {
+                return;
+            }
+            let Some((rank, slot)) = self.waiting.next(after) else { return };
+            match self.find_prefix(slot) {
+                Prefix::Coming => after = Some(rank),
+                Prefix::Found(prefix) => {
+                    if self.take_blocks(slot, &prefix) {
+                        self.admit(slot, prefix.len() * KV_BLOCK);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn admit(&mut self, slot: u32, found: usize) {
+        let sequence = &mut self.sequences[slot];
+        sequence.state = State::Prompt;
+        sequence.goal = sequence.known();
+        sequence.seat = self.seats.pop();
+        self.prompt = Some(slot);
+        self.prompt_tokens -= found;
+        self.stats.prefix_lookup_tokens += sequence.goal as u64;
+        self.stats.prefix_hit_tokens += found as u64;
+        if let Some((rank, raised)) = self.waiting.admit(sequence.rank) {
+            self.sequences[raised].rank = rank;
+        }
+    }
+
+    /// How many prompt tokens a micro-batch has room for now that others wait: where few wait, they are spread over
+    /// all micro-batches in flight, so that no stage waits long for its first one.
+    pub(super) fn cut_anew(&mut self) {
+        let share = self.prompt_tokens.div_ceil(self.config.in_flight_max()).next_multiple_of(KV_BLOCK);
+        self.cut = share.max(self.config.chunk_min).min(self.config.chunk);
+    }
+
+    /// Fills a micro-batch with prompt chunks. A chunk needs no result of the chunk before it, so a long
+    /// prompt fills the pipeline by itself.
+    pub(super) fn plan_prompts(&mut self, draft: &mut Draft) {
+        if self.prompt.is_none() {
+            return;
+        }
+        let mut room = self.room(draft);
+        while room.rows > 0 {
+            self.begin_prompt();
+            let Some(slot) = self.prompt else { return };
+            let sequence = &mut self.sequences[slot];
+            let (start, left) = (sequence.planned, sequence.goal - sequence.planned);
+            let len = match room.seconds.is_finite() {
+                true => {
+                    let shape = PassShape::of(&draft.batch);
+                    let most = room.rows.min(left);
+                    let fits = self.cost.rows_within(room.seconds, shape, start, most);
+                    fits.max(room.floor.min(most))
+                }
+                false => room.rows.min(left),
+            };
+            if len == 0 {
+                return;
+            }
+            if !std::mem::replace(&mut sequence.started, true) {
+                draft.batch.starts.push(sequence.start());
+            }
+            draft.batch.ids.extend(sequence.tokens(start, len));
+            self.push_rows(slot, len, draft);
+            self.prompt_tokens -= len;
+            room.rows -= len;
+            room.floor = room.floor.saturating_sub(len);
+            if len < left {
+                return;
+            }
+            self.prompt = None;
+            self.sequences[slot].state = State::Decoding;
+            self.decoding += 1;
+            self.want_token(slot, draft);
+        }
+    }
+
+    /// The room for prompts beside a micro-batch's single steps.
+    ///
+    /// As a rule chunks take the slowest stage as long as one of `cut` tokens at a prompt's beginning. Where few prompts
+    /// come to many decoding sequences, micro-batches take at most `SLOWER` times as long as without prompts, but have room
+    /// for `chunk_min` tokens.
+    fn room(&self, draft: &Draft) -> Room {
+        let (most, floor) = (self.config.chunk, self.config.chunk_min.min(self.config.chunk));
+        let unlimited = Room { rows: most, floor: most, seconds: f64::INFINITY };
+        if floor == most {
+            return unlimited;
+        }
+        match (self.spares_decoding(), self.cost.is_known()) {
+            (true, true) => {
+                let seconds = SLOWER * self.cost.slowest(&self.singles);
+                Room { floor, seconds, ..unlimited }
+            }
+            (true, false) => Room { rows: floor, ..unlimited },
+            (false, true) => {
+                let rows = self.cut;
+                let singles = PassShape { outputs: draft.batch.outputs.len(), ..PassShape::default() };
+                let seconds = self.cost.slowest(&singles.with_rows(0, rows));
+                Room { rows, floor, seconds }
+            }
+            (false, false) => Room { rows: self.cut, ..unlimited },
+        }
+    }
+
+    /// Whether prompts are so few that the sequences that were decoding before them should not notice them. Where many
+    /// prompts came together, those that have begun to decode gain most if the others follow soon.
+    fn spares_decoding(&self) -> bool {
+        let Some(slot) = self.prompt else { return false };
+        let prompts = self.waiting.len() + 1;
+        MANY * prompts <= self.decoding.min(self.sequences[slot].decoding_before)
+    }
+}
