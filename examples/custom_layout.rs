@@ -43,7 +43,7 @@ fn main() -> pipeline_infer::Result<()> {
         }
         println!("request {i}: {ids:?}");
     }
-    for stage in engine.stats() {
+    for stage in engine.stats().stages {
         let (busy, batches) = (stage.times.busy, stage.times.batches);
         println!(
             "layers {:>6} on {}: busy {busy:.1?} in {batches} micro-batches",

@@ -2,8 +2,10 @@
 
 mod answer;
 mod builder;
+mod meter;
 mod place;
 mod progress;
+mod timeline;
 mod wire;
 mod worker;
 
@@ -18,10 +20,14 @@ use std::{
 use crossbeam_channel as channel;
 
 pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
+pub use meter::{Measurement, Measurements};
 pub use place::{gpus, profiles, scratch};
 pub use progress::LoadProgress;
 
-use self::worker::{Command, Submission};
+use self::{
+    meter::Meter,
+    worker::{Command, Submission},
+};
 use crate::{
     backend::{DType, DeviceMemory, cuda},
     error::{Error, Result},
@@ -29,6 +35,7 @@ use crate::{
     model::{config::GenerationConfig, spec::ModelSpec},
     pipeline::{StageMetrics, StageTimes},
     request::{Event, FinishReason, Prompt, Request},
+    schedule::SchedulerStats,
     text::{Template, Tokenizer},
 };
 
@@ -45,6 +52,9 @@ pub struct Engine {
     commands: channel::Sender<Command>,
     next_request: AtomicU64,
     threads: Vec<std::thread::JoinHandle<()>>,
+    meter: Arc<Meter>,
+    /// Writes the trace, if there is one.
+    timeline: Option<std::thread::JoinHandle<()>>,
 }
 
 /// What does not change while an engine runs.
@@ -66,6 +76,17 @@ struct StageFacts {
     kv_bytes: usize,
     memory: Box<dyn Fn() -> Option<DeviceMemory> + Send + Sync>,
     metrics: Arc<StageMetrics>,
+}
+
+/// What an engine did since it started.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct EngineStats {
+    /// Its stages, in order.
+    pub stages: Vec<StageStats>,
+    /// Queues and KV blocks now, and what was counted of them.
+    pub scheduler: SchedulerStats,
+    /// Measurements that found no room: what was too slow to read them has gaps.
+    pub dropped: u64,
 }
 
 /// What one stage did since the engine started.
@@ -173,8 +194,8 @@ impl Engine {
         self.facts.kv_tokens
     }
 
-    /// What each stage has done so far.
-    pub fn stats(&self) -> Vec<StageStats> {
+    /// What it has done so far, and what is waiting.
+    pub fn stats(&self) -> EngineStats {
         let stats = |stage: &StageFacts| StageStats {
             device: stage.device.clone(),
             layers: stage.layers.clone(),
@@ -183,7 +204,16 @@ impl Engine {
             memory: (stage.memory)(),
             times: stage.metrics.times(),
         };
-        self.stages.iter().map(stats).collect()
+        EngineStats {
+            stages: self.stages.iter().map(stats).collect(),
+            scheduler: self.meter.queues(),
+            dropped: self.meter.dropped().load(Ordering::Relaxed),
+        }
+    }
+
+    /// What it does from now on, step by step. Up to `room` measurements wait to be read; more are dropped.
+    pub fn measurements(&self, room: usize) -> Measurements {
+        self.meter.listen(room).into()
     }
 }
 
@@ -199,6 +229,8 @@ impl Drop for Engine {
             // A panic has been reported by the panic hook already.
             let _ = thread.join();
         }
+        self.meter.end();
+        let _ = self.timeline.take().map(std::thread::JoinHandle::join);
     }
 }
 

@@ -17,7 +17,7 @@ use pipeline_infer::{
         decoder::{Decoder, DecoderConfig},
         open_model,
     },
-    pipeline::{Input, Outcome, Output, Stage, StageMetrics, spawn, token_edge},
+    pipeline::{Input, Outcome, Output, Probe, Stage, StageMetrics, spawn, token_edge},
     transport::{Host, Transport},
 };
 
@@ -65,6 +65,7 @@ fn two_stages(one_thread: bool) -> Pipeline {
             results: results_in.clone(),
             turn: Arc::new(Mutex::new(())),
             metrics: Arc::new(StageMetrics::default()),
+            probe: Probe::off(),
         }]);
     }
     if one_thread {
@@ -178,6 +179,7 @@ fn a_stage_that_cannot_be_loaded_says_why_and_ends() {
         results,
         turn: Arc::new(Mutex::new(())),
         metrics: Arc::new(StageMetrics::default()),
+        probe: Probe::off(),
     };
     let handle = spawn(vec![stage]).unwrap();
     let error = handle.loaded.recv().unwrap().unwrap_err();

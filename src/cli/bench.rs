@@ -1,6 +1,10 @@
 //! `pipeline-infer bench`: measurements with made-up work, one file each, in [`MEASUREMENTS`].
 
 mod figures;
+mod late;
+mod phases;
+mod record;
+mod spread;
 mod throughput;
 
 use clap::{ArgMatches, Command};

@@ -234,7 +234,9 @@ impl<'a> Run<'a> {
             std::panic::resume_unwind(panic);
         }
         if self.asker.args.format == Format::Text {
-            let text = report(&self.totals, started.elapsed(), &before, &self.asker.engine.stats());
+            let after = self.asker.engine.stats();
+            let text = report(&self.totals, started.elapsed(), &before.stages, &after.stages);
+            tracing::info!(queues = ?after.scheduler, dropped_measurements = after.dropped, "done");
             // Stderr may be gone; the answer is out.
             let _ = write!(io::stderr(), "\n{text}");
         }

@@ -1,6 +1,6 @@
 //! The flags that make an engine: the model, where its stages run, and how much they may use.
 
-use std::{str::FromStr, time::Instant};
+use std::{path::PathBuf, str::FromStr, time::Instant};
 
 use clap::{Args, ValueEnum};
 
@@ -64,6 +64,9 @@ pub(super) struct Setup {
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Writes a trace of what the stages do, for Perfetto or chrome://tracing
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    timeline: Option<PathBuf>,
 }
 
 /// How many stages.
@@ -177,6 +180,9 @@ impl Setup {
                 Some(count) => builder = set(builder, count),
                 None => {}
             }
+        }
+        if let Some(path) = &self.timeline {
+            builder = builder.timeline(path);
         }
         Ok(builder)
     }

@@ -4,9 +4,11 @@ use std::{path::PathBuf, sync::Arc};
 
 use super::{
     Engine, Facts,
+    meter::Meter,
     place::{Count, Place, Room, Unplaced},
     progress::{LoadProgress, Observer, Progress},
-    wire::{Shared, start, wire},
+    timeline::Timeline,
+    wire::{Ready, Shared, start, wire},
 };
 use crate::{
     backend::{DType, Limits},
@@ -73,6 +75,8 @@ pub struct EngineBuilder {
     no_prefix_cache: bool,
     threads: Option<usize>,
     observer: Option<Observer>,
+    timeline: Option<PathBuf>,
+    measure_all: bool,
 }
 
 impl EngineBuilder {
@@ -189,12 +193,28 @@ impl EngineBuilder {
         self
     }
 
+    /// Writes a trace of what the stages do to this file, for Perfetto or chrome://tracing, until the engine is dropped. Every
+    /// pass is measured.
+    pub fn timeline(mut self, path: impl Into<PathBuf>) -> Self {
+        self.timeline = Some(path.into());
+        self
+    }
+
+    /// Measures every pass of the stages. By default a GPU measures its first ones and an eighth of the others, since each takes
+    /// it ten microseconds more.
+    pub fn measure_all(mut self) -> Self {
+        self.measure_all = true;
+        self
+    }
+
     /// Loads the model and starts the stages.
     pub fn build(mut self) -> Result<Engine> {
         within("--slots", self.slots, SLOTS_MAX)?;
         within("--chunk", self.chunk, CHUNK_MAX)?;
         within("--running", self.running, RUNNING_MAX)?;
         within("--threads", self.threads, THREADS_MAX)?;
+        let timeline = self.timeline.take().map(Timeline::open).transpose()?;
+        let meter = Meter::new(self.measure_all || timeline.is_some());
         let model = open_model(&self.model, self.weights == WeightSource::Dummy)?;
         let spec = Arc::new(model.spec.clone());
         let dtype = self.dtype.unwrap_or(model.dtype);
@@ -239,7 +259,8 @@ impl EngineBuilder {
         };
         let weights = |stage: &Stage| weight_bytes(&spec, dtype, &stage.layers);
         let progress = Progress::new(self.observer.take(), layout.stages().iter().map(weights).sum());
-        let shared = Shared { in_flight: scheduling.in_flight_max(), threads: self.threads, progress };
+        let in_flight = scheduling.in_flight_max();
+        let shared = Shared { in_flight, threads: self.threads, progress, meter: meter.clone() };
         let wired = wire(&layout, &config, &shared)?;
         // The stages load while the tokenizer is read.
         let tokenizer = Tokenizer::open(&self.model)?.map(Arc::new);
@@ -250,7 +271,8 @@ impl EngineBuilder {
         let kv_tokens = blocks * KV_BLOCK;
         let generation = model.generation;
         let facts = Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens };
-        start(facts, wired, Scheduler::new(scheduling, BlockPool::new(blocks)))
+        let scheduler = Scheduler::new(scheduling, BlockPool::new(blocks));
+        start(Ready { facts, wired, scheduler, meter, timeline })
     }
 
     fn plan_layout(&self, spec: &ModelSpec, dtype: DType, context: usize) -> Result<Layout> {

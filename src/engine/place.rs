@@ -154,7 +154,13 @@ pub fn profiles(spec: &ModelSpec, dtype: DType, devices: &[DeviceSpec]) -> Vec<O
 /// What stages on GPUs take beside weights, keys and values for such a workload, at most.
 pub fn scratch(spec: &ModelSpec, dtype: DType, workload: Workload, context_max: usize) -> Scratch {
     let Workload { running: running_max, chunk, .. } = workload;
-    let scheduling = SchedulerConfig { slots: SLOTS_PLANNED, chunk, running_max, ahead: true };
+    let scheduling = SchedulerConfig {
+        slots: SLOTS_PLANNED,
+        chunk,
+        running_max,
+        ahead: true,
+        ..SchedulerConfig::default()
+    };
     let rows_max = Scheduler::rows_max(scheduling);
     let limits = Limits { rows_max, seqs_max: running_max, outputs_max: running_max, context_max };
     let of = |outputs: Option<usize>| {

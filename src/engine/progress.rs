@@ -99,7 +99,7 @@ mod tests {
             .on_load(move |progress| to.lock().unwrap().push(progress))
             .build()
             .unwrap();
-        let bytes: usize = engine.stats().iter().map(|s| s.weight_bytes).sum();
+        let bytes: usize = engine.stats().stages.iter().map(|s| s.weight_bytes).sum();
         let all = all.lock().unwrap().clone();
         assert!(all.iter().all(|p| p.bytes_total == bytes), "{all:?}, not {bytes}");
         all

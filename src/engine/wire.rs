@@ -3,6 +3,7 @@
 use std::{
     cell::Cell,
     sync::{Arc, Mutex, atomic::AtomicU64},
+    thread::JoinHandle,
     time::Instant,
 };
 
@@ -10,7 +11,9 @@ use crossbeam_channel as channel;
 
 use super::{
     Engine, Facts, StageFacts,
+    meter::Meter,
     progress::Progress,
+    timeline::Timeline,
     worker::{Running, Worker},
 };
 use crate::{
@@ -23,7 +26,9 @@ use crate::{
     error::{Error, Result},
     layout::{Device, Layout},
     model::decoder::{Decoder, DecoderConfig},
-    pipeline::{self, Input, Outcome, Output, Stage, StageMetrics, StagesHandle, token_edge},
+    pipeline::{
+        self, Collecting, Input, Outcome, Output, Probe, Stage, StageMetrics, StagesHandle, token_edge,
+    },
     schedule::Scheduler,
     transport::{Host, Peer, Transport},
 };
@@ -31,6 +36,8 @@ use crate::{
 /// Threads that have been started, and the channels to them.
 pub(super) struct Wired {
     stages: Vec<(Vec<StageFacts>, StagesHandle)>,
+    /// Reads what they measure; it ends after them.
+    collector: Option<JoinHandle<()>>,
     /// `None` once the engine's thread has it.
     steps: Option<channel::Sender<Step>>,
     results: channel::Receiver<Outcome>,
@@ -44,6 +51,8 @@ pub(super) struct Shared {
     pub(super) threads: Option<usize>,
     /// Of loading.
     pub(super) progress: Progress,
+    /// Is told what the stages measure.
+    pub(super) meter: Arc<Meter>,
 }
 
 /// Starts the stages' threads, with boundaries between the stages.
@@ -91,14 +100,14 @@ fn wire_on<B: Backend>(
         inputs.push(Input::Boundary(receiver));
     }
     outputs.push(Output::Results(enqueued));
-    let mut ends = inputs.into_iter().zip(outputs).zip(backends).enumerate();
+    let (measured, collector) = measure(backends, &shared.meter)?;
+    let mut ends = inputs.into_iter().zip(outputs).zip(backends).zip(measured).enumerate();
     let turn = Arc::new(Mutex::new(()));
-    let mut wired = Wired { stages: Vec::new(), steps: Some(steps), results };
+    let mut wired = Wired { stages: Vec::new(), collector: Some(collector), steps: Some(steps), results };
     // Stages on the processor cannot overlap. Others have a thread each, and their device shares itself out.
     for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {
         let (mut facts, mut run_stages) = (Vec::new(), Vec::new());
-        for (stage, (index, ((input, output), backend))) in run.iter().zip(&mut ends) {
-            let metrics = Arc::new(StageMetrics::default());
+        for (stage, (index, (((input, output), backend), (metrics, probe)))) in run.iter().zip(&mut ends) {
             let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
             let progress = shared.progress.clone();
             let load = move |backend: &B| load_stage(index, backend, &own, &progress);
@@ -111,6 +120,7 @@ fn wire_on<B: Backend>(
                 results: results_in.clone(),
                 turn: if B::ASYNC { Arc::default() } else { turn.clone() },
                 metrics: metrics.clone(),
+                probe,
             });
             let (device, layers) = (stage.device.to_string(), stage.to_string());
             let kv_bytes = stage.layers.len() * layer_kv_bytes;
@@ -141,8 +151,35 @@ fn load_stage<B: Backend>(
     Ok(decoder)
 }
 
+/// Counters and a probe for each stage, and the thread that tells what they measure.
+fn measure<B: Backend>(
+    backends: &[Arc<B>],
+    meter: &Arc<Meter>,
+) -> Result<(Vec<(Arc<StageMetrics>, Probe<B>)>, JoinHandle<()>)> {
+    let metrics: Vec<Arc<StageMetrics>> = backends.iter().map(|_| Arc::default()).collect();
+    let of = meter.clone();
+    let (probes, collector) = pipeline::collect(Collecting {
+        stages: backends.iter().cloned().zip(metrics.iter().cloned()).collect(),
+        start: meter.start(),
+        every: meter.every(),
+        dropped: meter.dropped().clone(),
+        tell: Box::new(move |span| of.span(span)),
+    })?;
+    Ok((metrics.into_iter().zip(probes).collect(), collector))
+}
+
+/// What an engine is started with.
+pub(super) struct Ready {
+    pub(super) facts: Facts,
+    pub(super) wired: Wired,
+    pub(super) scheduler: Scheduler,
+    pub(super) meter: Arc<Meter>,
+    pub(super) timeline: Option<Timeline>,
+}
+
 /// Waits until every stage has loaded, and starts the engine's own thread.
-pub(super) fn start(facts: Facts, mut wired: Wired, scheduler: Scheduler) -> Result<Engine> {
+pub(super) fn start(ready: Ready) -> Result<Engine> {
+    let Ready { facts, mut wired, scheduler, meter, timeline } = ready;
     let facts = Arc::new(facts);
     let mut stages = Vec::new();
     for (run, handle) in &mut wired.stages {
@@ -153,7 +190,11 @@ pub(super) fn start(facts: Facts, mut wired: Wired, scheduler: Scheduler) -> Res
             stages.push(stage);
         }
     }
-    let Wired { stages: threads, steps, results } = &mut wired;
+    let rows =
+        |(i, stage): (usize, &StageFacts)| format!("stage {i}: {}, layers {}", stage.device, stage.layers);
+    let names = stages.iter().enumerate().map(rows).collect();
+    let timeline = timeline.map(|timeline| timeline.start(&meter, names)).transpose()?;
+    let Wired { stages: threads, collector, steps, results } = &mut wired;
     let (commands, commands_out) = channel::unbounded();
     let worker = Worker {
         facts: facts.clone(),
@@ -162,6 +203,7 @@ pub(super) fn start(facts: Facts, mut wired: Wired, scheduler: Scheduler) -> Res
         steps: steps.take().expect("the steps' channel is taken once; this is a bug"),
         results: results.clone(),
         running: Running::default(),
+        meter: meter.clone(),
     };
     let thread = std::thread::Builder::new()
         .name("engine".into())
@@ -169,7 +211,8 @@ pub(super) fn start(facts: Facts, mut wired: Wired, scheduler: Scheduler) -> Res
         .map_err(|e| Error::Engine(format!("no thread: {e}")))?;
     let mut all = vec![thread];
     all.extend(threads.drain(..).map(|(_, handle)| handle.thread));
-    Ok(Engine { facts, stages, commands, next_request: AtomicU64::new(0), threads: all })
+    all.extend(collector.take());
+    Ok(Engine { facts, stages, commands, next_request: AtomicU64::new(0), threads: all, meter, timeline })
 }
 
 impl Drop for Wired {
@@ -180,5 +223,6 @@ impl Drop for Wired {
             // A stage's thread catches what panics in it.
             let _ = handle.thread.join();
         }
+        let _ = self.collector.take().map(JoinHandle::join);
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use crossbeam_channel as channel;
 
-use super::{Facts, answer::Answer};
+use super::{Facts, answer::Answer, meter::Meter};
 use crate::{
     batch::{Sampled, SeqId, Step},
     error::{Error, Result},
@@ -41,6 +41,7 @@ pub(super) struct Worker {
     pub(super) steps: channel::Sender<Step>,
     pub(super) results: channel::Receiver<Outcome>,
     pub(super) running: Running,
+    pub(super) meter: Arc<Meter>,
 }
 
 /// What clients wait for.
@@ -95,7 +96,9 @@ impl Worker {
                     }
                 }
             }
+            self.observe();
             while let Some(step) = self.scheduler.plan() {
+                self.meter.planned(&step, &self.scheduler);
                 for start in &step.batch.starts {
                     self.running.started(start.seq);
                 }
@@ -104,6 +107,14 @@ impl Worker {
                     break;
                 }
             }
+            self.meter.set_queues(self.scheduler.stats());
+        }
+    }
+
+    /// Tells the scheduler what stages have been observed to take.
+    fn observe(&mut self) {
+        for observation in self.meter.observations() {
+            self.scheduler.observe(observation);
         }
     }
 
@@ -122,9 +133,11 @@ impl Worker {
     }
 
     fn outcome(&mut self, (step, sampled): Outcome) -> Result<()> {
+        let before = self.running.answers.len();
         for token in self.scheduler.apply(step, sampled?) {
             self.running.token(token, &mut self.scheduler);
         }
+        self.meter.applied(step, before - self.running.answers.len(), &self.scheduler);
         Ok(())
     }
 }
@@ -265,6 +278,7 @@ mod tests {
             steps: steps_in,
             results: results_out,
             running: Running::default(),
+            meter: Meter::new(false),
         };
         Ends { commands, steps, results, thread: std::thread::spawn(|| worker.run()) }
     }

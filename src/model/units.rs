@@ -212,7 +212,7 @@ mod tests {
         for layers in &stages {
             let units = units_of(&spec, layers);
             let bytes: usize = units.iter().map(|unit| unit.weight_bytes(&spec, DType::BF16)).sum();
-            assert_eq!(bytes, weight_sizes(&spec, DType::BF16, layers).into_iter().sum());
+            assert_eq!(bytes, weight_sizes(&spec, DType::BF16, layers).into_iter().sum::<usize>());
             all.extend(units);
         }
         assert_eq!((all.len(), all[0], all[1], all[29]), (30, Unit::Embed, Unit::Layer(0), Unit::Head));

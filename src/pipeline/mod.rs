@@ -2,10 +2,12 @@
 
 mod metrics;
 mod outcome;
+mod spans;
 mod stage;
 mod token_edge;
 
 pub use metrics::{StageMetrics, StageTimes};
 pub use outcome::Outcome;
+pub use spans::{Collecting, Probe, StageSpan, Work, collect};
 pub use stage::{Input, Load, Output, Stage, StagesHandle, spawn};
 pub use token_edge::{AwaitEnqueued, Enqueued, token_edge};

@@ -1,11 +1,12 @@
 //! A stage on its thread: receive, forward, send.
 
-use std::{collections::VecDeque, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 use super::{
-    AwaitEnqueued, Enqueued, Outcome, StageMetrics,
+    AwaitEnqueued, Enqueued, Outcome, Probe, StageMetrics,
     metrics::Spent,
     outcome::{Outcomes, guard},
+    spans::{Moment, Pass},
 };
 use crate::{
     backend::Backend,
@@ -54,6 +55,8 @@ pub struct Stage<B: Backend> {
     pub turn: Arc<Mutex<()>>,
     /// What it does with its time.
     pub metrics: Arc<StageMetrics>,
+    /// When it did what.
+    pub probe: Probe<B>,
 }
 
 /// Stages that have been started on one thread.
@@ -107,53 +110,18 @@ struct Running<B: Backend> {
     turn: Arc<Mutex<()>>,
     metrics: Arc<StageMetrics>,
     since: Instant,
-    passes: Passes<B>,
-}
-
-/// When a device that works on its own began and ended passes.
-struct Passes<B: Backend> {
-    count: u64,
-    /// Of the last measured pass that is over.
-    last_end: Option<B::Mark>,
-    /// Measured passes that may not be over: their numbers, beginnings and ends.
-    open: VecDeque<(u64, B::Mark, B::Mark)>,
-}
-
-/// A mark delays the device by some microseconds. So after the first passes, two neighbours of so many are measured, and
-/// stand for the others.
-const MEASURED_FIRST: u64 = 32;
-const MEASURED_EVERY: u64 = 16;
-
-impl<B: Backend> Passes<B> {
-    fn new() -> Self {
-        Passes { count: 0, last_end: None, open: VecDeque::new() }
-    }
-
-    /// Counts a pass, and gives its number if it is to be measured.
-    fn next(&mut self) -> Option<u64> {
-        let number = self.count;
-        self.count += 1;
-        (B::ASYNC && (number < MEASURED_FIRST || number % MEASURED_EVERY < 2)).then_some(number)
-    }
-
-    /// How many passes' time a measured one stands for, and how many waits the one before it.
-    fn weights(number: u64) -> (u32, u32) {
-        match number % MEASURED_EVERY {
-            _ if number < MEASURED_FIRST => (1, 1),
-            0 => (MEASURED_EVERY as u32 / 2, 0),
-            _ => (MEASURED_EVERY as u32 / 2, MEASURED_EVERY as u32),
-        }
-    }
+    probe: Probe<B>,
 }
 
 impl<B: Backend> Running<B> {
     fn load(stage: Stage<B>) -> Result<Self> {
-        let Stage { index, backend, load, input, output, results, turn, metrics } = stage;
+        let Stage { index, backend, load, input, output, results, turn, metrics, mut probe } = stage;
         let head = matches!(output, Output::Results(_));
         let decoder = guard(index, || load(&backend))?;
         let outcomes = Outcomes::new(index, &backend, head, results)?;
-        let (since, passes) = (Instant::now(), Passes::new());
-        Ok(Running { index, backend, decoder, input, output, outcomes, turn, metrics, since, passes })
+        probe.start(&backend)?;
+        let since = Instant::now();
+        Ok(Running { index, backend, decoder, input, output, outcomes, turn, metrics, since, probe })
     }
 
     /// Receives a step and carries it out; false when there is no more to do.
@@ -188,12 +156,9 @@ impl<B: Backend> Running<B> {
         self.spent(Spent::WaitDevice);
         self.decoder.prepare(&*self.backend, &step.batch)?;
         self.spent(Spent::Busy);
-        match &mut self.input {
-            Input::Boundary(boundary) => boundary.take(self.decoder.hidden_mut())?,
-            Input::Steps(..) => step.after.map_or(Ok(()), |after| self.backend.await_tokens(after))?,
-        }
+        let mut pass = self.probe.begin();
+        self.receive_rows(step, &mut pass)?;
         self.spent(Spent::Copy);
-        let measured = self.passes.next().map(|n| Ok((n, self.backend.mark()?))).transpose()?;
         self.decoder.forward(&*self.backend)?;
         let pending = match &self.output {
             Output::Results(enqueued) => {
@@ -206,21 +171,36 @@ impl<B: Backend> Running<B> {
         drop(turn);
         self.spent(Spent::Busy);
         self.metrics.count(step.batch.rows());
-        self.send(step)?;
+        self.send(step, &mut pass)?;
         if let Input::Boundary(boundary) = &mut self.input {
             boundary.give_back()?;
         }
-        if let Some((number, start)) = measured {
-            self.passes.open.push_back((number, start, self.backend.mark()?));
-            self.settle()?;
+        if let Some(mut pass) = pass {
+            pass.mark(Moment::Ended, &self.backend)?;
+            self.probe.end(pass, step);
         }
         Ok(pending)
     }
 
-    fn send(&mut self, step: &Step) -> Result<()> {
+    /// Makes the device wait for what the pass begins with, and copy it.
+    fn receive_rows(&mut self, step: &Step, pass: &mut Option<Pass<B>>) -> Result<()> {
+        match &mut self.input {
+            Input::Boundary(boundary) => boundary.arrive()?,
+            Input::Steps(..) => step.after.map_or(Ok(()), |after| self.backend.await_tokens(after))?,
+        }
+        mark(pass, Moment::Arrived, &self.backend)?;
+        let Input::Boundary(boundary) = &mut self.input else { return Ok(()) };
+        boundary.take(self.decoder.hidden_mut())?;
+        mark(pass, Moment::Started, &self.backend)
+    }
+
+    fn send(&mut self, step: &Step, pass: &mut Option<Pass<B>>) -> Result<()> {
         let Output::Boundary(boundary) = &mut self.output else { return Ok(()) };
+        mark(pass, Moment::Computed, &self.backend)?;
         let gone = |Closed| Error::Engine("the next stage is gone".into());
         boundary.wait_for_room().map_err(gone)?;
+        boundary.clear()?;
+        mark(pass, Moment::Room, &self.backend)?;
         self.metrics.spent::<B>(Spent::WaitOutput, &mut self.since);
         let (hidden, len) = self.decoder.hidden(step.batch.rows());
         boundary.send(step.clone(), hidden, len)?;
@@ -231,20 +211,9 @@ impl<B: Backend> Running<B> {
     fn spent(&mut self, kind: Spent) {
         self.metrics.spent::<B>(kind, &mut self.since);
     }
+}
 
-    /// Counts the measured passes that are over, by the device's own clock.
-    fn settle(&mut self) -> Result<()> {
-        while let Some((number, start, end)) = self.passes.open.front() {
-            let Some(busy) = self.backend.between(start, end)? else { break };
-            let (passes, waits) = Passes::<B>::weights(*number);
-            self.metrics.add(Spent::Busy, busy * passes);
-            if let Some(last) = &self.passes.last_end
-                && let Some(idle) = self.backend.between(last, start)?
-            {
-                self.metrics.add(Spent::WaitInput, idle * waits);
-            }
-            self.passes.last_end = self.passes.open.pop_front().map(|(_, _, end)| end);
-        }
-        Ok(())
-    }
+/// Marks a moment of a pass that is measured.
+fn mark<B: Backend>(pass: &mut Option<Pass<B>>, moment: Moment, backend: &B) -> Result<()> {
+    pass.as_mut().map_or(Ok(()), |pass| pass.mark(moment, backend))
 }

@@ -113,6 +113,15 @@ impl CostModel {
         Duration::from_secs_f64(cost.seconds(shape))
     }
 
+    /// What each stage's time is made of; `None` unless enough is known about all of them.
+    pub fn costs(&self) -> Option<Vec<StageCost>> {
+        self.stages
+            .iter()
+            .map(|stage| stage.cost)
+            .collect::<Option<Vec<_>>>()
+            .filter(|costs| !costs.is_empty())
+    }
+
     /// Whether something is known about every stage that has been heard of.
     pub fn is_known(&self) -> bool {
         !self.stages.is_empty() && self.stages.iter().all(|stage| stage.cost.is_some())

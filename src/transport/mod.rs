@@ -36,6 +36,9 @@ pub type Ends<B> = (Box<dyn Sender<B>>, Box<dyn Receiver<B>>);
 pub trait Sender<B: Backend>: Send {
     /// Waits until there is room for one step.
     fn wait_for_room(&mut self) -> Result<(), Closed>;
+    /// What comes later on the device waits until the room that there is has been read there; `send` asks for it by
+    /// itself if nobody has.
+    fn clear(&mut self) -> Result<()>;
     /// Sends the first `len` numbers of `hidden`. There must be room.
     fn send(&mut self, step: Step, hidden: &B::Buf, len: usize) -> Result<()>;
 }
@@ -44,6 +47,9 @@ pub trait Sender<B: Backend>: Send {
 pub trait Receiver<B: Backend>: Send {
     /// Waits for a step.
     fn wait(&mut self) -> Result<Step, Closed>;
+    /// What comes later on the device waits until the numbers of the step that came last are there; `take` asks for it
+    /// by itself if nobody has.
+    fn arrive(&mut self) -> Result<()>;
     /// Copies the numbers of the step that came last.
     fn take(&mut self, hidden: &mut B::Buf) -> Result<()>;
     /// Gives the buffer back that they came in, some time after `take`: when it delays nothing.

@@ -92,6 +92,7 @@ struct Entry {
     full: Event,
     /// Recorded by the receiver when it has been read.
     free: Event,
+    /// Written to before, and not waited for since: that it has been read.
     used: bool,
 }
 
@@ -127,12 +128,21 @@ impl Sender<Cuda> for PeerSender {
         Ok(())
     }
 
+    fn clear(&mut self) -> Result<()> {
+        match &mut self.room {
+            Some(entry) if entry.used => {
+                self.cuda.wait(&entry.free)?;
+                entry.used = false;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn send(&mut self, step: Step, hidden: &Buf, len: usize) -> Result<()> {
+        self.clear()?;
         let mut entry = self.room.take().expect("nothing was waited for before a send; this is a bug");
         assert!(len <= self.len_max, "a packet larger than the boundary; this is a bug");
-        if entry.used {
-            self.cuda.wait(&entry.free)?;
-        }
         entry.used = true;
         let to = self.ring.ptr().add(entry.index * entry_bytes(self.len_max));
         // SAFETY: the entry has room for `len_max` numbers and is ours until it has been sent; `f32s` checks the
@@ -149,19 +159,36 @@ struct PeerReceiver {
     len_max: usize,
     full: channel::Receiver<(Step, Entry, usize)>,
     free: channel::Sender<Entry>,
-    came: Option<(Entry, usize)>,
+    came: Option<Came>,
+}
+
+/// A packet that the host knows of.
+struct Came {
+    entry: Entry,
+    len: usize,
+    /// The stream waits for it.
+    awaited: bool,
 }
 
 impl Receiver<Cuda> for PeerReceiver {
     fn wait(&mut self) -> Result<Step, Closed> {
         let (step, entry, len) = self.full.recv().map_err(|_| Closed)?;
-        self.came = Some((entry, len));
+        self.came = Some(Came { entry, len, awaited: false });
         Ok(step)
     }
 
+    fn arrive(&mut self) -> Result<()> {
+        let came = self.came.as_mut().expect("nothing came that could arrive; this is a bug");
+        if !came.awaited {
+            self.cuda.wait(&came.entry.full)?;
+            came.awaited = true;
+        }
+        Ok(())
+    }
+
     fn take(&mut self, hidden: &mut Buf) -> Result<()> {
-        let (entry, len) = self.came.as_ref().expect("nothing came before a take; this is a bug");
-        self.cuda.wait(&entry.full)?;
+        self.arrive()?;
+        let Came { entry, len, .. } = self.came.as_ref().expect("nothing came before a take; this is a bug");
         let from = self.ring.ptr().add(entry.index * entry_bytes(self.len_max));
         // SAFETY: the packet has been written to the entry, which is ours until it has been given back; `f32s` checks
         // the buffer, which belongs to the decoder that receives.
@@ -169,7 +196,8 @@ impl Receiver<Cuda> for PeerReceiver {
     }
 
     fn give_back(&mut self) -> Result<()> {
-        let (entry, _) = self.came.take().expect("nothing came before it is given back; this is a bug");
+        let Came { entry, .. } =
+            self.came.take().expect("nothing came before it is given back; this is a bug");
         // A record right after the copy would stand between it and the pass.
         self.cuda.record_event(&entry.free)?;
         // The sender may be gone already; then nobody needs the entry.

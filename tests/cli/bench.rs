@@ -10,6 +10,19 @@ fn throughput(args: &[&str]) -> Output {
     run(&[&["bench", "throughput", "--model", model, "--weights", "dummy", "--device", "cpu"], args].concat())
 }
 
+/// Figures of a phase agree. On one processor stages take turns: the slowest idles while the other ones work.
+fn full(phase: &Value, name: &str) {
+    let number = |value: &Value| value.as_f64().unwrap();
+    assert_eq!(phase["name"], name);
+    assert!(number(&phase["steps"]) > 0.0 && number(&phase["measured"]) > 0.0, "{phase}");
+    for share in ["bubble", "imbalance"] {
+        assert!((0.0..1.0).contains(&number(&phase[share])), "{phase}");
+    }
+    let slowest = &phase["stages"][phase["slowest"].as_u64().unwrap() as usize];
+    let idle = number(&slowest["waiting_for_input"]) + number(&slowest["waiting_for_room"]);
+    assert!((idle - number(&phase["bubble"])).abs() < 1e-9, "{phase}");
+}
+
 #[test]
 fn throughput_as_json_is_one_object_whose_figures_agree() {
     let flags = ["--requests", "70", "--input-len", "20", "--output-len", "6", "--stages", "2"];
@@ -33,11 +46,20 @@ fn throughput_as_json_is_one_object_whose_figures_agree() {
             assert!((told / want - 1.0).abs() < 1e-9, "{rate} {which}: {told}, not {want}");
         }
     }
-    for spread in ["ttft_ms", "tpot_ms"] {
+    for spread in ["ttft_ms", "tpot_ms", "itl_ms"] {
         let of = |which: &str| number(&figures[spread][which]);
         assert!(0.0 < of("median") && of("median") <= of("p90") && of("p90") <= of("p99"), "{figures}");
-        assert!(of("p99") <= 1e3 * seconds[2], "{figures}");
+        assert!(of("p99") <= of("max") && of("max") <= 1e3 * seconds[2], "{figures}");
     }
+    assert!(number(&figures["gap_max_over_median"]) >= 1.0 && figures["late_prompt"].is_null());
+    full(&figures["pipeline"]["whole"], "whole run");
+    assert!(figures["pipeline"]["steady"].is_null(), "the first request ends before the last one begins");
+    let scheduler = &figures["scheduler"];
+    assert!((2..=70).contains(&scheduler["running_max"].as_u64().unwrap()), "{scheduler}");
+    assert_eq!((&scheduler["in_flight_max"], &scheduler["kv_blocks_total"]), (&1.into(), &(2 * 70).into()));
+    let costs = figures["costs"].as_array().unwrap();
+    assert!(costs.len() == 2 && costs.iter().all(|cost| number(&cost["base"]) >= 0.0), "{costs:?}");
+    assert_eq!(figures["dropped_measurements"], 0);
     // All of them at once, of 26 tokens each: two blocks.
     assert_eq!(figures["kv_tokens"], 70 * 32);
     let stages = figures["stages"].as_array().unwrap();
@@ -60,16 +82,84 @@ fn throughput_as_json_is_one_object_whose_figures_agree() {
 }
 
 #[test]
+fn a_prompt_that_comes_later_and_a_prefix_in_common_are_among_the_figures() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("trace.json");
+    let flags = ["--requests", "3", "--input-len", "40", "--output-len", "60", "--shared-prefix", "32"];
+    let more = [
+        "--stages",
+        "2",
+        "--then-input-len",
+        "90",
+        "--chunk",
+        "16",
+        "--exact",
+        "--format",
+        "json",
+        "--timeline",
+    ];
+    let figures = json(&throughput(&[&flags[..], &more, &[trace.to_str().unwrap()]].concat()));
+    assert_eq!(
+        (&figures["workload"]["shared_prefix"], &figures["workload"]["then_input_len"]),
+        (&32.into(), &90.into())
+    );
+    let late = &figures["late_prompt"];
+    assert_eq!(late["input_len"], 90);
+    let number = |name: &str| late[name].as_f64().unwrap();
+    assert!(number("ttft_ms") > 0.0 && number("gap_median_ms") > 0.0, "{late}");
+    assert!(number("gap_max_over_median") > 0.0 && number("gap_max_ms") > 0.0, "{late}");
+    full(&figures["pipeline"]["steady"], "decode");
+    let events: Vec<Value> = serde_json::from_slice(&std::fs::read(trace).unwrap()).unwrap();
+    // The warm-up, too; the late prompt is cut into chunks.
+    let bars = events.iter().filter(|event| event["ph"] == "X").count();
+    assert!(bars >= 2 * 3 * 60, "{bars} bars");
+    let output =
+        throughput(&["--requests", "2", "--input-len", "9", "--output-len", "20", "--then-input-len", "30"]);
+    let text = good(&output);
+    assert!(text.contains("a prompt of 30 later") && text.contains("max over median"), "{text}");
+}
+
+#[test]
+fn the_trace_of_a_process_that_was_killed_lacks_its_bracket_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("trace.json");
+    let flags = ["bench", "throughput", "--model", &model(), "--weights", "dummy", "--device", "cpu"];
+    let more = ["--input-len", "9", "--repeat", "1000", "--timeline", path.to_str().unwrap()];
+    let mut child = program(&[&flags[..], &more].concat()).stdout(Stdio::null()).spawn().unwrap();
+    let written = || std::fs::metadata(&path).is_ok_and(|file| file.len() > 100_000);
+    while !written() {
+        assert!(child.try_wait().unwrap().is_none(), "it has ended by itself");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let text = std::fs::read_to_string(path).unwrap();
+    let events: Vec<Value> = serde_json::from_str(&(text + "]")).unwrap();
+    assert!(events.len() > 100);
+}
+
+#[test]
 fn throughput_as_tables_is_aligned_and_short() {
     let flags =
         ["--requests", "2", "--input-len", "9", "--output-len", "1", "--repeat", "1", "--warmup", "0"];
     let output = throughput(&flags);
     let text = good(&output);
     assert_eq!(stderr(&output), "");
-    for start in ["requests at once", "1 run", "new tokens/s", "time to first token", "stage  device", "0 "] {
+    for start in [
+        "requests at once",
+        "1 run",
+        "new tokens/s",
+        "time to first token",
+        "whole run",
+        "stage  device",
+        "0 ",
+    ] {
         assert!(text.lines().any(|line| line.starts_with(start)), "{start}\n{text}");
     }
-    assert!(!text.contains("time per token"), "one token has no time between tokens\n{text}");
+    assert!(
+        !text.contains("time per token") && !text.contains("between two"),
+        "one token has no time between tokens\n{text}"
+    );
     assert!(text.lines().all(|line| line.len() < 120 && line == line.trim_end()), "{text}");
 }
 
@@ -95,6 +185,8 @@ fn nonsense_is_one_line_and_exit_code_2() {
         (&["--output-len", "-1"], "--output-len"),
         (&["--repeat", "0"], "--repeat"),
         (&["--warmup", "x"], "--warmup"),
+        (&["--shared-prefix", "513"], "--shared-prefix: 513 tokens"),
+        (&["--then-input-len", "0"], "--then-input-len"),
         (&["--running", "0"], "--running"),
         (&["--running", "99999"], "--running"),
         (&["--format", "text"], "--format"),
@@ -111,6 +203,7 @@ fn nonsense_is_one_line_and_exit_code_2() {
     assert!(error(&run(&["bench"]), 2).contains("throughput"));
     assert!(error(&run(&["bench", "speed"]), 2).contains("speed"));
     assert!(error(&run(&["bench", "throughput"]), 2).contains("--model"));
+    assert!(error(&throughput(&["--timeline", "/nowhere/a.json"]), 1).contains("/nowhere/a.json: "));
     // Real weights where there are none.
     let told = error(&throughput(&["--weights", "real", "--input-len", "4", "--output-len", "4"]), 2);
     assert!(told.contains("--weights"), "{told}");

@@ -2,16 +2,23 @@
 
 use serde::Serialize;
 
-use super::throughput::Workload;
+use super::{
+    late::LatePrompt,
+    phases::Phase,
+    record::{Gap, Queues, Record},
+    spread::Spread,
+    throughput::Workload,
+};
 use crate::{
     backend::{cpu, cuda},
     cli::{
         loading::{Loaded, Speed},
         table::{Shares, columns, seconds, stages},
     },
-    engine::{Engine, StageStats},
+    engine::{Engine, EngineStats, StageStats},
     layout::Device,
     request::Usage,
+    schedule::StageCost,
 };
 
 /// One run over the workload.
@@ -20,6 +27,10 @@ pub(super) struct Run {
     pub(super) seconds: f64,
     /// What each request took.
     pub(super) usages: Vec<Usage>,
+    /// And the one that came later.
+    pub(super) late: Option<Usage>,
+    /// What the engine told.
+    pub(super) record: Record,
 }
 
 /// All figures, in the order of the JSON object.
@@ -39,6 +50,18 @@ pub(super) struct Figures {
     ttft_ms: Spread,
     /// Between a request's tokens after the first, its mean; none if there is one token alone.
     tpot_ms: Option<Spread>,
+    /// Between two tokens of a request, each by itself.
+    itl_ms: Option<Spread>,
+    /// The longest of them over the median.
+    gap_max_over_median: Option<f64>,
+    /// With `--then-input-len`.
+    late_prompt: Option<LatePrompt>,
+    pipeline: Pipeline,
+    scheduler: SchedulerFigures,
+    /// What each stage's time is made of, in seconds; none where the runs did not tell.
+    costs: Option<Vec<StageCost>>,
+    /// If there are any, the figures that follow from measurements have gaps.
+    dropped_measurements: u64,
     load_seconds: f64,
     /// Of the weights alone; none where they are used as the file has them.
     load_gb_per_s: Option<f64>,
@@ -60,13 +83,22 @@ struct Rate {
     best: f64,
 }
 
-/// Over the requests of all runs.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-struct Spread {
-    mean: f64,
-    median: f64,
-    p90: f64,
-    p99: f64,
+/// How full the stages were.
+#[derive(Debug, Serialize)]
+struct Pipeline {
+    steady: Option<Phase>,
+    whole: Option<Phase>,
+}
+
+/// Over all runs.
+#[derive(Debug, Serialize)]
+struct SchedulerFigures {
+    in_flight_mean: f64,
+    #[serde(flatten)]
+    queues: Queues,
+    prefix_lookup_tokens: u64,
+    prefix_hit_tokens: u64,
+    preemptions: u64,
 }
 
 /// A stage, over all runs.
@@ -93,32 +125,42 @@ impl Figures {
         engine: &Engine,
         loaded: Loaded,
         runs: &[Run],
-        before: &[StageStats],
+        before: &EngineStats,
     ) -> Figures {
-        let stats = engine.stats();
+        let after = engine.stats();
+        let stats = &after.stages;
         let on_gpu = engine.layout().stages().iter().any(|stage| stage.device != Device::Cpu);
         let requests = f64::from(workload.requests);
-        let (input, output) = (f64::from(workload.input_len), f64::from(workload.output_len));
-        let rate = |each: f64| Rate::of(requests * each, runs);
-        let spread =
-            |ms: fn(&Usage) -> f64| Spread::of(runs.iter().flat_map(|r| &r.usages).map(ms).collect());
+        let (late, late_input) = (workload.then_input_len.map_or(0.0, |_| 1.0), workload.then_input_len);
+        let input = requests * f64::from(workload.input_len) + late_input.map_or(0.0, f64::from);
+        let output = requests * f64::from(workload.output_len) + late;
+        let spread = |ms: fn(&Usage) -> f64| Spread::of(runs.iter().flat_map(|r| &r.usages).map(ms));
+        let itl_ms = Spread::counted(runs.iter().flat_map(|r| &r.record.gaps).map(Gap::ms).collect());
         Figures {
             workload,
             layout: engine.layout().to_string(),
             devices: devices(engine),
             dtype: engine.dtype().name(),
             seconds: runs.iter().map(|r| r.seconds).collect(),
-            output_tokens_per_s: rate(output),
-            prompt_tokens_per_s: rate(input),
-            total_tokens_per_s: rate(input + output),
-            requests_per_s: rate(1.0),
-            ttft_ms: spread(|usage| 1e3 * usage.first_token_s),
-            tpot_ms: (workload.output_len > 1).then(|| spread(per_token_ms)),
+            output_tokens_per_s: Rate::of(output, runs),
+            prompt_tokens_per_s: Rate::of(input, runs),
+            total_tokens_per_s: Rate::of(input + output, runs),
+            requests_per_s: Rate::of(requests + late, runs),
+            ttft_ms: spread(|usage| 1e3 * usage.first_token_s)
+                .expect("a run without requests; this is a bug"),
+            tpot_ms: if workload.output_len > 1 { spread(per_token_ms) } else { None },
+            itl_ms,
+            gap_max_over_median: itl_ms.map(|spread| spread.max / spread.median),
+            late_prompt: late_input.map(|input_len| late_prompt(input_len, runs)),
+            pipeline: Pipeline::of(runs, stats.len(), workload.output_len > 1),
+            scheduler: SchedulerFigures::of(runs, before, &after),
+            costs: runs.last().and_then(|run| run.record.costs.costs()),
+            dropped_measurements: after.dropped - before.dropped,
             load_seconds: loaded.took.as_secs_f64(),
             load_gb_per_s: loaded.weights.filter(|_| on_gpu).and_then(Speed::gb_per_s),
             weight_bytes: stats.iter().map(|s| s.weight_bytes).sum(),
             kv_tokens: engine.kv_tokens(),
-            stages: before.iter().zip(&stats).map(|(was, is)| StageFigures::new(was, is)).collect(),
+            stages: before.stages.iter().zip(stats).map(|(was, is)| StageFigures::new(was, is)).collect(),
         }
     }
 
@@ -160,11 +202,14 @@ impl Figures {
             self.requests_per_s.row("requests/s"),
         ];
         let mut latencies = vec![
-            head("a request".into(), &["mean", "median", "p90", "p99"]),
+            head("a request".into(), &["mean", "median", "p90", "p99", "max"]),
             self.ttft_ms.row("time to first token"),
         ];
         latencies.extend(self.tpot_ms.map(|spread| spread.row("time per token after it")));
+        latencies.extend(self.itl_ms.map(|spread| spread.row("between two tokens")));
         let mut tables = vec![what, rates.to_vec(), latencies];
+        tables.extend(self.late_prompt.map(|late| late.rows()));
+        tables.extend(self.pipeline.rows());
         if self.stages.iter().any(|stage| stage.device_bytes_peak.is_some()) {
             tables.push(self.memory());
         }
@@ -239,23 +284,38 @@ impl Rate {
     }
 }
 
-impl Spread {
-    fn of(mut values: Vec<f64>) -> Spread {
-        values.sort_by(f64::total_cmp);
-        // The least value that this share of all does not exceed.
-        let rank = |share: f64| values[((share * values.len() as f64).ceil() as usize).max(1) - 1];
-        Spread {
-            mean: values.iter().sum::<f64>() / values.len() as f64,
-            median: median(&values),
-            p90: rank(0.9),
-            p99: rank(0.99),
-        }
+impl Pipeline {
+    fn of(runs: &[Run], stages: usize, decodes: bool) -> Pipeline {
+        let records: Vec<(&Record, f64)> = runs.iter().map(|run| (&run.record, run.seconds)).collect();
+        Pipeline { steady: Phase::steady(&records, stages, decodes), whole: Phase::whole(&records, stages) }
     }
 
-    fn row(&self, name: &str) -> Vec<String> {
-        let times = [self.mean, self.median, self.p90, self.p99].map(|ms| seconds(ms / 1e3));
-        std::iter::once(name.into()).chain(times).collect()
+    fn rows(&self) -> Option<Vec<Vec<String>>> {
+        let head = ["pipeline", "bubble", "imbalance", "slowest", "steps", "measured"];
+        let phases: Vec<&Phase> = self.steady.iter().chain(&self.whole).collect();
+        let rows = || std::iter::once(head.map(String::from).to_vec()).chain(phases.iter().map(|p| p.row()));
+        (!phases.is_empty()).then(|| rows().collect())
     }
+}
+
+impl SchedulerFigures {
+    fn of(runs: &[Run], before: &EngineStats, after: &EngineStats) -> SchedulerFigures {
+        let queues = Queues::together(runs.iter().map(|run| run.record.queues));
+        let (was, is) = (&before.scheduler, &after.scheduler);
+        SchedulerFigures {
+            in_flight_mean: queues.in_flight_mean(),
+            queues,
+            prefix_lookup_tokens: is.prefix_lookup_tokens - was.prefix_lookup_tokens,
+            prefix_hit_tokens: is.prefix_hit_tokens - was.prefix_hit_tokens,
+            preemptions: is.preemptions - was.preemptions,
+        }
+    }
+}
+
+fn late_prompt(input_len: u32, runs: &[Run]) -> LatePrompt {
+    let first_tokens: Vec<f64> = runs.iter().flat_map(|run| run.late).map(|u| u.first_token_s).collect();
+    let records: Vec<&Record> = runs.iter().map(|run| &run.record).collect();
+    LatePrompt::of(input_len, &first_tokens, &records)
 }
 
 fn median(values: &[f64]) -> f64 {
@@ -274,16 +334,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spreads_are_by_rank() {
-        let spread = Spread::of((1..=200).rev().map(f64::from).collect());
-        assert_eq!(spread, Spread { mean: 100.5, median: 100.5, p90: 180.0, p99: 198.0 });
-        let one = Spread::of(vec![3.0]);
-        assert_eq!(one, Spread { mean: 3.0, median: 3.0, p90: 3.0, p99: 3.0 });
-    }
-
-    #[test]
     fn rates_are_of_the_median_and_of_the_best_run() {
-        let runs = [4.0, 1.0, 2.0].map(|seconds| Run { seconds, usages: Vec::new() });
+        let runs = [4.0, 1.0, 2.0].map(|seconds| Run {
+            seconds,
+            usages: Vec::new(),
+            late: None,
+            record: Record::default(),
+        });
         assert_eq!(Rate::of(8.0, &runs), Rate { median: 4.0, best: 8.0 });
         assert_eq!(Rate::of(8.0, &runs[..2]), Rate { median: 3.2, best: 8.0 });
     }
