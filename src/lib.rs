@@ -65,6 +65,7 @@ pub mod model;
 pub mod pipeline;
 pub mod request;
 pub mod schedule;
+pub mod simulate;
 pub mod telemetry;
 pub mod text;
 pub mod transport;

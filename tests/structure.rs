@@ -11,6 +11,7 @@ const RANKS: &[(&str, u32)] = &[
     ("cli", 8),
     ("telemetry", 7),
     ("engine", 7),
+    ("simulate", 6),
     ("text", 5),
     ("schedule", 5),
     ("pipeline", 5),
