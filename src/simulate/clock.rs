@@ -56,7 +56,17 @@ pub trait World {
         let _ = (now, request, token);
     }
 
-    /// All has been done: nothing is in flight.
+    /// A request has ended.
+    fn ended(&mut self, now: Nanos, request: usize, why: End) {
+        let _ = (now, request, why);
+    }
+
+    /// The host has read a step's results.
+    fn returned(&mut self, now: Nanos, step: u64, scheduler: &Scheduler) {
+        let _ = (now, step, scheduler);
+    }
+
+    /// Nothing more will happen.
     fn over(&mut self, scheduler: &Scheduler, blocks: &BlockPool) {
         let _ = (scheduler, blocks);
     }
@@ -285,6 +295,7 @@ impl<'a, W: World> Run<'a, W> {
         if answer.end.is_none() {
             answer.end = Some((self.now, why));
             self.scheduler.end(SeqId(request as u64));
+            self.world.ended(self.now, request, why);
         }
     }
 
@@ -301,6 +312,7 @@ impl<'a, W: World> Run<'a, W> {
                 self.end(request, End::Done);
             }
         }
+        self.world.returned(self.now, step, &self.scheduler);
     }
 
     /// A device that is free begins the oldest step that one of its stages has.

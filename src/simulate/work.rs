@@ -82,8 +82,7 @@ mod tests {
 
     #[test]
     fn prompts_share_what_they_should_and_no_more() {
-        let work =
-            Workload { requests: 5, input_len: 40, output_len: 3, shared_prefix: 32, arrivals: None };
+        let work = Workload { requests: 5, input_len: 40, output_len: 3, shared_prefix: 32, arrivals: None };
         let all = arrivals(&work);
         assert!(all.iter().all(|a| (a.at, a.prompt.len(), a.answer_max, a.answer) == (0, 40, 3, 3)));
         assert!(all.iter().all(|a| a.prompt[..32] == all[0].prompt[..32]));
