@@ -123,7 +123,7 @@ fn simulate(args: &[&str]) -> Output {
 #[test]
 fn a_simulation_needs_no_model_and_its_figures_agree() {
     let flags = ["--stages", "5", "--layers", "50", "--head-us", "0", "--output-us", "0", "--format", "json"];
-    let work = ["--requests", "80", "--input-len", "100", "--output-len", "60"];
+    let work = ["--requests", "80", "--input-len", "100", "--output-len", "60", "--chunk", "256"];
     let figures = json(&simulate(&[&flags[..], &work].concat()));
     let number = |value: &Value| value.as_f64().unwrap();
     let seconds = number(&figures["seconds"]);
