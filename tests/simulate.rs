@@ -20,11 +20,11 @@ use std::{
     },
 };
 
-use checks::Checks;
+use checks::{Checks, Seen};
 use pipeline_infer::{
     batch::{KV_BLOCK, MicroBatch, SeqRows, SeqStart, Step},
-    schedule::SchedulerConfig,
-    simulate::{Machine, Simulation, StageCost, Workload},
+    schedule::{SchedulerConfig, StageCost},
+    simulate::{Machine, Simulation, Workload},
 };
 use schedules::Schedule;
 
@@ -49,27 +49,34 @@ fn every_schedule_keeps_every_promise() {
     if let Some(seed) = number("PIPELINE_INFER_SCHEDULE") {
         let schedule = Schedule::random(seed);
         println!("{schedule:#?}");
-        println!("{:#?}", schedule.run());
+        println!("{:?}", schedule.run());
         return;
     }
     let (count, next) = (number("PIPELINE_INFER_SCHEDULES").unwrap_or(SCHEDULES), AtomicU64::new(0));
     let run = || {
-        let mut failed = Vec::new();
+        let (mut failed, mut seen) = (Vec::new(), Seen::default());
         while failed.len() < FAILURES_MAX {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             if seed >= count {
                 break;
             }
-            if catch_unwind(AssertUnwindSafe(|| Schedule::random(seed).run())).is_err() {
-                failed.push((size(seed), seed));
+            match catch_unwind(|| Schedule::random(seed).run()) {
+                Ok(more) => seen += more,
+                Err(_) => failed.push((size(seed), seed)),
             }
         }
-        failed
+        (failed, seen)
     };
-    let mut failed: Vec<(usize, u64)> = std::thread::scope(|scope| {
+    let (mut failed, mut seen) = (Vec::new(), Seen::default());
+    std::thread::scope(|scope| {
         let threads: Vec<_> = (0..2).map(|_| scope.spawn(run)).collect();
-        threads.into_iter().flat_map(|t| t.join().expect("failures are caught")).collect()
+        for thread in threads {
+            let (more, also) = thread.join().expect("failures are caught");
+            failed.extend(more);
+            seen += also;
+        }
     });
+    println!("{seen:?}");
     failed.sort_unstable();
     let seeds: Vec<u64> = failed.iter().map(|&(_, seed)| seed).collect();
     assert!(
@@ -77,7 +84,11 @@ fn every_schedule_keeps_every_promise() {
         "these fail, the smallest first; PIPELINE_INFER_SCHEDULE={}: {seeds:?}",
         seeds[0]
     );
+    let Seen { steps, tokens, cancelled, on_device, preemptions, again, shared } = seen;
+    let of_each = [steps / 50, tokens / 20, cancelled, on_device / 10, preemptions * 10, again * 10, shared];
+    assert!(of_each.into_iter().all(|n| n >= count), "not all that can happen has: {seen:?}");
 }
+
 /// A step as the stages get it, made wrong if it can be.
 type Tamper = fn(&mut Step) -> bool;
 
@@ -129,7 +140,8 @@ const TAMPERS: &[(&str, Tamper)] = &[
         running
             .map(|part| {
                 let (sampling, prompt) = (Arc::default(), [1, 2, 3].into());
-                let start = SeqStart { seq: part.seq, seat: part.seat, sampling, seed: 0, prompt };
+                let generated = [].into();
+                let start = SeqStart { seq: part.seq, seat: part.seat, sampling, seed: 0, prompt, generated };
                 batch(step).ends.push(part.seq);
                 batch(step).starts.push(start);
             })
@@ -139,8 +151,9 @@ const TAMPERS: &[(&str, Tamper)] = &[
 
 #[test]
 fn a_step_that_goes_wrong_once_is_noticed() {
-    let config = SchedulerConfig { slots: 3, chunk: 40, running_max: 12, ahead: true };
-    let cost = StageCost { base: 1e-6, per_row: 1e-8, ..StageCost::default() };
+    let config =
+        SchedulerConfig { slots: 3, chunk: 40, running_max: 12, ahead: true, ..SchedulerConfig::default() };
+    let cost = StageCost { base: 1e-6, row: 1e-8, ..StageCost::default() };
     let simulation = Simulation::new(Machine::new(vec![cost; 3]), config, 300);
     let mut draws = (0..u64::MAX).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let work = Workload { requests: 12, input_len: 50, output_len: 40, ..Workload::default() }

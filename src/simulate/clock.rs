@@ -4,17 +4,18 @@ use std::{
     cmp::Reverse,
     collections::{BinaryHeap, VecDeque},
     sync::Arc,
+    time::Duration,
 };
 
 use super::{
-    Nanos, Shape, StageCost, Trace, nanos,
+    Nanos, Trace, nanos,
     trace::{Answer, End, StepTrace},
     work::Arrival,
 };
 use crate::{
-    batch::{Sampled, SeqId, Step},
+    batch::{Observation, Sampled, SeqId, Step},
     request::SamplingParams,
-    schedule::{BlockPool, NewSequence, Scheduler, SchedulerConfig},
+    schedule::{BlockPool, NewSequence, PassShape, Scheduler, SchedulerConfig, StageCost},
 };
 
 /// What things take.
@@ -46,6 +47,11 @@ pub trait World {
     /// their order, when the first stage begins.
     fn run(&mut self, step: &Step) -> Vec<Sampled>;
 
+    /// The scheduler has got a request.
+    fn submitted(&mut self, now: Nanos, request: usize) {
+        let _ = (now, request);
+    }
+
     /// A step has just been planned.
     fn planned(&mut self, now: Nanos, step: &Step, scheduler: &Scheduler) {
         let _ = (now, step, scheduler);
@@ -57,8 +63,8 @@ pub trait World {
     }
 
     /// A request has ended.
-    fn ended(&mut self, now: Nanos, request: usize, why: End) {
-        let _ = (now, request, why);
+    fn ended(&mut self, now: Nanos, request: usize, why: End, scheduler: &Scheduler) {
+        let _ = (now, request, why, scheduler);
     }
 
     /// The host has read a step's results.
@@ -67,8 +73,8 @@ pub trait World {
     }
 
     /// Nothing more will happen.
-    fn over(&mut self, scheduler: &Scheduler, blocks: &BlockPool) {
-        let _ = (scheduler, blocks);
+    fn over(&mut self, scheduler: &Scheduler) {
+        let _ = scheduler;
     }
 }
 
@@ -87,6 +93,8 @@ pub struct Simulation {
     pub blocks: usize,
     /// The clock stops here, whatever is left.
     pub until: Nanos,
+    /// Whether the scheduler learns how long passes took.
+    pub observed: bool,
 }
 
 impl Machine {
@@ -112,7 +120,7 @@ impl Simulation {
     /// A machine without a limit of time.
     pub fn new(machine: Machine, config: SchedulerConfig, blocks: usize) -> Simulation {
         assert!(!machine.stages.is_empty(), "a machine without stages; this is a bug");
-        Simulation { machine, config, blocks, until: Nanos::MAX }
+        Simulation { machine, config, blocks, until: Nanos::MAX, observed: true }
     }
 
     /// Serves these requests, until all have ended and the last step has come back. Request `i` is the sequence `i`.
@@ -125,7 +133,7 @@ impl Simulation {
             run.now = now;
             run.happens(event);
         }
-        run.world.over(&run.scheduler, &run.pool);
+        run.world.over(&run.scheduler);
         run.trace
     }
 }
@@ -155,18 +163,18 @@ enum Message {
 /// A step between its planning and its return.
 struct Flight {
     step: Step,
-    shape: Shape,
+    shape: PassShape,
     sampled: Vec<Sampled>,
 }
 
 /// A simulation on its way.
 struct Run<'a, W> {
     machine: &'a Machine,
+    observed: bool,
     work: &'a [Arrival],
     world: &'a mut W,
     sampling: Arc<SamplingParams>,
     scheduler: Scheduler,
-    pool: BlockPool,
     now: Nanos,
     /// What will happen, earliest first; at one moment, in the order that it was foreseen in.
     events: BinaryHeap<Reverse<(Nanos, u64, Event)>>,
@@ -188,16 +196,15 @@ struct Run<'a, W> {
 impl<'a, W: World> Run<'a, W> {
     fn new(simulation: &'a Simulation, work: &'a [Arrival], world: &'a mut W) -> Self {
         let Simulation { machine, config, blocks, .. } = simulation;
-        let pool = BlockPool::new(*blocks);
         let devices: Vec<usize> = machine.stages.iter().map(|s| s.device).collect();
         let answer = |a: &Arrival| Answer { came: a.at, prompt: a.prompt.len(), ..Answer::default() };
         let mut run = Run {
             machine,
+            observed: simulation.observed,
             work,
             world,
             sampling: Arc::new(SamplingParams::default()),
-            scheduler: Scheduler::new(*config, pool.clone()),
-            pool,
+            scheduler: Scheduler::new(*config, BlockPool::new(*blocks)),
             now: 0,
             events: BinaryHeap::new(),
             foreseen: 0,
@@ -259,7 +266,7 @@ impl<'a, W: World> Run<'a, W> {
         loop {
             if let Some(step) = self.scheduler.plan() {
                 self.world.planned(self.now, &step, &self.scheduler);
-                let (number, shape) = (step.step, Shape::of(&step.batch));
+                let (number, shape) = (step.step, PassShape::of(&step.batch));
                 assert_eq!(number as usize, self.trace.steps.len(), "a step out of turn; this is a bug");
                 self.trace.steps.push(StepTrace { sent: 0, rows: shape.rows, passes: Vec::new() });
                 self.flights.push_back(Flight { step, shape, sampled: Vec::new() });
@@ -287,7 +294,9 @@ impl<'a, W: World> Run<'a, W> {
             tokens_max: arrival.prompt.len() + arrival.answer_max - 1,
             sampling: self.sampling.clone(),
             seed: arrival.seed,
+            priority: arrival.priority,
         });
+        self.world.submitted(self.now, request);
     }
 
     fn end(&mut self, request: usize, why: End) {
@@ -295,7 +304,7 @@ impl<'a, W: World> Run<'a, W> {
         if answer.end.is_none() {
             answer.end = Some((self.now, why));
             self.scheduler.end(SeqId(request as u64));
-            self.world.ended(self.now, request, why);
+            self.world.ended(self.now, request, why, &self.scheduler);
         }
     }
 
@@ -303,6 +312,12 @@ impl<'a, W: World> Run<'a, W> {
         let flight = self.flights.pop_front().expect("a step comes back twice; this is a bug");
         assert_eq!(step, self.flight_first, "steps come back in their order; this is a bug");
         self.flight_first += 1;
+        if self.observed {
+            for (stage, (began, ended)) in self.trace.steps[step as usize].passes.iter().enumerate() {
+                let busy = Duration::from_nanos(ended - began);
+                self.scheduler.observe(Observation { stage, step, busy });
+            }
+        }
         for token in self.scheduler.apply(step, flight.sampled) {
             let request = token.seq.0 as usize;
             self.world.told(self.now, request, &token);
@@ -331,7 +346,7 @@ impl<'a, W: World> Run<'a, W> {
         if stage == 0 {
             flight.sampled = self.world.run(&flight.step);
         }
-        let end = self.now + nanos(self.machine.stages[stage].cost.seconds(flight.shape));
+        let end = self.now + nanos(self.machine.stages[stage].cost.seconds(&flight.shape));
         self.trace.steps[step as usize].passes.push((self.now, end));
         self.at(end, Event::Pass(stage, step));
     }

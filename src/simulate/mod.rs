@@ -5,10 +5,13 @@
 //! nothing, for figures; or tokens that follow from simulated KV blocks, to find what the scheduler does wrong.
 //!
 //! ```
-//! use pipeline_infer::{schedule::SchedulerConfig, simulate::*};
+//! use pipeline_infer::{
+//!     schedule::{SchedulerConfig, StageCost},
+//!     simulate::*,
+//! };
 //!
-//! let cost = StageCost { base: 1e-3, per_row: 1e-5, ..StageCost::default() };
-//! let config = SchedulerConfig { slots: 4, chunk: 512, running_max: 64, ahead: true };
+//! let cost = StageCost { base: 1e-3, row: 1e-5, ..StageCost::default() };
+//! let config = SchedulerConfig { slots: 4, chunk: 512, ahead: true, ..SchedulerConfig::default() };
 //! let simulation = Simulation::new(Machine::new(vec![cost; 4]), config, 4096);
 //! let work = Workload { requests: 64, input_len: 100, output_len: 50, ..Workload::default() };
 //! let trace = simulation.run(&work.arrivals(|| 7), &mut Blank);
@@ -25,7 +28,7 @@ mod trace;
 mod work;
 
 pub use clock::{Blank, Machine, Simulation, Stage, World};
-pub use cost::{Shape, StageCost, read_costs};
+pub use cost::read_costs;
 pub use report::{Percentiles, Report, StageReport};
 pub use trace::{Answer, End, Nanos, StepTrace, Trace, nanos};
 pub use work::{Arrival, Workload};

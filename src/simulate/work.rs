@@ -19,6 +19,8 @@ pub struct Arrival {
     pub cancelled: Option<Nanos>,
     /// For the sampler.
     pub seed: u64,
+    /// Higher ones come first.
+    pub priority: i32,
 }
 
 /// Requests, all alike.
@@ -57,6 +59,7 @@ impl Workload {
                 answer: self.output_len,
                 cancelled: None,
                 seed: i as u64,
+                priority: 0,
             }
         };
         (0..self.requests).map(&mut arrival).collect()

@@ -4,14 +4,18 @@ use std::{collections::VecDeque, sync::Arc};
 
 use pipeline_infer::{
     batch::{KV_BLOCK, ON_DEVICE, Sampled, SeqRows, Step},
-    schedule::{BlockPool, Scheduler, SchedulerConfig},
+    schedule::{Scheduler, SchedulerConfig},
     simulate::{Arrival, End, Nanos, World},
 };
 
-use super::model::{Stages, reference, starts, written_blocks};
+use super::model::{Stages, reference, written_blocks};
+
+/// After so many starts of others a request may come before higher priorities.
+const PASSED_MAX: u64 = 64;
 
 /// A request, as the outside knows it.
 struct Client {
+    priority: i32,
     prompt: Arc<[u32]>,
     tokens_max: usize,
     /// Its answer, up to the token that ends it.
@@ -26,6 +30,8 @@ struct Client {
     last: u64,
     blocks: Arc<[u32]>,
     started: usize,
+    /// How many had started when it came.
+    starts_before: u64,
 }
 
 /// All requests, and the stages that answer them.
@@ -34,19 +40,50 @@ pub(super) struct Checks {
     blocks: usize,
     stages: Stages,
     clients: Vec<Client>,
-    /// Requests in the order in which the scheduler gets them.
+    /// Requests in the order in which the scheduler has got them.
     order: Vec<usize>,
     in_flight: VecDeque<u64>,
+    /// Of sequences, those that began again included.
+    starts: u64,
     /// The step and the request that wrote to a block last.
     writers: Vec<(u64, u64)>, // [blocks]
     /// A step to be made wrong on its way to the stages, and how.
     pub(super) tamper: Option<fn(&mut Step) -> bool>,
     pub(super) tampered: bool,
+    pub(super) seen: Seen,
+}
+
+/// What has happened, to see that a run is worth its time.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Seen {
+    pub(super) steps: u64,
+    pub(super) tokens: u64,
+    pub(super) cancelled: u64,
+    /// Tokens of which only the device knew when they were fed.
+    pub(super) on_device: u64,
+    pub(super) preemptions: u64,
+    /// Sequences that began again, with the tokens that they had.
+    pub(super) again: u64,
+    /// Tokens that were not computed again.
+    pub(super) shared: u64,
+}
+
+impl std::ops::AddAssign for Seen {
+    fn add_assign(&mut self, other: Seen) {
+        self.steps += other.steps;
+        self.tokens += other.tokens;
+        self.cancelled += other.cancelled;
+        self.on_device += other.on_device;
+        self.preemptions += other.preemptions;
+        self.again += other.again;
+        self.shared += other.shared;
+    }
 }
 
 impl Checks {
     pub(super) fn new(config: SchedulerConfig, blocks: usize, work: &[Arrival]) -> Self {
         let client = |arrival: &Arrival| Client {
+            priority: arrival.priority,
             prompt: arrival.prompt.clone(),
             tokens_max: arrival.prompt.len() + arrival.answer_max - 1,
             expected: reference(arrival.seed, &arrival.prompt, arrival.answer),
@@ -57,19 +94,20 @@ impl Checks {
             last: 0,
             blocks: [].into(),
             started: 0,
+            starts_before: 0,
         };
-        let mut order: Vec<usize> = (0..work.len()).collect();
-        order.sort_by_key(|&i| work[i].at);
         Checks {
             config,
             blocks,
             stages: Stages::new(blocks, config.running_max),
             clients: work.iter().map(client).collect(),
-            order,
+            order: Vec::new(),
             in_flight: VecDeque::new(),
+            starts: 0,
             writers: vec![(0, u64::MAX); blocks],
             tamper: None,
             tampered: false,
+            seen: Seen::default(),
         }
     }
 
@@ -85,8 +123,12 @@ impl Checks {
         distinct.sort_unstable();
         distinct.dedup();
         assert_eq!(distinct.len(), part.blocks.len(), "{part:?}: a block twice");
-        if starts(batch, part.seq) {
-            assert!(end <= client.prompt.len() + client.asked, "{part:?}: tokens that are not there");
+        if let Some(start) = batch.starts.iter().find(|start| start.seq == part.seq) {
+            let told = &client.expected[..client.told];
+            assert!(start.prompt == client.prompt && *start.generated == *told, "{start:?}: {told:?}");
+            assert!(client.asked == client.told && end <= client.prompt.len() + client.told, "{part:?}");
+            self.seen.again += u64::from(client.started > 0);
+            self.seen.shared += part.cached as u64;
             client.started += 1;
         } else {
             assert!(client.started > 0, "{part:?}: not started");
@@ -108,6 +150,7 @@ impl Checks {
             match answer {
                 None => assert_eq!(id, client.prompt[position], "{part:?}: position {position}"),
                 Some(n) if id == ON_DEVICE => {
+                    self.seen.on_device += 1;
                     assert!(self.config.ahead && n >= client.told, "{part:?}: the host knows token {n}");
                     assert!(n + 1 == client.asked, "{part:?}: token {n} of {}", client.asked);
                 }
@@ -127,23 +170,54 @@ impl Checks {
         client.blocks = part.blocks.clone();
     }
 
-    /// Among equals, first tokens come in the order of arrival.
-    fn first_tokens(&self, step: &Step) {
-        let first = |seq: u64| self.clients[seq as usize].asked == 1 && self.clients[seq as usize].told == 0;
-        let Some(latest) = step
-            .batch
-            .outputs
-            .iter()
-            .map(|o| o.seq.0)
-            .filter(|&seq| first(seq))
-            .max_by_key(|&seq| self.order.iter().position(|&i| i as u64 == seq))
-        else {
-            return;
-        };
-        for &i in self.order.iter().take_while(|&&i| i as u64 != latest) {
-            let client = &self.clients[i];
-            assert!(client.ended || client.asked > 0, "request {latest} overtakes request {i}");
+    fn nothing_is_held(&self, scheduler: &Scheduler) {
+        let stats = scheduler.stats();
+        assert_eq!(
+            stats.kv_blocks_free + stats.kv_blocks_cached,
+            self.blocks,
+            "blocks are leaked: {stats:?}"
+        );
+    }
+
+    /// Who begins: higher priorities first, then in the order of arrival, in which first tokens come too. A prompt that has
+    /// begun goes on, whatever comes. Those whose first block others have too may wait for these to compute it.
+    fn in_order(&mut self, step: &Step) {
+        self.starts += step.batch.starts.len() as u64;
+        for seq in step.batch.starts.iter().map(|start| start.seq.0) {
+            if self.clients[seq as usize].started == 1 {
+                self.nobody_before(seq, "begins", |client, _| client.started > 0);
+            }
         }
+        for seq in step.batch.outputs.iter().map(|output| output.seq.0) {
+            if self.clients[seq as usize].asked == 1 && self.clients[seq as usize].told == 0 {
+                // One that has lost its blocks before its first token may be late.
+                let has = |client: &Client, own| client.started > 0 || client.priority > own;
+                self.nobody_before(seq, "has its first token", has);
+            }
+        }
+    }
+
+    fn nobody_before(&self, seq: u64, what: &str, has: impl Fn(&Client, i32) -> bool) {
+        let own = &self.clients[seq as usize];
+        let this = self.order.iter().position(|&i| i as u64 == seq).expect("a request that has come");
+        // One that many have passed may pass others.
+        let passed = self.starts - own.starts_before >= PASSED_MAX;
+        for (place, &i) in self.order.iter().enumerate() {
+            let client = &self.clients[i];
+            let before = client.priority > own.priority && !passed
+                || (client.priority == own.priority && place < this);
+            if before && !client.ended && !has(client, own.priority) && !self.shares_a_block(i) {
+                panic!(
+                    "request {seq} of priority {} {what} before request {i} of {}",
+                    own.priority, client.priority
+                );
+            }
+        }
+    }
+
+    fn shares_a_block(&self, request: usize) -> bool {
+        let Some(block) = self.clients[request].prompt.get(..KV_BLOCK) else { return false };
+        self.order.iter().any(|&i| i != request && self.clients[i].prompt.starts_with(block))
     }
 }
 
@@ -163,13 +237,22 @@ impl World for Checks {
         self.stages.run(step)
     }
 
+    fn submitted(&mut self, _: Nanos, request: usize) {
+        self.order.push(request);
+        self.clients[request].starts_before = self.starts;
+    }
+
     fn planned(&mut self, _: Nanos, step: &Step, scheduler: &Scheduler) {
         let batch = &step.batch;
         assert!(batch.rows() > 0 && batch.rows() <= Scheduler::rows_max(self.config));
         assert_eq!(batch.rows(), batch.positions.len());
         self.in_flight.push_back(step.step);
+        self.seen.steps += 1;
         assert!(self.in_flight.len() <= self.config.in_flight_max());
-        assert!(scheduler.running() <= self.config.running_max);
+        let stats = scheduler.stats();
+        assert_eq!(stats.in_flight, self.in_flight.len());
+        assert!(stats.running <= self.config.running_max);
+        assert!(stats.kv_blocks_free + stats.kv_blocks_cached <= stats.kv_blocks_total);
         let mut row = 0;
         for part in &batch.seqs {
             assert_eq!(part.row, row, "rows without gap");
@@ -185,7 +268,7 @@ impl World for Checks {
         for start in &batch.starts {
             assert!(batch.seqs.iter().any(|part| part.seq == start.seq), "a start without rows");
         }
-        self.first_tokens(step);
+        self.in_order(step);
     }
 
     fn told(&mut self, _: Nanos, request: usize, token: &Sampled) {
@@ -194,25 +277,33 @@ impl World for Checks {
         let expected = client.expected[client.told];
         assert_eq!(token.id, expected, "request {request}: token {}", client.told);
         client.told += 1;
+        self.seen.tokens += 1;
         assert!(client.told <= client.asked, "request {request}: a token that nobody asked for");
     }
 
-    fn ended(&mut self, _: Nanos, request: usize, why: End) {
+    fn ended(&mut self, _: Nanos, request: usize, why: End, scheduler: &Scheduler) {
         let client = &mut self.clients[request];
         assert!(!client.ended, "request {request} ends twice");
         client.ended = true;
+        self.seen.cancelled += u64::from(why == End::Cancelled);
         assert!(why == End::Cancelled || client.told == client.expected.len());
+        if self.order.iter().all(|&i| self.clients[i].ended) {
+            // Whatever is in flight.
+            self.nothing_is_held(scheduler);
+        }
     }
 
     fn returned(&mut self, _: Nanos, step: u64, _: &Scheduler) {
         assert_eq!(self.in_flight.pop_front(), Some(step), "steps come back in order, once");
     }
 
-    fn over(&mut self, scheduler: &Scheduler, pool: &BlockPool) {
+    fn over(&mut self, scheduler: &Scheduler) {
         let open: Vec<usize> = (0..self.clients.len()).filter(|&i| !self.clients[i].ended).collect();
         assert!(open.is_empty(), "requests {open:?} never end");
         assert!(self.in_flight.is_empty(), "steps {:?} never come back", self.in_flight);
-        assert_eq!((scheduler.running(), scheduler.waiting()), (0, 0));
-        assert_eq!(pool.free(), self.blocks, "blocks are leaked");
+        let stats = scheduler.stats();
+        assert_eq!((stats.running, stats.waiting, stats.in_flight), (0, 0, 0));
+        self.nothing_is_held(scheduler);
+        self.seen.preemptions = stats.preemptions;
     }
 }

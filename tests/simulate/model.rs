@@ -3,9 +3,7 @@
 //! and from what the sampler has kept of its sequence. One slot, seat or draw that is not what it should be, ever, and
 //! all later tokens are other ones.
 
-use pipeline_infer::batch::{
-    KV_BLOCK, MicroBatch, ON_DEVICE, OutputRow, Sampled, SeqId, SeqRows, SeqStart, Step,
-};
+use pipeline_infer::batch::{KV_BLOCK, ON_DEVICE, OutputRow, Sampled, SeqId, SeqRows, SeqStart, Step};
 
 /// Tokens are below this.
 const VOCAB: u64 = 1 << 24;
@@ -51,11 +49,15 @@ impl Sampler {
 
     fn draw(&mut self, seen: Seen) -> u32 {
         let random = mix(self.seed.wrapping_mul(31) + self.drawn);
-        let token = mix(seen.0 ^ random ^ self.prompt ^ self.penalties) % VOCAB;
+        let token = (mix(seen.0 ^ random ^ self.prompt ^ self.penalties) % VOCAB) as u32;
+        self.record(token);
+        token
+    }
+
+    fn record(&mut self, token: u32) {
         self.drawn += 1;
         // Counts do not tell in which order tokens came.
-        self.penalties = self.penalties.wrapping_add(mix(token));
-        token as u32
+        self.penalties = self.penalties.wrapping_add(mix(u64::from(token)));
     }
 }
 
@@ -95,8 +97,8 @@ struct Seat {
 pub(super) struct Stages {
     kv: Vec<u64>, // [blocks, KV_BLOCK]
     seats: Vec<Option<Seat>>,
-    /// The step that wrote to a block last, and which of its parts.
-    written: Vec<(u64, usize)>, // [blocks]
+    /// The step that wrote to a block last, and for whom.
+    written: Vec<(u64, SeqId)>, // [blocks]
 }
 
 impl Stages {
@@ -104,7 +106,7 @@ impl Stages {
         Stages {
             kv: vec![0; blocks * KV_BLOCK],
             seats: vec![None; seats],
-            written: vec![(u64::MAX, 0); blocks],
+            written: vec![(u64::MAX, SeqId(0)); blocks],
         }
     }
 
@@ -117,10 +119,7 @@ impl Stages {
         batch.starts.iter().for_each(|start| self.start(start));
         self.mark(step);
         let mut needed = None;
-        let mut seen = vec![None; batch.seqs.len()];
-        for part in 0..batch.seqs.len() {
-            self.part(step, part, &mut seen, &mut needed);
-        }
+        let seen: Vec<Seen> = batch.seqs.iter().map(|part| self.part(step, part, &mut needed)).collect();
         assert_eq!(step.after, needed, "the step that brings the tokens");
         batch.outputs.iter().map(|output| self.output(step, output, &seen)).collect()
     }
@@ -128,35 +127,34 @@ impl Stages {
     fn start(&mut self, start: &SeqStart) {
         let seat = &mut self.seats[start.seat as usize];
         assert!(seat.is_none(), "{:?} takes the seat of {seat:?}", start.seq);
-        let sampler = Sampler::new(start.seed, &start.prompt);
+        let mut sampler = Sampler::new(start.seed, &start.prompt);
+        start.generated.iter().for_each(|&token| sampler.record(token));
         *seat = Some(Seat { seq: start.seq, sampler, last: None });
     }
 
-    /// Notes who writes where: rows of a step may read what other rows of it write, but no two write to one block.
+    /// Notes who writes where: no two write to one block, and nobody reads in a step what another one writes in it.
     fn mark(&mut self, step: &Step) {
-        for (i, part) in step.batch.seqs.iter().enumerate() {
+        for part in &step.batch.seqs {
             for block in written_blocks(part) {
-                let (last, by) = std::mem::replace(&mut self.written[block], (step.step, i));
-                assert!(last != step.step || by == i, "block {block} is written by two in step {last}");
+                let (last, by) = std::mem::replace(&mut self.written[block], (step.step, part.seq));
+                assert!(last != step.step, "block {block}: {by:?} and {:?} write in one step", part.seq);
+            }
+        }
+        for part in &step.batch.seqs {
+            for &block in &part.blocks[..part.cached.div_ceil(KV_BLOCK)] {
+                let (last, by) = self.written[block as usize];
+                assert!(
+                    last != step.step || by == part.seq,
+                    "block {block}: {by:?} writes as {:?} reads",
+                    part.seq
+                );
             }
         }
     }
 
-    /// The rows of one sequence, after those of others that it reads from.
-    fn part(&mut self, step: &Step, index: usize, done: &mut [Option<Seen>], needed: &mut Option<u64>) {
-        if done[index].is_some() {
-            return;
-        }
+    /// The rows of one sequence: what the last of them has seen.
+    fn part(&mut self, step: &Step, part: &SeqRows, needed: &mut Option<u64>) -> Seen {
         let batch = &step.batch;
-        let part = &batch.seqs[index];
-        // A circle of such reads would come by here again, and be seen by its slots.
-        done[index] = Some(Seen(0));
-        for &block in &part.blocks[..part.cached.div_ceil(KV_BLOCK)] {
-            let (last, by) = self.written[block as usize];
-            if last == step.step && by != index {
-                self.part(step, by, done, needed);
-            }
-        }
         let seat = self.seats[part.seat as usize].as_ref().expect("rows at a seat of nobody");
         assert_eq!(seat.seq, part.seq, "rows at another's seat");
         let slot = |position: usize| slot(part, position);
@@ -177,16 +175,16 @@ impl Stages {
             self.kv[slot(position)] = number;
             seen.slot(number);
         }
-        done[index] = Some(seen);
+        seen
     }
 
-    fn output(&mut self, step: &Step, output: &OutputRow, seen: &[Option<Seen>]) -> Sampled {
+    fn output(&mut self, step: &Step, output: &OutputRow, seen: &[Seen]) -> Sampled {
         let seqs = &step.batch.seqs;
         let part = seqs.iter().position(|part| part.seq == output.seq).expect("an output of no rows");
         assert_eq!(output.row + 1, seqs[part].row + seqs[part].len, "an output before the last row");
         assert_eq!(output.seat, seqs[part].seat);
         let seat = self.seats[output.seat as usize].as_mut().expect("an output at a seat of nobody");
-        let id = seat.sampler.draw(seen[part].expect("all parts have run"));
+        let id = seat.sampler.draw(seen[part]);
         seat.last = Some((id, step.step));
         Sampled { seq: output.seq, id, logprobs: None }
     }
@@ -201,9 +199,4 @@ fn slot(part: &SeqRows, position: usize) -> usize {
 pub(super) fn written_blocks(part: &SeqRows) -> impl Iterator<Item = usize> {
     let blocks = part.cached / KV_BLOCK..(part.cached + part.len).div_ceil(KV_BLOCK);
     part.blocks[blocks].iter().map(|&block| block as usize)
-}
-
-/// Whether a micro-batch begins a sequence.
-pub(super) fn starts(batch: &MicroBatch, seq: SeqId) -> bool {
-    batch.starts.iter().any(|start| start.seq == seq)
 }

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use pipeline_infer::{
     batch::KV_BLOCK,
-    schedule::SchedulerConfig,
-    simulate::{Arrival, Machine, Nanos, Simulation, Stage, StageCost, Trace},
+    schedule::{SchedulerConfig, StageCost},
+    simulate::{Arrival, Machine, Nanos, Simulation, Stage, Trace},
 };
 
-use super::checks::Checks;
+use super::checks::{Checks, Seen};
 
 /// SplitMix64.
 struct Random(u64);
@@ -48,28 +48,32 @@ impl Schedule {
     pub(super) fn random(seed: u64) -> Schedule {
         let mut random = Random(seed.wrapping_mul(0xd134_2543_de82_ef95));
         let machine = machine(&mut random);
+        let chunk = random.scale(200);
         let config = SchedulerConfig {
             slots: random.within(1, 6),
-            chunk: random.scale(200),
+            chunk,
+            chunk_min: random.within(1, chunk),
+            prefix_reuse: random.chance(80),
             running_max: random.scale(20),
             ahead: random.chance(60),
         };
-        let pass: f64 = machine.stages.iter().map(|s| s.cost.base + s.cost.per_row).sum();
+        let pass: f64 = machine.stages.iter().map(|s| s.cost.base + s.cost.row).sum();
         let work = work(&mut random, (1e9 * pass) as Nanos);
         let least = work.iter().map(tokens_max).max().expect("work").div_ceil(KV_BLOCK);
         let spare = [0, random.within(0, 3), random.within(0, 40)][random.within(0, 2)];
         let mut simulation = Simulation::new(machine, config, least + spare);
+        simulation.observed = random.chance(3);
         simulation.until = patience(&simulation.machine, &work);
         Schedule { simulation, work }
     }
 
     /// Runs it, with checks of everything.
-    pub(super) fn run(&self) -> Trace {
+    pub(super) fn run(&self) -> Seen {
         let Simulation { config, blocks, .. } = self.simulation;
         let mut checks = Checks::new(config, blocks, &self.work);
         let trace = self.simulation.run(&self.work, &mut checks);
         self.never_idle(&trace);
-        trace
+        checks.seen
     }
 
     /// From a request's coming to its end, steps are under way all the time: all of them one after another would take longer.
@@ -101,9 +105,10 @@ fn machine(random: &mut Random) -> Machine {
         if i == 0 || !even {
             cost = StageCost {
                 base: random.within(1, 1000) as f64 * 1e-9,
-                per_row: random.scale(200) as f64 * 1e-9,
-                per_attended: random.within(0, 20) as f64 * 1e-10,
-                per_output: random.within(0, 30) as f64 * 1e-9,
+                row: random.scale(200) as f64 * 1e-9,
+                attended: random.within(0, 20) as f64 * 1e-10,
+                read: random.within(0, 20) as f64 * 1e-10,
+                output: random.within(0, 30) as f64 * 1e-9,
             };
         }
         // Each device has a stage: the first ones in turn, then any.
@@ -121,7 +126,8 @@ fn work(random: &mut Random, pass: Nanos) -> Vec<Arrival> {
         (0..2).map(|_| (0..300).map(|_| random.next() as u32 >> 8).collect()).collect();
     let pause = [0, 0, pass, 20 * pass][random.within(0, 3)];
     let (cancels, stops) = ([0, 25, 60][random.within(0, 2)], [0, 50, 100][random.within(0, 2)]);
-    let (prompt_max, answer_max) = (random.scale(300), random.scale(200));
+    let (prompt_max, answer_max) = (random.scale(300), random.scale(120));
+    let priorities = [0, 0, 1, 3][random.within(0, 3)];
     let mut at = 0;
     let mut work: Vec<Arrival> = Vec::new();
     for _ in 0..random.scale(40) {
@@ -137,6 +143,7 @@ fn work(random: &mut Random, pass: Nanos) -> Vec<Arrival> {
         let long = (pass as usize * arrival.answer_max * 4).max(1);
         arrival.cancelled = random.chance(cancels).then(|| at + random.within(0, long) as Nanos);
         arrival.at = at;
+        arrival.priority = random.within(0, priorities) as i32;
         work.push(arrival);
     }
     work
@@ -149,7 +156,15 @@ fn arrival(random: &mut Random, texts: &[Vec<u32>], prompt_max: usize, answer_ma
     let own = (shared..len).map(|_| random.next() as u32 >> 8);
     let prompt: Arc<[u32]> = text[..shared].iter().copied().chain(own).collect();
     let answer_max = random.within(1, answer_max);
-    Arrival { at: 0, prompt, answer_max, answer: answer_max, cancelled: None, seed: random.next() % 3 }
+    Arrival {
+        at: 0,
+        prompt,
+        answer_max,
+        answer: answer_max,
+        cancelled: None,
+        seed: random.next() % 3,
+        priority: 0,
+    }
 }
 
 fn tokens_max(arrival: &Arrival) -> usize {
@@ -161,7 +176,7 @@ fn patience(machine: &Machine, work: &[Arrival]) -> Nanos {
     const AGAIN: u64 = 8;
     let rows: usize = work.iter().map(tokens_max).sum();
     let attended = work.iter().map(tokens_max).max().unwrap_or(0) as f64;
-    let pass = |c: StageCost| c.base + c.per_row + attended * c.per_attended + c.per_output;
+    let pass = |c: StageCost| c.base + c.row + attended * (c.attended + c.read) + c.output;
     let step: f64 = machine.stages.iter().map(|s| pass(s.cost)).sum();
     let ways = machine.stages.len() as u64 * machine.boundary + machine.planning + machine.results;
     let last = work.iter().map(|a| a.at).max().unwrap_or(0);

@@ -14,8 +14,8 @@ use crate::{
     },
     error::{Error, Result},
     layout::{Device, Layout},
-    schedule::SchedulerConfig,
-    simulate::{Blank, Machine, Percentiles, Report, Simulation, StageCost, Workload, nanos, read_costs},
+    schedule::{SchedulerConfig, StageCost},
+    simulate::{Blank, Machine, Percentiles, Report, Simulation, Workload, nanos, read_costs},
 };
 
 pub(super) const SUBCOMMAND: Subcommand =
@@ -49,9 +49,9 @@ struct Pipeline {
     /// Which layers make each stage: 0-9,10-27
     #[arg(long, value_name = "STAGES")]
     layout: Option<String>,
-    /// What each stage's passes take: a JSON list of objects with base, per_row, per_attended and per_output in
+    /// What each stage's passes take: a JSON list of objects with base, row, attended, read and output in
     /// seconds, or an object with that list as "costs", as bench throughput prints
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["layout", "layers", "layer_us", "row_us", "attended_us", "head_us", "output_us"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["layout", "layers", "layer_us", "row_us", "attended_us", "read_us", "head_us", "output_us"])]
     costs: Option<PathBuf>,
     /// Layers in all [default: 28, or as --layout says]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=10_000), conflicts_with = "layout")]
@@ -63,8 +63,11 @@ struct Pipeline {
     #[arg(long, value_name = "US", default_value_t = 0.717, value_parser = time)]
     row_us: f64,
     /// A layer's time for a token that a row attends to
-    #[arg(long, value_name = "US", default_value_t = 0.0003, value_parser = time)]
+    #[arg(long, value_name = "US", default_value_t = 0.00003, value_parser = time)]
     attended_us: f64,
+    /// The same on top if its sequence has one row alone, as in decoding
+    #[arg(long, value_name = "US", default_value_t = 0.0005, value_parser = time)]
+    read_us: f64,
     /// The head's time for any pass, on the last stage
     #[arg(long, value_name = "US", default_value_t = 250.0, value_parser = time)]
     head_us: f64,
@@ -95,6 +98,9 @@ struct Scheduling {
     /// Prompt tokens in a micro-batch at most
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = value_parser!(u32).range(1..=65_536))]
     chunk: u32,
+    /// Prompt tokens in a micro-batch at least, if as many wait
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = value_parser!(u32).range(1..=65_536))]
+    chunk_min: u32,
     /// Sequences that run at once at most; others wait [default: all requests]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=65_536))]
     running: Option<u32>,
@@ -104,6 +110,9 @@ struct Scheduling {
     /// Plans a sequence's next step only when the host has read its last token, as on the CPU
     #[arg(long)]
     no_ahead: bool,
+    /// Lets every prompt be computed, whatever others have in the KV cache
+    #[arg(long)]
+    no_prefix_cache: bool,
 }
 
 /// What is asked.
@@ -226,17 +235,18 @@ impl Pipeline {
         };
         let cost = |layers: usize| StageCost {
             base: layers as f64 * self.layer_us / 1e6,
-            per_row: layers as f64 * self.row_us / 1e6,
-            per_attended: layers as f64 * self.attended_us / 1e6,
-            per_output: 0.0,
+            row: layers as f64 * self.row_us / 1e6,
+            attended: layers as f64 * self.attended_us / 1e6,
+            read: layers as f64 * self.read_us / 1e6,
+            output: 0.0,
         };
         let mut costs: Vec<StageCost> = layout.stages().iter().map(|s| cost(s.layers.len())).collect();
         let head = costs.last_mut().expect("a layout has stages; this is a bug");
         head.base += self.head_us / 1e6;
-        head.per_output = self.output_us / 1e6;
+        head.output = self.output_us / 1e6;
         if costs.iter().any(|c| *c == StageCost::default()) {
             return Err(Error::usage(
-                "--layer-us 0 --row-us 0 --attended-us 0",
+                "--layer-us 0 --row-us 0 --attended-us 0 --read-us 0",
                 "a stage would take no time",
             ));
         }
@@ -251,8 +261,10 @@ impl Scheduling {
         let config = SchedulerConfig {
             slots: self.slots.map_or(devices, |n| n as usize),
             chunk: self.chunk as usize,
+            chunk_min: self.chunk_min.min(self.chunk) as usize,
             running_max: running,
             ahead: !self.no_ahead,
+            prefix_reuse: !self.no_prefix_cache,
         };
         // The last token is never fed.
         let each = (work.context() - 1).div_ceil(KV_BLOCK);
