@@ -9,6 +9,8 @@
 mod checks;
 #[path = "simulate/model.rs"]
 mod model;
+#[path = "simulate/policy.rs"]
+mod policy;
 #[path = "simulate/schedules.rs"]
 mod schedules;
 
