@@ -78,8 +78,9 @@ struct Runs {
     exact: bool,
 }
 
+/// How figures look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
+pub(super) enum Format {
     Table,
     Json,
 }
@@ -289,17 +290,26 @@ fn next(events: &mut Events, recorder: &mut Option<&mut Recorder>) -> Option<Eve
 }
 
 /// SplitMix64.
-struct Random(u64);
+pub(super) struct Random(u64);
 
 impl Random {
     fn ids(mut self, n: u32, vocab: usize) -> Vec<u32> {
         (0..n).map(|_| self.below(vocab)).collect()
     }
 
-    fn below(&mut self, n: usize) -> u32 {
+    pub(super) fn new(seed: u64) -> Random {
+        Random(mix(seed))
+    }
+
+    /// 64 random bits.
+    pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.0)
+    }
+
+    fn below(&mut self, n: usize) -> u32 {
         // The upper half of a product with 64 random bits: a vocabulary has far fewer than 2^32 tokens.
-        ((u128::from(mix(self.0)) * n as u128) >> 64) as u32
+        ((u128::from(self.next()) * n as u128) >> 64) as u32
     }
 }
 
