@@ -5,15 +5,16 @@
 //! memory, where the host reads them when the step is done. All of it is taken at load.
 #![allow(unsafe_code)]
 
+mod slot;
+
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use self::slot::{LOGPROBS_WORDS, START_WORDS, Slot, Staging};
 use super::{
-    Buf, Cuda, DevicePtr, Grid, Kernel, Loading, Tokens, allocated,
-    launch::args,
-    memory::{DeviceBuf, Pinned},
+    Buf, Cuda, DevicePtr, Grid, Kernel, Loading, Tokens, allocated, launch::args, memory::DeviceBuf,
 };
 use crate::{
     backend::DType,
@@ -30,9 +31,6 @@ const FEW_OUTPUTS: usize = 16;
 const CLUSTER: usize = 8;
 /// `IN_PROMPT` in sample.cuh.
 const IN_PROMPT: u32 = 1 << 31;
-/// Room of a step for prompts with penalties and for biases. When there are more, the host waits until it can be used
-/// again.
-const START_WORDS: usize = 16 << 10;
 /// More than the static shared memory of `sample`.
 const STATIC_SHARED: usize = 16 << 10;
 
@@ -126,17 +124,6 @@ struct SampleParams {
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct FewParams([SampleParams; FEW_OUTPUTS]);
-
-/// `struct Logprobs` in argmax.cu, in words: the chosen one's, how many, their ids, their log-probabilities.
-const LOGPROBS_WORDS: usize = 2 + 2 * LOGPROBS_MAX as usize;
-
-/// Memory of the host for one step.
-struct Slot {
-    params: Pinned,   // [outputs_max] of SampleParams
-    tokens: Pinned,   // [outputs_max]
-    logprobs: Pinned, // [outputs_max, LOGPROBS_WORDS]
-    start: Pinned,    // [START_WORDS]: prompts and biases of sequences that start
-}
 
 /// Tokens that may not have been chosen yet.
 pub struct Pending {
@@ -295,8 +282,9 @@ impl Sampler {
         // SAFETY: the slot's last step is done.
         let mut staging = unsafe { Staging::new(cuda, &mut slot.start) };
         for start in starts {
-            let sampling = start.sampling.clone();
-            let answered = start.generated.len() as u32;
+            // One that begins again without having ended.
+            self.end(start.seq);
+            let (sampling, answered) = (start.sampling.clone(), start.generated.len() as u32);
             let mut state = SeqState { sampling, seed: start.seed, answered, counts: None, bias: None };
             if penalizes(&start.sampling) {
                 let row = self.cleared_row(cuda)?;
@@ -306,36 +294,18 @@ impl Sampler {
                     let ids = staging.put(part.iter().copied());
                     self.mark(cuda, row, ids, part.len())?;
                 }
-                let again: Vec<(u32, u32)> = counted(start).into_iter().collect();
-                self.put_words(cuda, &mut staging, row, &again)?;
+                let counts: Vec<(u32, u32)> = counted(start).into_iter().collect();
+                self.set_words(cuda, row, &mut staging, &counts)?;
                 state.counts = Some(row);
             }
-            let biases = merged(&start.sampling.logit_bias);
-            if !biases.is_empty() {
+            let bias = merged(&start.sampling.logit_bias).into_iter();
+            let bias: Vec<(u32, u32)> = bias.map(|(id, bias)| (id, bias.to_bits())).collect();
+            if !bias.is_empty() {
                 let row = self.cleared_row(cuda)?;
-                let words: Vec<(u32, u32)> = biases.into_iter().map(|(id, v)| (id, v.to_bits())).collect();
-                self.put_words(cuda, &mut staging, row, &words)?;
+                self.set_words(cuda, row, &mut staging, &bias)?;
                 state.bias = Some(row);
             }
-            self.end(start.seq);
             self.seqs.insert(start.seq, state);
-        }
-        Ok(())
-    }
-
-    /// Writes a word for each of some tokens to a row.
-    fn put_words(
-        &self,
-        cuda: &Cuda,
-        staging: &mut Staging<'_>,
-        row: DevicePtr,
-        words: &[(u32, u32)],
-    ) -> Result<()> {
-        for part in words.chunks(START_WORDS / 2) {
-            staging.make_room(2 * part.len())?;
-            let ids = staging.put(part.iter().map(|(id, _)| *id));
-            let values = staging.put(part.iter().map(|(_, word)| *word));
-            self.set_words(cuda, row, (ids, values), part.len())?;
         }
         Ok(())
     }
@@ -364,22 +334,29 @@ impl Sampler {
         }
     }
 
-    /// Writes words of 32 bits to a row: biases, or counts, which pass through the kernel unchanged as any bits do.
+    /// Writes words of 32 bits to a row by their ids: biases, or counts, which pass through the kernel unchanged as any
+    /// bits do.
     fn set_words(
         &self,
         cuda: &Cuda,
         row: DevicePtr,
-        (ids, values): (DevicePtr, DevicePtr),
-        len: usize,
+        staging: &mut Staging<'_>,
+        words: &[(u32, u32)],
     ) -> Result<()> {
-        // SAFETY: (float*, const u32*, const float*, u32, u32) as in argmax.cu; the rest as for `mark`.
-        unsafe {
-            cuda.launch(
-                &cuda.kernels.sample.set_bias,
-                words_grid(len),
-                &mut args![row, ids, values, len as u32, self.vocab as u32],
-            )
+        for part in words.chunks(START_WORDS / 2) {
+            staging.make_room(2 * part.len())?;
+            let ids = staging.put(part.iter().map(|(id, _)| *id));
+            let values = staging.put(part.iter().map(|(_, word)| *word));
+            // SAFETY: (float*, const u32*, const float*, u32, u32) as in argmax.cu; the rest as for `mark`.
+            unsafe {
+                cuda.launch(
+                    &cuda.kernels.sample.set_bias,
+                    words_grid(part.len()),
+                    &mut args![row, ids, values, part.len() as u32, self.vocab as u32],
+                )?
+            };
         }
+        Ok(())
     }
 
     /// Memory of the host that no step uses.
@@ -389,18 +366,6 @@ impl Sampler {
         }
         // Only after a failure: slots of steps that may still run do not come back.
         Slot::new(cuda, self.outputs_max)
-    }
-}
-
-impl Slot {
-    fn new(cuda: &Cuda, outputs_max: usize) -> Result<Slot> {
-        let pinned = |bytes| Pinned::new(cuda.context, bytes);
-        Ok(Slot {
-            params: pinned(outputs_max * size_of::<SampleParams>())?,
-            tokens: pinned(outputs_max * 4)?,
-            logprobs: pinned(outputs_max * LOGPROBS_WORDS * 4)?,
-            start: pinned(4 * START_WORDS)?,
-        })
     }
 }
 
@@ -437,42 +402,6 @@ fn merged(biases: &[(u32, f32)]) -> BTreeMap<u32, f32> {
         merged.entry(id).and_modify(|sum| *sum += bias).or_insert(bias);
     }
     merged
-}
-
-/// Words that kernels read from the host's memory.
-struct Staging<'a> {
-    cuda: &'a Cuda,
-    at: DevicePtr,
-    room: &'a mut [u8],
-    used: usize,
-}
-
-impl<'a> Staging<'a> {
-    /// SAFETY: no GPU uses the memory, and `make_room` is called before each kernel's words.
-    unsafe fn new(cuda: &'a Cuda, memory: &'a mut Pinned) -> Self {
-        let at = memory.ptr();
-        // SAFETY: the caller's.
-        Staging { cuda, at, room: unsafe { memory.as_mut_slice() }, used: 0 }
-    }
-
-    /// For so many words, which are read by a kernel that is launched before this is called again.
-    fn make_room(&mut self, words: usize) -> Result<()> {
-        if self.used + 4 * words > self.room.len() {
-            self.cuda.synchronize()?;
-            self.used = 0;
-        }
-        Ok(())
-    }
-
-    /// Writes words after those before, and returns their address.
-    fn put(&mut self, words: impl ExactSizeIterator<Item = u32>) -> DevicePtr {
-        let (here, bytes) = (self.at.add(self.used), 4 * words.len());
-        for (to, word) in self.room[self.used..][..bytes].chunks_exact_mut(4).zip(words) {
-            to.copy_from_slice(&word.to_le_bytes());
-        }
-        self.used += bytes;
-        here
-    }
 }
 
 impl Pending {
