@@ -99,7 +99,8 @@ fn run<B: Backend>(stages: Vec<Stage<B>>, loaded: &channel::Sender<Result<usize>
     while running.iter_mut().all(Running::serve) {}
 }
 
-/// Fields are dropped in this order: what the stage's own steps came to is told before its neighbours notice its end.
+/// Fields are dropped in this order: what the stage's own steps came to is told before its neighbours notice its end; and
+/// the decoder's buffers, for which the driver waits until the device is done, before boundaries that it may be using.
 struct Running<B: Backend> {
     index: usize,
     outcomes: Outcomes<B::Pending>,

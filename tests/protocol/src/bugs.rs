@@ -106,6 +106,14 @@ pub const BUGS: &[Bug] = &[
         ],
     },
     Bug {
+        name: "boundary_goes_while_its_device_still_writes_to_it",
+        file: "pipeline/stage.rs",
+        edits: &[
+            ("    decoder: Decoder<B>,\n    input: Input<B>,\n", "    input: Input<B>,\n"),
+            ("    passes: Passes<B>,\n}", "    passes: Passes<B>,\n    decoder: Decoder<B>,\n}"),
+        ],
+    },
+    Bug {
         name: "results_wait_for_their_own_end",
         file: "pipeline/outcome.rs",
         edits: &[("        drop(self.pending.take());\n", "")],
