@@ -9,17 +9,18 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
-
-use crossbeam_channel as channel;
 
 use super::{StageMetrics, metrics::Spent};
 use crate::{
     backend::Backend,
     batch::{MicroBatch, Step},
     error::{Error, Result},
+    sync::{
+        channel,
+        thread::{self, JoinHandle},
+    },
 };
 
 /// After so many passes, two neighbours of so many are measured, and stand for the others. The second number is odd, so
@@ -175,7 +176,7 @@ impl<B: Backend> Probe<B> {
         let Some(told) = &self.told else { return Ok(()) };
         let mark = backend.mark()?;
         while backend.between(&mark, &mark)?.is_none() {
-            std::thread::yield_now();
+            thread::yield_now();
         }
         let what = What::Base(mark, Instant::now());
         // The collector outlives the stages unless it has panicked.
@@ -243,7 +244,7 @@ pub fn collect<B: Backend>(collecting: Collecting<B>) -> Result<(Vec<Probe<B>>, 
     };
     let readers = stages.into_iter().enumerate().map(reader).collect();
     let collector = Collector { told, readers, start, tell };
-    let thread = std::thread::Builder::new()
+    let thread = thread::Builder::new()
         .name("spans".into())
         .spawn(move || collector.run())
         .map_err(|e| Error::Engine(format!("spans: no thread: {e}")))?;
@@ -265,7 +266,7 @@ impl<B: Backend> Collector<B> {
                 let Ok(told) = self.told.recv() else { return };
                 self.take(told);
             }
-            std::thread::sleep(LOOK);
+            thread::sleep(LOOK);
             let took = loop {
                 match self.told.try_recv() {
                     Ok(told) => self.take(told),
@@ -305,7 +306,7 @@ impl<B: Backend> Collector<B> {
     fn end(mut self) {
         let since = Instant::now();
         while !self.read() && since.elapsed() < LAST {
-            std::thread::sleep(LOOK);
+            thread::sleep(LOOK);
         }
     }
 }
@@ -446,7 +447,7 @@ mod tests {
         let mut pass = probe.begin().unwrap();
         for &moment in moments {
             pass.mark(moment, cpu).unwrap();
-            std::thread::sleep(Duration::from_millis(2));
+            thread::sleep(Duration::from_millis(2));
         }
         pass.mark(Moment::Ended, cpu).unwrap();
         let batch = Arc::new(batch(&[(1, 9, true)]));
