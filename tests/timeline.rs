@@ -12,8 +12,13 @@ use serde_json::Value;
 fn trace(path: &Path, with: impl FnOnce(EngineBuilder) -> EngineBuilder) -> Vec<Value> {
     let builder = Engine::builder().model(chat_llama()).device(Device::Cpu);
     let engine = with(builder.stages(3).slots(2).chunk(16)).timeline(path).build().unwrap();
-    let events: Vec<_> =
-        (0..8u32).map(|i| engine.submit(request(&(0..5 + 4 * i).collect::<Vec<_>>(), 6)).unwrap()).collect();
+    let events: Vec<_> = (0..8u32)
+        .map(|i| {
+            engine
+                .submit(request(&(0..5 + 4 * i).map(|t| (7 * t + 20 * i) % 200).collect::<Vec<_>>(), 6))
+                .unwrap()
+        })
+        .collect();
     events.into_iter().for_each(|events| drop(collect(events)));
     assert_eq!(engine.stats().dropped, 0);
     let steps = engine.stats().stages[0].times.batches;

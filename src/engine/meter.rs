@@ -117,7 +117,7 @@ impl Meter {
 
     pub(super) fn span(&self, span: StageSpan) {
         let sampled = span.weight > 1.0 || span.step < OBSERVED_FIRST;
-        if sampled || span.step % OBSERVED_EVERY == 0 {
+        if sampled || span.step.is_multiple_of(OBSERVED_EVERY) {
             let observation = Observation { stage: span.stage, step: span.step, busy: span.taken() };
             // A scheduler that has not read for so long does not need them all.
             let _ = self.observations.0.try_send(observation);

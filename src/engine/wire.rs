@@ -151,11 +151,14 @@ fn load_stage<B: Backend>(
     Ok(decoder)
 }
 
+/// What a stage measures itself with.
+type Measured<B> = (Arc<StageMetrics>, Probe<B>);
+
 /// Counters and a probe for each stage, and the thread that tells what they measure.
 fn measure<B: Backend>(
     backends: &[Arc<B>],
     meter: &Arc<Meter>,
-) -> Result<(Vec<(Arc<StageMetrics>, Probe<B>)>, JoinHandle<()>)> {
+) -> Result<(Vec<Measured<B>>, JoinHandle<()>)> {
     let metrics: Vec<Arc<StageMetrics>> = backends.iter().map(|_| Arc::default()).collect();
     let of = meter.clone();
     let (probes, collector) = pipeline::collect(Collecting {

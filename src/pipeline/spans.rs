@@ -9,17 +9,18 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
-
-use crossbeam_channel as channel;
 
 use super::{StageMetrics, metrics::Spent};
 use crate::{
     backend::Backend,
     batch::{MicroBatch, Step},
     error::{Error, Result},
+    sync::{
+        channel,
+        thread::{self, JoinHandle},
+    },
 };
 
 /// After so many passes, two neighbours of so many are measured, and stand for the others. The second number is odd, so
@@ -175,7 +176,7 @@ impl<B: Backend> Probe<B> {
         let Some(told) = &self.told else { return Ok(()) };
         let mark = backend.mark()?;
         while backend.between(&mark, &mark)?.is_none() {
-            std::thread::yield_now();
+            thread::yield_now();
         }
         let what = What::Base(mark, Instant::now());
         // The collector outlives the stages unless it has panicked.
@@ -243,7 +244,7 @@ pub fn collect<B: Backend>(collecting: Collecting<B>) -> Result<(Vec<Probe<B>>, 
     };
     let readers = stages.into_iter().enumerate().map(reader).collect();
     let collector = Collector { told, readers, start, tell };
-    let thread = std::thread::Builder::new()
+    let thread = thread::Builder::new()
         .name("spans".into())
         .spawn(move || collector.run())
         .map_err(|e| Error::Engine(format!("spans: no thread: {e}")))?;
@@ -265,7 +266,7 @@ impl<B: Backend> Collector<B> {
                 let Ok(told) = self.told.recv() else { return };
                 self.take(told);
             }
-            std::thread::sleep(LOOK);
+            thread::sleep(LOOK);
             let took = loop {
                 match self.told.try_recv() {
                     Ok(told) => self.take(told),
@@ -305,7 +306,7 @@ impl<B: Backend> Collector<B> {
     fn end(mut self) {
         let since = Instant::now();
         while !self.read() && since.elapsed() < LAST {
-            std::thread::sleep(LOOK);
+            thread::sleep(LOOK);
         }
     }
 }
@@ -397,5 +398,104 @@ impl<B: Backend> Reader<B> {
             add(Spent::WaitInput, span.wait_input.unwrap_or_default(), waits);
         }
         span
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        backend::cpu::Cpu,
+        batch::{OutputRow, SeqId, SeqRows},
+    };
+
+    /// Of sequences with so many rows after so many tokens; whether their next token is wanted.
+    fn batch(seqs: &[(usize, usize, bool)]) -> MicroBatch {
+        let mut batch = MicroBatch::default();
+        for (i, &(len, cached, wanted)) in seqs.iter().enumerate() {
+            let (seq, seat, row) = (SeqId(i as u64), i as u32, batch.rows());
+            batch.ids.resize(row + len, 1);
+            batch.seqs.push(SeqRows { seq, seat, row, len, cached, blocks: [].into() });
+            if wanted {
+                batch.outputs.push(OutputRow { row: row + len - 1, seq, seat });
+            }
+        }
+        batch
+    }
+
+    #[test]
+    fn single_rows_whose_token_is_wanted_are_no_prompts() {
+        // A step; a chunk; a chunk of one row; a prompt's last chunk; a prompt of one token.
+        let work =
+            Work::of(&batch(&[(1, 9, true), (4, 16, false), (1, 3, false), (2, 7, true), (1, 0, true)]));
+        let attended = 10 + (17 + 18 + 19 + 20) + 4 + (8 + 9) + 1;
+        assert_eq!(work, Work { rows: 9, prompt_rows: 8, outputs: 3, sequences: 5, attended });
+    }
+
+    #[test]
+    fn measured_passes_stand_for_all() {
+        let all = MEASURED_FIRST.next_multiple_of(MEASURED_EVERY) + 100 * MEASURED_EVERY;
+        let measured = (MEASURED_FIRST..all).filter(|number| number % MEASURED_EVERY < 2);
+        let (passes, waits): (Vec<f64>, Vec<f64>) = measured.map(|number| weights(false, number)).unzip();
+        let want = 100.0 * MEASURED_EVERY as f64;
+        assert_eq!((passes.iter().sum::<f64>(), waits.iter().sum::<f64>()), (want, want));
+        assert_eq!(weights(true, 1000), (1.0, 1.0));
+    }
+
+    /// A pass whose moments lie so far apart.
+    fn pass(probe: &mut Probe<Cpu>, cpu: &Cpu, step: u64, moments: &[Moment]) {
+        let mut pass = probe.begin().unwrap();
+        for &moment in moments {
+            pass.mark(moment, cpu).unwrap();
+            thread::sleep(Duration::from_millis(2));
+        }
+        pass.mark(Moment::Ended, cpu).unwrap();
+        let batch = Arc::new(batch(&[(1, 9, true)]));
+        probe.end(pass, &Step { step, after: None, batch });
+    }
+
+    #[test]
+    fn spans_are_told_in_order_with_what_they_consist_of() {
+        use Moment::{Arrived, Computed, Room, Started};
+        let cpu = Arc::new(Cpu::new(Some(1)));
+        let (sender, spans) = channel::unbounded();
+        let (mut probes, collector) = collect(Collecting {
+            stages: vec![(cpu.clone(), Arc::default()), (cpu.clone(), Arc::default())],
+            start: Instant::now(),
+            every: false,
+            dropped: Arc::default(),
+            tell: Box::new(move |span| sender.send(span).unwrap()),
+        })
+        .unwrap();
+        probes.iter_mut().for_each(|probe| probe.start(&cpu).unwrap());
+        for step in 0..40 {
+            pass(&mut probes[0], &cpu, step, &[Arrived, Computed, Room]);
+            pass(&mut probes[1], &cpu, step, &[Arrived, Started]);
+        }
+        drop(probes);
+        collector.join().unwrap();
+        let [first, last]: [Vec<StageSpan>; 2] = spans.iter().fold([vec![], vec![]], |mut stages, span| {
+            stages[span.stage].push(span);
+            stages
+        });
+        for (spans, parts) in [(&first, [2, 2, 2]), (&last, [2, 2, 0])] {
+            assert!(spans.iter().map(|span| span.step).eq(0..40), "on the host each pass is measured");
+            assert!(spans.windows(2).all(|pair| pair[0].ended <= pair[1].began));
+            assert_eq!(spans[0].wait_input, None, "until the first one nobody waits");
+            for span in &spans[1..] {
+                assert!(span.wait_input.unwrap() >= Duration::from_millis(4), "the other stage's pass");
+                let told = [span.busy(), span.copy, span.wait_output];
+                let least = parts.map(Duration::from_millis);
+                assert!(told.iter().zip(least).all(|(is, least)| *is >= least), "{span:?}");
+                assert_eq!(told.iter().sum::<Duration>(), span.ended - span.began);
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_measured_that_nobody_asks_for() {
+        let mut probe = Probe::<Cpu>::off();
+        probe.start(&Cpu::new(Some(1))).unwrap();
+        assert!(probe.begin().is_none());
     }
 }

@@ -29,12 +29,12 @@ pub const BUGS: &[Bug] = &[
     Bug {
         name: "packet_read_without_a_wait",
         file: "transport/peer.rs",
-        edits: &[("self.cuda.wait(&entry.full)?;", "")],
+        edits: &[("self.cuda.wait(&came.entry.full)?;", "")],
     },
     Bug {
         name: "entry_written_without_a_wait",
         file: "transport/peer.rs",
-        edits: &[("if entry.used {", "if false {")],
+        edits: &[("if entry.used =>", "if false =>")],
     },
     Bug {
         name: "entry_given_back_before_its_event_is_recorded",
@@ -52,8 +52,8 @@ pub const BUGS: &[Bug] = &[
         file: "transport/peer.rs",
         edits: &[
             (
-                "self.cuda.wait(&entry.full)?;",
-                "self.cuda.wait(&entry.full)?; self.cuda.record_event(&entry.free)?;",
+                "self.cuda.wait(&came.entry.full)?;",
+                "self.cuda.wait(&came.entry.full)?; self.cuda.record_event(&came.entry.free)?;",
             ),
             (
                 "        self.cuda.record_event(&entry.free)?;\n        // The sender may",
@@ -102,7 +102,7 @@ pub const BUGS: &[Bug] = &[
         file: "pipeline/stage.rs",
         edits: &[
             ("    index: usize,\n    outcomes: Outcomes<B::Pending>,\n", "    index: usize,\n"),
-            ("    passes: Passes<B>,\n}", "    passes: Passes<B>,\n    outcomes: Outcomes<B::Pending>,\n}"),
+            ("    probe: Probe<B>,\n}", "    probe: Probe<B>,\n    outcomes: Outcomes<B::Pending>,\n}"),
         ],
     },
     Bug {

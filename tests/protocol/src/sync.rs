@@ -54,6 +54,15 @@ pub mod channel {
     #[derive(Debug, PartialEq, Eq)]
     pub struct RecvError;
 
+    /// Nothing is there now, or ever.
+    #[derive(Debug, PartialEq, Eq)]
+    pub enum TryRecvError {
+        /// Somebody may still send.
+        Empty,
+        /// Nobody sends any more.
+        Disconnected,
+    }
+
     /// A channel with room for so many values.
     pub fn bounded<T>(len_max: usize) -> (Sender<T>, Receiver<T>) {
         assert!(len_max > 0, "channels without room are not modelled");
@@ -121,8 +130,12 @@ pub mod channel {
         }
 
         /// The next value, if it is there now.
-        pub fn try_recv(&self) -> Result<T, RecvError> {
-            let value = self.0.lock().queue.pop_front().ok_or(RecvError)?;
+        pub fn try_recv(&self) -> Result<T, TryRecvError> {
+            let mut state = self.0.lock();
+            let value = state.queue.pop_front().ok_or(match state.senders {
+                0 => TryRecvError::Disconnected,
+                _ => TryRecvError::Empty,
+            })?;
             self.0.room.notify_one();
             Ok(value)
         }

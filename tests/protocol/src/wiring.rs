@@ -6,7 +6,7 @@ use crate::{
     Setup, Way, Wired,
     backend::{Backend, Device},
     model::decoder::Decoder,
-    pipeline::{self, Input, Output, Stage, token_edge},
+    pipeline::{self, Input, Output, Probe, Stage, token_edge},
     sync::{Mutex, channel},
     transport::{Host, Peer, Staged, Transport},
     world::World,
@@ -15,7 +15,7 @@ use crate::{
 /// Starts the stages' threads.
 pub fn wire(setup: &Setup, world: &World) -> Wired {
     match setup.way {
-        Way::Peer => wire_on::<Device<true>>(&Peer, setup, world),
+        Way::Peer => wire_on::<Device<true>>(&Peer::default(), setup, world),
         Way::Staged => wire_on::<Device<true>>(&Staged, setup, world),
         Way::Host => wire_on::<Device<true>>(&Host, setup, world),
         Way::Processor { .. } => wire_on::<Device<false>>(&Host, setup, world),
@@ -48,6 +48,7 @@ fn wire_on<B: Backend>(transport: &dyn Transport<B>, setup: &Setup, world: &Worl
             results: results_in.clone(),
             turn: if B::ASYNC { Arc::default() } else { turn.clone() },
             metrics: Arc::default(),
+            probe: Probe::off(),
         });
     }
     let runs: Vec<Vec<Stage<B>>> = match setup.way {
