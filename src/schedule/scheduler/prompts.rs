@@ -71,6 +71,9 @@ impl Scheduler {
         if self.prompt.is_none() {
             return;
         }
+        if draft.batch.rows() > 0 {
+            self.singles = PassShape::of(&draft.batch);
+        }
         let mut room = self.room(draft);
         while room.rows > 0 {
             self.begin_prompt();
@@ -94,6 +97,7 @@ impl Scheduler {
             }
             draft.batch.ids.extend(sequence.tokens(start, len));
             self.push_rows(slot, len, draft);
+            self.publish_full(slot);
             self.prompt_tokens -= len;
             room.rows -= len;
             room.floor = room.floor.saturating_sub(len);
