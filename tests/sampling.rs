@@ -318,6 +318,7 @@ proptest! {
             temperature, top_k, top_p: top_p.min(1.0), repetition_penalty: penalty,
             frequency_penalty: 0.3, logprobs: Some(2), ..SamplingParams::default()
         };
+        let mut chosen = Vec::new();
         let other = SamplingParams { logit_bias: vec![(3, 50.0)], ..hot() };
         let mut alone = sampler(40, seed, &params, &[1, 2]);
         let mut among = sampler(40, seed, &params, &[1, 2]);
@@ -331,6 +332,11 @@ proptest! {
             let batch = MicroBatch { outputs: outputs(&[3, 1, 2]), ..MicroBatch::default() };
             let got = among.sample(&rows, &batch);
             prop_assert_eq!(&got[1], &want);
+            // One that begins again, with what it has chosen so far, goes on as if it had not been interrupted.
+            let again = SeqStart { generated: chosen.as_slice().into(), ..start(1, seed, &params, &[1, 2]) };
+            let batch = MicroBatch { starts: vec![again], outputs: outputs(&[1]), ..MicroBatch::default() };
+            prop_assert_eq!(&Sampler::new(40).sample(&rows[40..80], &batch)[0], &want);
+            chosen.push(want.id);
             prop_assert_eq!(got[2].id, 3);
         }
     }

@@ -1,8 +1,8 @@
 //! Who holds which KV block: ids, holders, and what can be found again; no memory.
 
-use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
-use super::prefix::BlockKey;
+use super::prefix::{BlockKey, ByKey};
 use crate::batch::KV_BLOCK;
 
 const NONE: u32 = u32::MAX;
@@ -15,7 +15,7 @@ const NONE: u32 = u32::MAX;
 pub struct BlockPool {
     blocks: Vec<Block>,
     free: Vec<u32>,
-    by_key: HashMap<BlockKey, u32>,
+    by_key: ByKey<u32>,
     /// Ends of the list of cached blocks, by when they were given back.
     oldest: u32,
     newest: u32,
@@ -50,7 +50,8 @@ impl BlockPool {
         BlockPool {
             blocks: vec![block; blocks],
             free: (0..count).rev().collect(),
-            by_key: HashMap::new(),
+            // It never has to grow while somebody waits.
+            by_key: ByKey::with_capacity_and_hasher(blocks, Default::default()),
             oldest: NONE,
             newest: NONE,
             cached: 0,
@@ -135,7 +136,7 @@ impl BlockPool {
     pub(super) fn publish(&mut self, id: u32, key: BlockKey, written: u64) {
         let block = &mut self.blocks[id as usize];
         assert!(block.holders > 0 && block.key.is_none(), "block {id} published twice; this is a bug");
-        if let std::collections::hash_map::Entry::Vacant(vacant) = self.by_key.entry(key) {
+        if let Entry::Vacant(vacant) = self.by_key.entry(key) {
             vacant.insert(id);
             (block.key, block.written) = (Some(key), written);
         }

@@ -1,12 +1,36 @@
 //! What blocks are found by: their tokens, and all tokens before them.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState},
+};
 
 use crate::batch::KV_BLOCK;
 
 /// Stands for a full block's tokens and all tokens before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct BlockKey(u128);
+
+/// What is found by keys.
+pub(super) type ByKey<T> = HashMap<BlockKey, T, BuildHasherDefault<Low>>;
+
+/// Half of a key. A table needs no hash of a hash.
+#[derive(Debug, Default)]
+pub(super) struct Low(u64);
+
+impl Hasher for Low {
+    fn write_u128(&mut self, key: u128) {
+        self.0 = key as u64;
+    }
+
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("a key is one number; this is a bug");
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
 
 /// Makes keys. They are keyed hashes of 128 bits, with random numbers of this process: nobody outside can choose tokens
 /// whose key is that of others, so equal keys are equal tokens.

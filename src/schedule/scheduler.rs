@@ -17,7 +17,7 @@ use super::{
     queue::{Rank, Waiting},
     sequence::{Sequences, State},
 };
-use crate::batch::{MicroBatch, ON_DEVICE, Observation, OutputRow, Sampled, SeqId, SeqRows, Step};
+use crate::batch::{KV_BLOCK, MicroBatch, ON_DEVICE, Observation, OutputRow, Sampled, SeqId, SeqRows, Step};
 
 /// Shapes of steps that are kept after their end, for observations that come late.
 const SHAPES: usize = 1024;
@@ -111,7 +111,7 @@ pub struct Scheduler {
     next_step: u64,
     /// Of the latest steps, the last one's last.
     shapes: VecDeque<PassShape>,
-    /// Single steps of the latest micro-batch that had any.
+    /// Of the latest micro-batch that had prompts and single steps or single steps alone, these.
     singles: PassShape,
     /// Of waiting sequences and of the prompt in hand.
     prompt_tokens: usize,
@@ -207,7 +207,11 @@ impl Scheduler {
         if self.shapes.len() == SHAPES {
             self.shapes.pop_front();
         }
-        self.shapes.push_back(PassShape::of(&batch));
+        let shape = PassShape::of(&batch);
+        if shape.rows == shape.outputs {
+            self.singles = shape;
+        }
+        self.shapes.push_back(shape);
         let step = Step { step: self.next_step, after, batch: Arc::new(batch) };
         self.next_step += 1;
         self.steps.push_back(this);
@@ -321,9 +325,6 @@ impl Scheduler {
             self.push_rows(slot, 1, draft);
             self.want_token(slot, draft);
         }
-        if draft.batch.rows() > 0 {
-            self.singles = PassShape::of(&draft.batch);
-        }
     }
 
     /// How many steps a sequence's next one should be behind its latest: as many as travel at the same time. A nearer
@@ -363,7 +364,6 @@ impl Scheduler {
         sequence.last = this.step;
         sequence.in_flight += 1;
         assert!(sequence.planned <= sequence.new.tokens_max, "a sequence past its end; this is a bug");
-        self.publish_full(slot, this.step);
     }
 
     /// Asks for a token from the micro-batch's last row.
@@ -405,8 +405,9 @@ impl Scheduler {
         sequence.answer.push(id);
         let now = sequence.may_be_planned(ahead);
         if sequence.state == State::Decoding {
-            // No step after the latest planned one writes what is full now.
-            self.publish_full(slot, self.next_step - 1);
+            if sequence.known() % KV_BLOCK == sequence.turn() {
+                self.publish_full(slot);
+            }
             if now && !before {
                 self.sequences.make_ready(slot);
             }

@@ -72,10 +72,12 @@ pub(super) struct Sequence {
     pub(super) started: bool,
     /// KV blocks that it holds, in the order of their tokens.
     pub(super) blocks: Arc<[u32]>,
-    /// Keys of full blocks, as far as they were needed.
+    /// Keys of the blocks that were full when it began to wait.
     pub(super) keys: Vec<BlockKey>,
     /// How many of its blocks have been published, or found.
     pub(super) published: usize,
+    /// The last one's key.
+    pub(super) last_key: Option<BlockKey>,
     /// Blocks that could be found when it was looked at last.
     pub(super) findable: usize,
     /// How many sequences were decoding when it began to wait.
@@ -123,6 +125,11 @@ impl Sequence {
     /// Whether a step has rows of it.
     pub(super) fn is_in(&self, step: u64) -> bool {
         self.in_flight > 0 && self.last == step
+    }
+
+    /// When it does what each sequence does once for each block: others do it at other steps, so that none takes long.
+    pub(super) fn turn(&self) -> usize {
+        self.seat() as usize % KV_BLOCK
     }
 
     pub(super) fn seat(&self) -> u32 {
@@ -181,6 +188,7 @@ impl Sequences {
             blocks: Arc::default(),
             keys: Vec::new(),
             published: 0,
+            last_key: None,
             findable: 0,
             decoding_before: 0,
             yielded: 0,

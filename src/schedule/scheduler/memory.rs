@@ -11,6 +11,9 @@ use crate::{
 /// A sequence that has lost its blocks to higher priorities so often comes before them.
 const YIELDED_MAX: u32 = 4;
 
+/// A sequence that grows takes a block more at a time for each so many that it has.
+const GROWN_AFTER: usize = 64;
+
 /// Whether there is a block for a sequence's next token.
 pub(super) enum Growth {
     There,
@@ -31,14 +34,21 @@ impl Scheduler {
     /// Sees to it that a decoding sequence has a block for its next token. Those that are last in the order give theirs.
     pub(super) fn grow(&mut self, slot: u32) -> Growth {
         let sequence = &self.sequences[slot];
-        if sequence.planned < sequence.blocks.len() * KV_BLOCK {
+        let held = sequence.blocks.len() * KV_BLOCK;
+        // A list of blocks is copied to grow, so a long one grows by more at a time.
+        let more = 1 + sequence.blocks.len() / GROWN_AFTER;
+        let plenty = self.pool.available() > self.running.len() + more;
+        if sequence.planned < held {
+            // Early, each seat at its own time: sequences in step would all need one in the same step.
+            let early = held - sequence.planned == 1 + sequence.seat() as usize % (more * KV_BLOCK);
+            if early && plenty && held < sequence.new.tokens_max {
+                self.take_more(slot, more);
+            }
             return Growth::There;
         }
         let rank = sequence.rank;
         loop {
-            if let Some(block) = self.pool.take() {
-                let sequence = &mut self.sequences[slot];
-                sequence.blocks = sequence.blocks.iter().copied().chain([block]).collect();
+            if self.take_more(slot, if plenty { more } else { 1 }) {
                 return Growth::There;
             }
             let victim = self.last_running().expect("blocks that nobody holds are gone; this is a bug");
@@ -51,6 +61,16 @@ impl Scheduler {
                 return Growth::Preempted;
             }
         }
+    }
+
+    /// Up to `more` blocks, if there are any: no more than its longest possible answer needs.
+    fn take_more(&mut self, slot: u32, more: usize) -> bool {
+        let sequence = &mut self.sequences[slot];
+        let before = sequence.blocks.len();
+        let more = more.min(BlockPool::blocks_for(sequence.new.tokens_max) - before);
+        let taken: Vec<u32> = std::iter::from_fn(|| self.pool.take()).take(more).collect();
+        sequence.blocks = sequence.blocks.iter().chain(&taken).copied().collect();
+        sequence.blocks.len() > before
     }
 
     /// The last in the order of those that hold blocks and are not in this step, whose rows need them.
@@ -78,6 +98,7 @@ impl Scheduler {
     pub(super) fn stop(&mut self, slot: u32) {
         self.forget_live(slot);
         self.sequences.unready(slot);
+        self.publish_full(slot);
         let sequence = &mut self.sequences[slot];
         match sequence.state {
             State::Prompt => {
@@ -157,24 +178,25 @@ impl Scheduler {
         let sequence = &mut self.sequences[slot];
         sequence.blocks = blocks;
         sequence.published = prefix.len();
+        sequence.last_key = prefix.len().checked_sub(1).map(|last| sequence.keys[last]);
         sequence.planned = prefix.len() * KV_BLOCK;
         self.running.insert(rank, slot);
         true
     }
 
-    /// Lets blocks be found that are full of known tokens once `written` has been carried out.
-    pub(super) fn publish_full(&mut self, slot: u32, written: u64) {
+    /// Lets blocks be found that are full of known tokens, by steps behind the latest one that has rows of the sequence.
+    pub(super) fn publish_full(&mut self, slot: u32) {
         let sequence = &mut self.sequences[slot];
         let full = sequence.planned.min(sequence.known()) / KV_BLOCK;
         if !self.config.prefix_reuse || sequence.published >= full {
             return;
         }
         for block in sequence.published..full {
-            if block == sequence.keys.len() {
-                let key = self.keys.after(sequence.keys.last().copied(), &sequence.block_tokens(block));
-                sequence.keys.push(key);
-            }
-            self.pool.publish(sequence.blocks[block], sequence.keys[block], written);
+            let known = sequence.keys.get(block).copied();
+            let key =
+                known.unwrap_or_else(|| self.keys.after(sequence.last_key, &sequence.block_tokens(block)));
+            sequence.last_key = Some(key);
+            self.pool.publish(sequence.blocks[block], key, sequence.last);
         }
         sequence.published = full;
     }

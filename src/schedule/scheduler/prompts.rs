@@ -8,8 +8,12 @@ use crate::{
 
 /// Waiting prompts that are passed over in a step because another one computes their prefix, at most.
 const PASSED_OVER_MAX: usize = 32;
-/// A micro-batch may take so many times as long as without prompts, while it is decoding sequences that should not notice.
-const SLOWER: f64 = 1.75;
+/// A micro-batch may take so many times as long as without prompts where decoding sequences should not notice. When all
+/// become slower at once, the last of as many as there are stages waits for those before it and is slower itself: at
+/// 1.5 its token comes after twice the usual time, for any number of stages. Predictions are a few percent off.
+const SLOWER: f64 = 1.45;
+/// This share of `chunk_min` has room even so, or prompts would starve.
+const FLOOR: usize = 4;
 /// Decoding sequences should not notice prompts if there are so many times as many of them as prompts.
 const MANY: usize = 8;
 
@@ -71,6 +75,9 @@ impl Scheduler {
         if self.prompt.is_none() {
             return;
         }
+        if draft.batch.rows() > 0 {
+            self.singles = PassShape::of(&draft.batch);
+        }
         let mut room = self.room(draft);
         while room.rows > 0 {
             self.begin_prompt();
@@ -94,6 +101,7 @@ impl Scheduler {
             }
             draft.batch.ids.extend(sequence.tokens(start, len));
             self.push_rows(slot, len, draft);
+            self.publish_full(slot);
             self.prompt_tokens -= len;
             room.rows -= len;
             room.floor = room.floor.saturating_sub(len);
@@ -111,7 +119,7 @@ impl Scheduler {
     ///
     /// As a rule chunks take the slowest stage as long as one of `cut` tokens at a prompt's beginning. Where few prompts
     /// come to many decoding sequences, micro-batches take at most `SLOWER` times as long as without prompts, but have room
-    /// for `chunk_min` tokens.
+    /// for a share of `chunk_min` tokens.
     fn room(&self, draft: &Draft) -> Room {
         let (most, floor) = (self.config.chunk, self.config.chunk_min.min(self.config.chunk));
         let unlimited = Room { rows: most, floor: most, seconds: f64::INFINITY };
@@ -121,7 +129,7 @@ impl Scheduler {
         match (self.spares_decoding(), self.cost.is_known()) {
             (true, true) => {
                 let seconds = SLOWER * self.cost.slowest(&self.singles);
-                Room { floor, seconds, ..unlimited }
+                Room { floor: floor.div_ceil(FLOOR), seconds, ..unlimited }
             }
             (true, false) => Room { rows: floor, ..unlimited },
             (false, true) => {

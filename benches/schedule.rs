@@ -1,0 +1,116 @@
+//! What planning costs the host: a step of 1,024 running sequences is planned, and an earlier one's tokens are recorded.
+//!
+//! With one slot a step holds all of them, with four a quarter. Contexts differ by 64 times, and the time should not.
+
+use std::{
+    collections::VecDeque,
+    hint::black_box,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use pipeline_infer::{
+    SamplingParams,
+    batch::{KV_BLOCK, Sampled, SeqId, Step},
+    schedule::{BlockPool, NewSequence, Scheduler, SchedulerConfig},
+};
+
+const RUNNING: usize = 1024;
+/// Steps of each sequence before it begins anew.
+const STEPS: usize = 256;
+
+struct Running {
+    scheduler: Scheduler,
+    in_flight: VecDeque<Step>,
+}
+
+impl Running {
+    /// Past their prompts, with as many steps in flight as may be.
+    fn new(slots: usize, context: usize) -> Self {
+        // All prompts in a few steps.
+        let chunk = RUNNING * context / 4;
+        let config = SchedulerConfig {
+            slots,
+            chunk,
+            chunk_min: chunk,
+            running_max: RUNNING,
+            ahead: true,
+            prefix_reuse: true,
+        };
+        let tokens_max = context + STEPS + 64;
+        let mut scheduler = Scheduler::new(config, BlockPool::new(RUNNING * (tokens_max / KV_BLOCK + 2)));
+        let sampling = Arc::new(SamplingParams::default());
+        for id in 0..RUNNING as u32 {
+            let prompt: Arc<[u32]> = (0..context as u32).map(|place| id << 16 | place).collect();
+            let seq = SeqId(u64::from(id));
+            let sampling = sampling.clone();
+            scheduler.add(NewSequence { seq, prompt, tokens_max, sampling, seed: 0, priority: 0 });
+        }
+        let mut running = Running { scheduler, in_flight: VecDeque::new() };
+        let mut decoding = 0;
+        while decoding < 2 * slots {
+            running.step();
+            let last = &running.in_flight.back().expect("nothing is planned").batch;
+            decoding = if last.rows() == RUNNING / slots { decoding + 1 } else { 0 };
+        }
+        running
+    }
+
+    /// Plans a step, and applies the oldest one once no more fit.
+    fn step(&mut self) {
+        match self.scheduler.plan() {
+            Some(step) => self.in_flight.push_back(step),
+            None => self.apply(),
+        }
+    }
+
+    fn apply(&mut self) {
+        let step = self.in_flight.pop_front().expect("a step in flight");
+        let token = |seq: SeqId| Sampled { seq, id: 5, logprobs: None };
+        let sampled = step.batch.outputs.iter().map(|output| token(output.seq)).collect();
+        black_box(self.scheduler.apply(step.step, sampled));
+    }
+}
+
+fn plan_and_apply(c: &mut Criterion) {
+    let mut group = c.benchmark_group("plan and apply 1024");
+    group.sample_size(10).measurement_time(Duration::from_secs(2));
+    for slots in [1, 4] {
+        for context in [128, 8192] {
+            let mut running = Running::new(slots, context);
+            let mut left = STEPS * slots / 2;
+            let mut all = Vec::new();
+            group.bench_function(BenchmarkId::new(format!("{slots} slots"), context), |b| {
+                b.iter_custom(|times| {
+                    let before = all.len();
+                    for _ in 0..times {
+                        if left == 0 {
+                            running = Running::new(slots, context);
+                            left = STEPS * slots / 2;
+                        }
+                        left -= 1;
+                        let began = Instant::now();
+                        running.apply();
+                        let step = running.scheduler.plan().expect("there is room for a step");
+                        all.push(began.elapsed());
+                        assert_eq!(step.batch.rows(), RUNNING / slots);
+                        running.in_flight.push_back(step);
+                    }
+                    all[before..].iter().sum()
+                })
+            });
+            // Neighbours on the machine disturb a mean.
+            all.sort_unstable();
+            let at = |share: f64| {
+                all.get((all.len() as f64 * share) as usize).map_or(0.0, |t| t.as_secs_f64() * 1e6)
+            };
+            let (median, most) = (at(0.5), at(0.9));
+            println!("{slots} slots, context {context}: median {median:.1} µs, 9 of 10 at most {most:.1} µs");
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, plan_and_apply);
+criterion_main!(benches);
