@@ -163,12 +163,16 @@ impl<'a> Planner<'a> {
     /// Stages of near-equal length on the first devices.
     pub fn even(&self, stages: usize) -> Result<Layout> {
         self.check(stages)?;
-        let even = Layout::even(stages, self.spec.layers.len(), Device::Cpu)?;
+        self.place(&Layout::even(stages, self.spec.layers.len(), Device::Cpu)?)
+    }
+
+    /// These cuts, on the first devices, of which neighbours share each if there are fewer.
+    pub fn place(&self, layout: &Layout) -> Result<Layout> {
+        let stages = layout.stages().len();
         let devices = self.devices.len().min(stages);
         let on = |i: usize| self.devices[i * devices / stages].device;
-        Layout::new(
-            even.stages().iter().enumerate().map(|(i, s)| Stage { device: on(i), ..s.clone() }).collect(),
-        )
+        let cut = layout.stages().iter().enumerate();
+        Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())
     }
 
     /// What a layout will do.
