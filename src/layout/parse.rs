@@ -16,12 +16,12 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 pub struct Given {
     /// On the processor, if it does not say.
     pub layout: Layout,
-    /// Whether its stages name their devices: all of them do, or none.
+    /// Whether its stages name their devices. Where some name GPUs, all must name theirs.
     pub placed: bool,
 }
 
 /// Why stages of which some name their devices are refused.
-const SOME_PLACED: &str = "it names no device, and other stages do";
+const SOME_PLACED: &str = "it names no device, and other stages name GPUs";
 
 impl Given {
     /// What `--layout` says: a file if it ends in `.toml`, else the short form.
@@ -134,12 +134,13 @@ impl Layout {
     }
 }
 
-/// Whether stages name their devices, or else the first that does not where others do.
+/// Whether stages name devices, or else the first that does not where others name GPUs.
 fn placed(stages: &[(Range<usize>, Option<Device>)]) -> Result<bool, usize> {
     let without = stages.iter().position(|(_, device)| device.is_none());
+    let on_gpu = |(_, device): &(_, Option<Device>)| device.is_some_and(|device| device != Device::Cpu);
     match without {
-        Some(i) if stages.iter().any(|(_, device)| device.is_some()) => Err(i),
-        without => Ok(without.is_none()),
+        Some(i) if stages.iter().any(on_gpu) => Err(i),
+        _ => Ok(stages.iter().any(|(_, device)| device.is_some())),
     }
 }
 
@@ -228,7 +229,7 @@ mod tests {
             ("0-18446744073709551615", "no model has so many layers"),
             ("0-99999999999999999999999", "no model has so many layers"),
             ("0-1,x", "stage 1, \"x\": it is not of the form"),
-            ("0-1@cuda:0,2-3", "stage 1, \"2-3\": it names no device, and other stages do"),
+            ("0-1@cuda:0,2-3", "stage 1, \"2-3\": it names no device, and other stages name GPUs"),
         ] {
             assert!(message(text).contains(want), "{text}: {}", message(text));
         }
@@ -267,7 +268,7 @@ mod tests {
             (&format!("{good}[[stage]]\nlayers = \"3-9\""), "layer 3 is in two stages".into()),
             (&format!("{good}[[stage]]\nlayers = \"9-4\""), "line 4: stage 1, \"9-4\": it ends".into()),
             (
-                &format!("{good}[[stage]]\nlayers = \"4\"\ndevice = \"cpu\""),
+                &format!("{good}[[stage]]\nlayers = \"4\"\ndevice = \"cuda\""),
                 "line 1: stage 0: it names no device".into(),
             ),
             (&format!("{good}device = \"tpu\""), "line 3: stage 0, \"tpu\": it is neither cpu".into()),

@@ -83,7 +83,7 @@ fn splits_are_ranked() {
     assert!(text.lines().any(|line| line.starts_with("4 even: 0-6@cuda:0,7-13@cuda:1,")), "{text}");
     // Some do not fit.
     let text = good(&plan(&["--model", "72b", "--devices", "3xh100-80g", "--compare"]));
-    assert!(text.contains("1 planned: device bf16 on 1 device: the model does not fit"), "{text}");
+    assert!(text.contains("1 planned: device 1 x h100-80g: the model does not fit"), "{text}");
 }
 
 #[test]
