@@ -265,7 +265,7 @@ fn what_does_not_fit_is_told_with_what_would() {
         (told, planner.plan_auto().is_err())
     };
     let (told, auto) = refused("h100-80g", DType::BF16, None);
-    assert!(auto && told.contains("does not fit: weights and 16 KV tokens take 145.4 GB"), "{told}");
+    assert!(auto && told.contains("does not fit: weights in bf16 and 16 KV tokens take 145.4 GB"), "{told}");
     assert!(told.contains("it fits with 1 more h100-80g"), "{told}");
     let (told, _) = refused("2xh100-80g", DType::BF16, Some(1_000_000));
     assert!(told.contains("--kv-tokens ") && told.contains(" more h100-80g"), "{told}");
@@ -277,6 +277,10 @@ fn what_does_not_fit_is_told_with_what_would() {
     assert!(planner.predict(&planner.plan(2).unwrap()).unwrap().kv_tokens >= most);
     planner.kv_tokens = Some(most + 16);
     planner.plan(2).unwrap_err();
+    // There are devices enough.
+    let devices = DeviceSpec::list("3xh100-80g").unwrap();
+    let told = Planner::new(&spec, DType::BF16, &devices).plan(1).unwrap_err().to_string();
+    assert!(told.starts_with("device 1 x h100-80g: ") && told.ends_with("it fits with 2 stages"), "{told}");
     let (told, _) = refused("2xh100-80g", DType::F32, None);
     assert!(told.contains("it fits with --dtype bf16, or with 2 more h100-80g"), "{told}");
     let (told, _) = refused("tiny:mem=1g,bw=1t,bf16=1t", DType::BF16, None);

@@ -18,7 +18,7 @@ use crate::{
     backend::DType,
     engine,
     error::{Error, Result},
-    layout::{DeviceSpec, Layout, Planner, Prediction, Workload, planner::Scratch},
+    layout::{DeviceSpec, Given, Layout, Planner, Prediction, Workload, planner::Scratch},
     model::{config::Config, hub, open_model, shapes, spec::ModelSpec},
 };
 
@@ -120,7 +120,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     if args.stages == Some(Stages::Of(0)) {
         return Err(Error::usage("--stages", "it must be at least 1"));
     }
-    let given = args.layout.as_deref().map(Layout::from_arg).transpose()?;
+    let given = args.layout.as_deref().map(Given::from_arg).transpose()?;
     let devices = args.devices()?;
     let (spec, stated) = args.model()?;
     let dtype = args.dtype.dtype().unwrap_or(stated);
@@ -129,6 +129,10 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     planner.kv_tokens = args.kv_tokens.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
     planner.scratch = engine::scratch(&spec, dtype, planner.workload, CONTEXT_MAX.min(spec.context_max));
     planner.profiles = engine::profiles(&spec, dtype, &devices);
+    let given = match given {
+        Some(Given { layout, placed: false }) => Some(planner.place(&layout)?),
+        given => given.map(|given| given.layout),
+    };
     let (plan, ranking) = match args.compare {
         true => (None, Some(ranking::rank(&planner, args.stages, given.as_ref())?)),
         false => (Some(planner.predict(&args.layout(&planner, given)?)?), None),

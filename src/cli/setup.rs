@@ -9,7 +9,7 @@ use crate::{
     backend::DType,
     engine::{Engine, EngineBuilder, WeightSource},
     error::{Error, Result},
-    layout::{Device, Layout, planner::Split},
+    layout::{Device, Given, planner::Split},
     model::hub,
 };
 
@@ -138,10 +138,9 @@ impl Setup {
             Source::Dummy => WeightSource::Dummy,
         });
         if let Some(layout) = &self.layout {
-            let read = Layout::from_arg(layout)?;
             // Cuts alone say nothing of devices.
-            let placed = layout.contains('@') || layout.ends_with(".toml");
-            builder = if placed { builder.layout(read) } else { builder.cuts(read) };
+            let Given { layout, placed } = Given::from_arg(layout)?;
+            builder = if placed { builder.layout(layout) } else { builder.cuts(layout) };
         }
         builder = match self.device.as_str() {
             "auto" => builder,

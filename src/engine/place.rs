@@ -135,13 +135,12 @@ pub fn gpus() -> Result<Vec<DeviceSpec>> {
 }
 
 fn specs(gpus: &[usize]) -> Result<Vec<DeviceSpec>> {
-    let all = cuda::devices()?;
-    let spec = |gpu: &&DeviceFacts| {
+    let spec = |gpu: &DeviceFacts| {
         let free = cuda::free_bytes(gpu.ordinal)?.saturating_sub(RESERVE_BYTES);
         let spec = DeviceSpec::of_gpu(&gpu.name, gpu.multiprocessors, gpu.memory_bytes);
         Ok(DeviceSpec { device: Device::Cuda(gpu.ordinal), free, ..spec })
     };
-    all.iter().filter(|gpu| gpus.contains(&gpu.ordinal)).collect::<Vec<_>>().iter().map(spec).collect()
+    cuda::devices()?.iter().filter(|gpu| gpus.contains(&gpu.ordinal)).map(spec).collect()
 }
 
 /// What has been measured of a model on each of these devices.

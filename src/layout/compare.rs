@@ -36,6 +36,21 @@ pub fn compare(planner: &Planner<'_>, layout: &Layout, measured: &[StageTime]) -
     Ok(known.map(compared).collect())
 }
 
+/// A row for each, below a heading: what a table shows.
+pub fn rows(compared: &[Compared]) -> Vec<Vec<String>> {
+    let head = ["stage", "pass", "predicted ms", "measured ms", "error"];
+    let row = |c: &Compared| {
+        let pass = match c.pass {
+            Pass::Decode { rows, context } => format!("{rows} x {context}"),
+            Pass::Chunk { rows, before } => format!("chunk of {rows} after {before}"),
+        };
+        let ms = |seconds: f64| format!("{:.3}", 1e3 * seconds);
+        let error = format!("{:+.1}%", 100.0 * c.error());
+        vec![c.stage.to_string(), pass, ms(c.predicted), ms(c.measured), error]
+    };
+    std::iter::once(head.map(String::from).to_vec()).chain(compared.iter().map(row)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,5 +67,7 @@ mod tests {
         let compared = compare(&planner, &layout, &[time(1, 1.0), time(0, 2.0), time(7, 1.0)]).unwrap();
         assert_eq!(compared.iter().map(|c| (c.stage, c.measured)).collect::<Vec<_>>(), [(1, 1.0), (0, 2.0)]);
         assert!(compared.iter().all(|c| c.predicted > 1e-3 && c.predicted < 5e-3 && c.error() > 0.99));
+        let one = Compared { stage: 2, pass, predicted: 1e-3, measured: 1.25e-3 };
+        assert_eq!(rows(&[one])[1], ["2", "9 x 70", "1.000", "1.250", "+20.0%"]);
     }
 }

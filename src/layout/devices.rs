@@ -339,7 +339,7 @@ fn amount(text: &str) -> Option<f64> {
     let number = if scale > 1.0 { &text[..text.len() - 1] } else { text };
     let plain = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit() || b == b'.');
     let amount = f64::from_str(number).ok().filter(|_| plain)? * scale;
-    (amount >= 1.0 && amount <= AMOUNT_MAX).then_some(amount)
+    (1.0..=AMOUNT_MAX).contains(&amount).then_some(amount)
 }
 
 fn as_text<S: serde::Serializer>(device: &Device, to: S) -> Result<S::Ok, S::Error> {

@@ -14,6 +14,7 @@ pub mod predict;
 pub mod profile;
 
 pub use devices::DeviceSpec;
+pub use parse::Given;
 pub use planner::{Planner, Workload};
 pub use predict::Prediction;
 

@@ -11,22 +11,142 @@ use crate::error::{Error, Result, shown};
 /// A layout's file is a few KiB.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
-/// `0-9,10-29`, each part optionally with its device: `0-9@cpu,10-29@cuda:1`. Without one it is the processor's.
+/// A layout that somebody wrote, and whether it says where its stages go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Given {
+    /// On the processor, if it does not say.
+    pub layout: Layout,
+    /// Whether its stages name their devices. Where some name GPUs, all must name theirs.
+    pub placed: bool,
+}
+
+/// Why stages of which some name their devices are refused.
+const SOME_PLACED: &str = "it names no device, and other stages name GPUs";
+
+impl Given {
+    /// What `--layout` says: a file if it ends in `.toml`, else the short form.
+    pub fn from_arg(text: &str) -> Result<Given> {
+        if text.ends_with(".toml") { Given::open(Path::new(text)) } else { text.parse() }
+    }
+
+    /// A TOML file, as [`Layout::open`] reads it.
+    pub fn open(path: &Path) -> Result<Given> {
+        let meta = fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if !meta.is_file() {
+            return Err(Error::io(path, "it is not a file"));
+        }
+        if meta.len() > FILE_BYTES_MAX {
+            return Err(Error::data(path, format!("it is larger than {FILE_BYTES_MAX} bytes")));
+        }
+        let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
+        let text = String::from_utf8(bytes).map_err(|_| Error::data(path, "it is not text"))?;
+        Given::from_toml(&text, path)
+    }
+
+    fn from_toml(text: &str, path: &Path) -> Result<Given> {
+        let wrong = |at: Option<usize>, why: String| {
+            let line = at.map(|at| text[..at.min(text.len())].matches('\n').count() + 1);
+            let place = line.map_or(String::new(), |line| format!("line {line}: "));
+            Error::data(path, format!("{place}{why}"))
+        };
+        let file: FileForm =
+            toml::from_str(text).map_err(|e| wrong(e.span().map(|span| span.start), shown(e.message())))?;
+        let line_of = |i: usize| file.stage.get(i).map(|stage| stage.span().start);
+        let mut stages = Vec::new();
+        for (i, stage) in file.stage.iter().enumerate() {
+            let StageForm { layers: run, device } = stage.get_ref();
+            let bad = |at: &Spanned<String>, why: String| {
+                wrong(Some(at.span().start), format!("stage {i}, \"{}\": {why}", shown(at.get_ref())))
+            };
+            let layers = layers(run.get_ref()).map_err(|why| bad(run, why))?;
+            let place = |device: &Spanned<String>| {
+                let parsed = device.get_ref().parse::<Device>();
+                parsed.map_err(|_| bad(device, "it is neither cpu nor cuda:N".into()))
+            };
+            stages.push((layers, device.as_ref().map(place).transpose()?));
+        }
+        let placed = placed(&stages).map_err(|i| wrong(line_of(i), format!("stage {i}: {SOME_PLACED}")))?;
+        let stages = on_devices(stages);
+        match fault(&stages) {
+            Some((i, why)) => Err(wrong(line_of(i), why)),
+            None => Ok(Given { layout: Layout::new(stages)?, placed }),
+        }
+    }
+}
+
+impl FromStr for Given {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let wrong = |(i, part): (usize, &str), why: String| {
+            Error::usage(what(text), format!("stage {i}, \"{}\": {why}", shown(part)))
+        };
+        let parts: Vec<(usize, &str)> = text.split(',').enumerate().collect();
+        let stage = |&part: &(usize, &str)| {
+            let (run, device) = match part.1.split_once('@') {
+                Some((run, device)) => {
+                    (run, Some(device.trim().parse::<Device>().map_err(|e| wrong(part, why(e)))?))
+                }
+                None => (part.1, None),
+            };
+            Ok((layers(run).map_err(|why| wrong(part, why))?, device))
+        };
+        let stages = parts.iter().map(stage).collect::<Result<Vec<_>>>()?;
+        let placed = placed(&stages).map_err(|i| wrong(parts[i], SOME_PLACED.into()))?;
+        let layout = Layout::new(on_devices(stages)).map_err(|e| Error::usage(what(text), why(e)))?;
+        Ok(Given { layout, placed })
+    }
+}
+
+/// `0-9,10-29`, or with devices: `0-9@cpu,10-29@cuda:1`. Without them all stages are on the processor.
 impl FromStr for Layout {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let stages = text.split(',').enumerate().map(|(i, part)| {
-            let wrong =
-                |why: String| Error::usage(what(text), format!("stage {i}, \"{}\": {why}", shown(part)));
-            let (run, device) = match part.split_once('@') {
-                Some((run, device)) => (run, device.trim().parse().map_err(|e| wrong(why(e)))?),
-                None => (part, Device::default()),
-            };
-            Ok(Stage { device, layers: layers(run).map_err(wrong)? })
-        });
-        Layout::new(stages.collect::<Result<_>>()?).map_err(|e| Error::usage(what(text), why(e)))
+        text.parse::<Given>().map(|given| given.layout)
     }
+}
+
+impl Layout {
+    /// Reads a TOML file: a table `[[stage]]` for each stage, with `layers = "0-20"` and `device = "cuda:0"`. Without
+    /// devices all stages are on the processor.
+    pub fn open(path: &Path) -> Result<Layout> {
+        Given::open(path).map(|given| given.layout)
+    }
+
+    /// The same from its text; `path` is for messages.
+    ///
+    /// ```
+    /// # use pipeline_infer::Layout;
+    /// let text = "[[stage]]\nlayers = '0-20'\ndevice = 'cuda:2'\n[[stage]]\nlayers = '21-79'\ndevice = 'cuda:0'\n";
+    /// let layout = Layout::from_toml(text, "layout.toml".as_ref())?;
+    /// assert_eq!(layout.to_string(), "0-20@cuda:2,21-79@cuda:0");
+    /// # Ok::<(), pipeline_infer::Error>(())
+    /// ```
+    pub fn from_toml(text: &str, path: &Path) -> Result<Layout> {
+        Given::from_toml(text, path).map(|given| given.layout)
+    }
+
+    /// As a TOML file.
+    pub fn to_toml(&self) -> String {
+        let stage = |s: &Stage| format!("[[stage]]\nlayers = \"{s}\"\ndevice = \"{}\"\n", s.device);
+        self.stages().iter().map(stage).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// Whether stages name devices, or else the first that does not where others name GPUs.
+fn placed(stages: &[(Range<usize>, Option<Device>)]) -> Result<bool, usize> {
+    let without = stages.iter().position(|(_, device)| device.is_none());
+    let on_gpu = |(_, device): &(_, Option<Device>)| device.is_some_and(|device| device != Device::Cpu);
+    match without {
+        Some(i) if stages.iter().any(on_gpu) => Err(i),
+        _ => Ok(stages.iter().any(|(_, device)| device.is_some())),
+    }
+}
+
+fn on_devices(stages: Vec<(Range<usize>, Option<Device>)>) -> Vec<Stage> {
+    let stage = |(layers, device): (_, Option<Device>)| Stage { device: device.unwrap_or_default(), layers };
+    stages.into_iter().map(stage).collect()
 }
 
 fn what(text: &str) -> String {
@@ -72,72 +192,6 @@ struct StageForm {
     device: Option<Spanned<String>>,
 }
 
-impl Layout {
-    /// What `--layout` says: a file if it ends in `.toml`, else the short form.
-    pub fn from_arg(text: &str) -> Result<Layout> {
-        if text.ends_with(".toml") { Layout::open(Path::new(text)) } else { text.parse() }
-    }
-
-    /// Reads a TOML file: a table `[[stage]]` for each stage, with `layers = "0-20"` and `device = "cuda:0"`.
-    pub fn open(path: &Path) -> Result<Layout> {
-        let meta = fs::metadata(path).map_err(|e| Error::io(path, e))?;
-        if !meta.is_file() {
-            return Err(Error::io(path, "it is not a file"));
-        }
-        if meta.len() > FILE_BYTES_MAX {
-            return Err(Error::data(path, format!("it is larger than {FILE_BYTES_MAX} bytes")));
-        }
-        let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
-        let text = String::from_utf8(bytes).map_err(|_| Error::data(path, "it is not text"))?;
-        Layout::from_toml(&text, path)
-    }
-
-    /// The same from its text; `path` is for messages.
-    ///
-    /// ```
-    /// # use pipeline_infer::Layout;
-    /// let text = "[[stage]]\nlayers = '0-20'\ndevice = 'cuda:2'\n[[stage]]\nlayers = '21-79'\ndevice = 'cuda:0'\n";
-    /// let layout = Layout::from_toml(text, "layout.toml".as_ref())?;
-    /// assert_eq!(layout.to_string(), "0-20@cuda:2,21-79@cuda:0");
-    /// # Ok::<(), pipeline_infer::Error>(())
-    /// ```
-    pub fn from_toml(text: &str, path: &Path) -> Result<Layout> {
-        let wrong = |at: Option<usize>, why: String| {
-            let line = at.map(|at| text[..at.min(text.len())].matches('\n').count() + 1);
-            let place = line.map_or(String::new(), |line| format!("line {line}: "));
-            Error::data(path, format!("{place}{why}"))
-        };
-        let file: FileForm =
-            toml::from_str(text).map_err(|e| wrong(e.span().map(|span| span.start), shown(e.message())))?;
-        let mut stages = Vec::new();
-        for (i, stage) in file.stage.iter().enumerate() {
-            let StageForm { layers: run, device } = stage.get_ref();
-            let bad = |at: &Spanned<String>, why: String| {
-                wrong(Some(at.span().start), format!("stage {i}, \"{}\": {why}", shown(at.get_ref())))
-            };
-            let layers = layers(run.get_ref()).map_err(|why| bad(run, why))?;
-            let device = match device {
-                Some(device) => device
-                    .get_ref()
-                    .parse()
-                    .map_err(|_| bad(device, "it is neither cpu nor cuda:N".into()))?,
-                None => Device::default(),
-            };
-            stages.push(Stage { device, layers });
-        }
-        match fault(&stages) {
-            Some((i, why)) => Err(wrong(file.stage.get(i).map(|stage| stage.span().start), why)),
-            None => Layout::new(stages),
-        }
-    }
-
-    /// As a TOML file.
-    pub fn to_toml(&self) -> String {
-        let stage = |s: &Stage| format!("[[stage]]\nlayers = \"{s}\"\ndevice = \"{}\"\n", s.device);
-        self.stages().iter().map(stage).collect::<Vec<_>>().join("\n")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,7 +212,7 @@ mod tests {
             assert_eq!(Layout::from_toml(&layout.to_toml(), "x".as_ref()).unwrap(), layout);
         }
         assert_eq!("0-1,2".parse::<Layout>().unwrap().to_string(), "0-1@cpu,2@cpu");
-        assert_eq!(" 0 - 1 , 2 @ cuda".parse::<Layout>().unwrap().to_string(), "0-1@cpu,2@cuda:0");
+        assert_eq!(" 0 - 1 @cpu, 2 @ cuda".parse::<Layout>().unwrap().to_string(), "0-1@cpu,2@cuda:0");
     }
 
     #[test]
@@ -175,6 +229,7 @@ mod tests {
             ("0-18446744073709551615", "no model has so many layers"),
             ("0-99999999999999999999999", "no model has so many layers"),
             ("0-1,x", "stage 1, \"x\": it is not of the form"),
+            ("0-1@cuda:0,2-3", "stage 1, \"2-3\": it names no device, and other stages name GPUs"),
         ] {
             assert!(message(text).contains(want), "{text}: {}", message(text));
         }
@@ -212,12 +267,16 @@ mod tests {
             (&format!("{good}[[stage]]\nlayers = \"5-9\""), "line 3: stage 1 begins with layer 5".into()),
             (&format!("{good}[[stage]]\nlayers = \"3-9\""), "layer 3 is in two stages".into()),
             (&format!("{good}[[stage]]\nlayers = \"9-4\""), "line 4: stage 1, \"9-4\": it ends".into()),
+            (
+                &format!("{good}[[stage]]\nlayers = \"4\"\ndevice = \"cuda\""),
+                "line 1: stage 0: it names no device".into(),
+            ),
             (&format!("{good}device = \"tpu\""), "line 3: stage 0, \"tpu\": it is neither cpu".into()),
         ] {
             let said = of_file(text);
             assert!(said.contains(&want) && !said.contains('\n'), "{text:?}: {said}");
         }
-        let missing = Layout::from_arg("no/such.toml").unwrap_err().to_string();
+        let missing = Given::from_arg("no/such.toml").unwrap_err().to_string();
         assert!(missing.starts_with("no/such.toml: "), "{missing}");
         assert!(Layout::open(Path::new("src")).unwrap_err().to_string().contains("not a file"));
     }

@@ -108,19 +108,19 @@ pub fn costs(problem: &Problem, cut: &[Range<usize>]) -> Vec<u64> {
 /// Sums over the first layers.
 struct Sums<'a> {
     problem: &'a Problem,
-    costs: Vec<Vec<u64>>, // [slots][layers + 1]
-    bytes: Vec<u64>,      // [layers + 1]
+    costs: Vec<Vec<u128>>, // [slots][layers + 1]
+    bytes: Vec<u128>,      // [layers + 1]
 }
 
 impl Sums<'_> {
     fn new(problem: &Problem) -> Sums<'_> {
         let sums = |of: &[u64]| {
-            let mut sum = 0u64;
+            let mut sum = 0;
             let add = |&n: &u64| {
-                sum = sum.saturating_add(n);
+                sum += u128::from(n);
                 sum
             };
-            std::iter::once(0).chain(of.iter().map(add)).collect::<Vec<u64>>()
+            std::iter::once(0).chain(of.iter().map(add)).collect::<Vec<u128>>()
         };
         let costs = problem.slots.iter().map(|slot| sums(&slot.layers)).collect();
         Sums { problem, costs, bytes: sums(&problem.sizes.layers) }
@@ -135,7 +135,10 @@ impl Sums<'_> {
         let sums = &self.costs[slot];
         let first = if layers.start == 0 { embed } else { 0 };
         let end = if layers.end == self.last() { head } else { boundary };
-        (sums[layers.end] - sums[layers.start]).saturating_add(first).saturating_add(end).saturating_add(pass)
+        bounded(sums[layers.end] - sums[layers.start])
+            .saturating_add(first)
+            .saturating_add(end)
+            .saturating_add(pass)
     }
 
     fn bytes(&self, layers: &Range<usize>) -> u64 {
@@ -147,6 +150,11 @@ impl Sums<'_> {
             (false, true) => head,
             (false, false) => 0,
         };
-        (self.bytes[layers.end] - self.bytes[layers.start]).saturating_add(ends)
+        bounded(self.bytes[layers.end] - self.bytes[layers.start]).saturating_add(ends)
     }
+}
+
+/// What nothing has room for stays too much.
+fn bounded(sum: u128) -> u64 {
+    u64::try_from(sum).unwrap_or(u64::MAX)
 }

@@ -132,7 +132,7 @@ impl<'a> Planner<'a> {
     /// The best cut into `stages` stages on the first devices. Where there are fewer devices, neighbours share them.
     pub fn plan(&self, stages: usize) -> Result<Layout> {
         self.check(stages)?;
-        let order: Vec<usize> = (0..self.devices.len().min(stages)).collect();
+        let order = range(self.devices.len().min(stages));
         self.fitted(&order, stages).ok_or_else(|| self.refusal(stages))
     }
 
@@ -163,12 +163,16 @@ impl<'a> Planner<'a> {
     /// Stages of near-equal length on the first devices.
     pub fn even(&self, stages: usize) -> Result<Layout> {
         self.check(stages)?;
-        let even = Layout::even(stages, self.spec.layers.len(), Device::Cpu)?;
+        self.place(&Layout::even(stages, self.spec.layers.len(), Device::Cpu)?)
+    }
+
+    /// These cuts, on the first devices, of which neighbours share each if there are fewer.
+    pub fn place(&self, layout: &Layout) -> Result<Layout> {
+        let stages = layout.stages().len();
         let devices = self.devices.len().min(stages);
         let on = |i: usize| self.devices[i * devices / stages].device;
-        Layout::new(
-            even.stages().iter().enumerate().map(|(i, s)| Stage { device: on(i), ..s.clone() }).collect(),
-        )
+        let cut = layout.stages().iter().enumerate();
+        Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())
     }
 
     /// What a layout will do.
@@ -286,7 +290,7 @@ impl<'a> Planner<'a> {
         let mut all = Vec::new();
         arrange(&kinds, &mut vec![0; kinds.len()], count, &mut Vec::new(), &mut all);
         if all.len() > ORDERS_MAX {
-            let given: Vec<usize> = (0..count).collect();
+            let given = range(count);
             let back = (0..self.devices.len()).rev().take(count).collect();
             return vec![given, back];
         }
@@ -298,7 +302,7 @@ impl<'a> Planner<'a> {
     /// Why it does not fit, and what would make it fit.
     fn refusal(&self, stages: usize) -> Error {
         let devices = self.devices.len().min(stages);
-        let order: Vec<usize> = (0..devices).collect();
+        let order = range(devices);
         let gigabytes = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
         let wanted = self.kv_tokens.unwrap_or(KV_STEP);
         let Problem { sizes, slots } = self.problem(&order, stages, wanted);
@@ -320,23 +324,30 @@ impl<'a> Planner<'a> {
         {
             ways.push("--dtype bf16".into());
         }
-        if let Some(more) = self.more_devices() {
+        if let Some(more) = (stages + 1..=self.devices.len()).find(|&n| self.fitted(&range(n), n).is_some()) {
+            ways.push(format!("{more} stages"));
+        } else if let Some(more) = self.more_devices() {
             let name = &self.devices[self.devices.len() - 1].name;
             ways.push(format!("{more} more {name}"));
         }
-        let what =
-            format!("{} on {devices} device{}", self.dtype.name(), if devices == 1 { "" } else { "s" });
         let units = if have >= need { ", but layers are not divided" } else { "" };
         let advice = match &ways[..] {
             [] => "neither fewer KV tokens nor more of these devices make it fit".into(),
             ways => format!("it fits with {}", ways.join(", or with ")),
         };
         let why = format!(
-            "the model does not fit: weights and {wanted} KV tokens take {}, and there is room for {}{units}; {advice}",
+            "the model does not fit: weights in {} and {wanted} KV tokens take {}, and there is room for {}{units}; {advice}",
+            self.dtype.name(),
             gigabytes(need),
             gigabytes(have),
         );
-        Error::Device { device: what, why }
+        Error::Device { device: self.named(devices), why }
+    }
+
+    /// `2 x h100-80g, 1 x l4`.
+    fn named(&self, devices: usize) -> String {
+        let runs = self.devices[..devices].chunk_by(|a, b| a.name == b.name);
+        runs.map(|run| format!("{} x {}", run.len(), run[0].name)).collect::<Vec<_>>().join(", ")
     }
 
     /// How many more devices like the last one it takes, if it is not many.
@@ -347,11 +358,14 @@ impl<'a> Planner<'a> {
             let mut devices = self.devices.to_vec();
             devices.extend(std::iter::repeat_n(self.devices[have - 1].clone(), *more));
             let profiles = vec![None; devices.len()];
-            let order: Vec<usize> = (0..devices.len()).collect();
             let planner = Planner { devices: &devices, profiles, ..self.clone() };
-            planner.fitted(&order, order.len()).is_some()
+            planner.fitted(&range(devices.len()), devices.len()).is_some()
         })
     }
+}
+
+fn range(count: usize) -> Vec<usize> {
+    (0..count).collect()
 }
 
 /// Stages that the device number `i` of `devices` has: neighbours share it.

@@ -25,6 +25,8 @@ pub struct Prediction {
     pub stages: Vec<StagePrediction>,
     /// Tokens whose keys and values fit: the tightest device's.
     pub kv_tokens: usize,
+    /// Requests of the workload that run at once: as many as are asked for, or as have room.
+    pub running: usize,
     /// Share of time in which the slowest device does no unit's work while answers are written, with all requests running:
     /// it waits, takes rows across, or begins a pass.
     pub bubble: f64,
@@ -120,6 +122,7 @@ pub(super) fn predict(planner: &Planner<'_>, layout: &Layout) -> Result<Predicti
         layout: layout.to_string(),
         stages: kv.iter().enumerate().map(|(i, &kv)| pipeline.stage(i, kv, share(i))).collect(),
         kv_tokens,
+        running: workload.running,
         bubble: 1.0 - running.working / running.seconds,
         imbalance: slowest / mean - 1.0,
         decode: decode.to_vec(),

@@ -6,6 +6,7 @@ use super::*;
 const FLAGS: &[&str] = &[
     "--model",
     "--stages",
+    "--split",
     "--layout",
     "--device",
     "--dtype",

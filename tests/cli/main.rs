@@ -1,10 +1,11 @@
-//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), `bench` and
+//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), `bench`, `plan` and
 //! `devices`, signals and terminals (`terminal`).
 
 mod answers;
 mod bench;
 mod devices;
 mod flags;
+mod plan;
 mod terminal;
 
 use std::{

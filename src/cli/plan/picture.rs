@@ -56,7 +56,8 @@ impl Picture {
         // Two gaps of two, and a share such as ` 100%`.
         let bars = self.width.saturating_sub(label + 4 + 6).max(20);
         let (time, memory) = (bars / 2, bars - bars / 2);
-        let key = format!("memory: {} weights {} KV {} free", ink.full, ink.half, ink.none);
+        let key = format!("{} weights {} KV {} free memory", ink.full, ink.half, ink.none);
+        let key: String = key.chars().take(memory).collect();
         let mut text = format!("{:label$}  {:<past$}  {key}\n", "", "time", past = time + 6);
         for (stage, name) in plan.stages.iter().zip(&labels) {
             let name: String = name.chars().take(label).collect();

@@ -63,11 +63,14 @@ pub(super) fn rank(planner: &Planner<'_>, stages: Option<Stages>, given: Option<
         if let Err(error @ Error::Usage { .. }) = planned {
             return Err(error);
         }
+        let fits = planned.is_ok();
         add(stages, "planned", planned, &mut shown);
         if let Ok(layout) = planner.plan_any_order(stages) {
             add(stages, "any order", Ok(layout), &mut shown);
         }
-        add(stages, "even", planner.even(stages), &mut shown);
+        if fits {
+            add(stages, "even", planner.even(stages), &mut shown);
+        }
     }
     ranked.sort_by(|a, b| b.rate().total_cmp(&a.rate()));
     Ok(Ranking(ranked))

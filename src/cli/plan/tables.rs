@@ -48,6 +48,7 @@ pub(super) fn plan(plan: &Prediction) -> String {
     let mut sums = vec![
         vec!["layout".into(), plan.layout.clone()],
         vec!["KV tokens".into(), plan.kv_tokens.to_string()],
+        vec!["requests at once".into(), plan.running.to_string()],
         vec!["bubble of the slowest".into(), percent(plan.bubble)],
         vec!["imbalance".into(), percent(plan.imbalance)],
     ];

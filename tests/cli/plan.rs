@@ -1,0 +1,149 @@
+//! `plan`: predicted tables that hang together, without GPUs; and `--stages`, `--split` and `--layout` of `run`.
+
+use super::*;
+
+fn plan(args: &[&str]) -> Output {
+    run(&[&["plan"], args].concat())
+}
+
+#[test]
+fn described_devices_are_planned_for() {
+    let output = plan(&["--model", "7b", "--devices", "4xh200-141g", "--stages", "4"]);
+    let text = good(&output);
+    assert_eq!(stderr(&output), "");
+    for start in [
+        "7b: 28 layers, bf16; 4 devices, predicted",
+        "stage  device",
+        "0      cuda:0  h200-141g   embed, 0-",
+        "layout  ",
+        "KV tokens  ",
+        "bubble of the slowest  ",
+        "new tokens/s, 256 at once",
+        "prompt tokens/s",
+    ] {
+        assert!(text.lines().any(|line| line.starts_with(start)), "{start}\n{text}");
+    }
+    assert!(text.is_ascii() && !text.contains('\x1b'), "what is no terminal gets ASCII without colours");
+    assert!(text.lines().all(|line| line.len() <= 120 && line == line.trim_end()), "{text}");
+}
+
+#[test]
+fn json_has_what_the_table_has() {
+    let flags = ["--devices", "2xh100-80g,2xl4", "--stages", "4", "--kv-tokens", "50000", "--format", "json"];
+    let told = json(&plan(&[&["--model", "llama-3.1-8b"], &flags[..]].concat()));
+    assert_eq!((&told["layers"], &told["dtype"]), (&32.into(), &"bf16".into()));
+    assert_eq!(told["devices"].as_array().unwrap().len(), 4);
+    assert_eq!(
+        (&told["devices"][3]["device"], &told["devices"][3]["name"]),
+        (&"cuda:3".into(), &"l4".into())
+    );
+    let stages = told["plan"]["stages"].as_array().unwrap();
+    assert_eq!((stages.len(), &stages[0]["embed"], &stages[3]["head"]), (4, &true.into(), &true.into()));
+    let layers = |i: usize| {
+        let text = stages[i]["layers"].as_str().unwrap();
+        let ends: Vec<usize> = text.split('-').map(|n| n.parse().unwrap()).collect();
+        ends[ends.len() - 1] - ends[0] + 1
+    };
+    assert_eq!((0..4).map(layers).sum::<usize>(), 32);
+    assert!(layers(0) > 5 * layers(3), "an L4 reads a tenth as fast");
+    let number = |value: &Value| value.as_f64().unwrap();
+    assert!(stages.iter().all(|stage| number(&stage["kv_tokens"]) >= 50_000.0));
+    let most = stages.iter().map(|stage| number(&stage["share"])).fold(0.0, f64::max);
+    assert_eq!(most, 1.0);
+    assert_eq!(stages[0]["times"].as_array().unwrap().len(), 4);
+    assert_eq!(told["plan"]["decode"][0]["requests"], 1);
+}
+
+#[test]
+fn a_folder_is_planned_like_a_shape_and_a_given_layout_is_explained() {
+    let flags = ["--devices", "2xl4", "--layout", "0@cuda:1,1-3@cuda:0", "--format", "json"];
+    let told = json(&plan(&[&["--model", &model()], &flags[..]].concat()));
+    assert_eq!(told["plan"]["layout"], "0@cuda:1,1-3@cuda:0");
+    let told = error(&plan(&["--model", "7b", "--devices", "l4", "--layout", "0-13@cuda:0,14-27@cuda:3"]), 2);
+    assert!(told.contains("stage 1 is on cuda:3, which is not among the devices"), "{told}");
+}
+
+#[test]
+fn splits_are_ranked() {
+    let flags = ["--model", "7b", "--devices", "3xh200-141g,h200-141g:bw=1t,bf16=200t", "--compare"];
+    let ranking = json(&plan(&[&flags[..], &["--format", "json"]].concat()));
+    let ranking = ranking["ranking"].as_array().unwrap().clone();
+    let rates: Vec<f64> =
+        ranking.iter().map(|entry| entry["plan"]["new_tokens_per_s"].as_f64().unwrap()).collect();
+    assert!(rates.len() >= 6 && rates.is_sorted_by(|a, b| a >= b), "{rates:?}");
+    let place = |stages: u64, split: &str| {
+        ranking.iter().position(|entry| entry["stages"] == stages && entry["split"] == split).unwrap()
+    };
+    assert!(place(4, "planned") < place(4, "even"));
+    let text = good(&plan(&flags));
+    assert!(
+        text.lines()
+            .any(|line| line.starts_with("stages") && line.contains("even") || line.contains("split"))
+    );
+    assert!(text.lines().any(|line| line.starts_with("4 even: 0-6@cuda:0,7-13@cuda:1,")), "{text}");
+    // Some do not fit.
+    let text = good(&plan(&["--model", "72b", "--devices", "3xh100-80g", "--compare"]));
+    assert!(text.contains("1 planned: device 1 x h100-80g: the model does not fit"), "{text}");
+}
+
+#[test]
+fn what_cannot_be_planned_is_one_line() {
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["--model", "7b", "--devices", "v100"], 2, "too old"),
+        (&["--model", "7b", "--devices", "h900"], 2, "--devices h900: no known device"),
+        (&["--model", "gpt-5", "--devices", "l4"], 2, "--model gpt-5: neither a folder nor a known shape"),
+        (&["--model", "no/such/folder", "--devices", "l4"], 2, "no/such/folder"),
+        (&["--model", "72b", "--devices", "l4"], 1, "it fits with"),
+        (&["--model", "72b", "--devices", "2xh100-80g", "--kv-tokens", "9000000"], 1, "--kv-tokens "),
+        (&["--model", "7b", "--devices", "l4", "--stages", "29"], 2, "--stages: 29 stages"),
+        (&["--model", "7b", "--devices", "l4", "--stages", "0"], 2, "--stages"),
+        (&["--model", "7b", "--devices", "l4", "--stages", "two"], 2, "--stages"),
+        (&["--model", "7b", "--devices", "l4", "--layout", "0-1,3"], 2, "layer 2 is in no stage"),
+        (&["--model", "7b", "--devices", "l4", "--layout", "0-1", "--stages", "2"], 2, "--layout"),
+        (&["--model", "7b", "--devices", "l4", "--layout", "0-5@cuda:0"], 2, "layers 6-27 are in no stage"),
+        (&["--model", "7b", "--devices", "l4", "--kv-tokens", "0"], 2, "--kv-tokens"),
+        (&["--model", "7b", "--devices", "l4", "--split", "odd"], 2, "odd"),
+        (&["--devices", "l4"], 2, "--model"),
+    ];
+    for (args, code, needle) in cases {
+        let told = error(&plan(args), *code);
+        assert!(told.contains(needle), "{args:?}: {told}");
+    }
+    let gpus = json(&run(&["devices", "--no-measure", "--format", "json"]));
+    if gpus["gpus"].as_array().unwrap().is_empty() {
+        let told = error(&plan(&["--model", "7b"]), 2);
+        assert!(told.contains("--devices: no GPU to plan for") && told.contains("4xh100-80g"), "{told}");
+    }
+}
+
+/// The layout that a run logs.
+fn ran_in(args: &[&str]) -> String {
+    let flags = ["--device", "cpu", "--prompt", "Hello", "--max-tokens", "1", "-v"];
+    let flags = if args.contains(&"--layout") { &flags[2..] } else { &flags[..] };
+    let output = ask(&[flags, args].concat());
+    good(&output);
+    let text = stderr(&output);
+    text.split("layout=").nth(1).unwrap_or_else(|| panic!("{text}")).split(' ').next().unwrap().to_owned()
+}
+
+#[test]
+fn runs_take_layouts_from_files_and_splits() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("layout.toml");
+    let text = "# Three stages.\n[[stage]]\nlayers = \"0\"\ndevice = \"cpu\"\n[[stage]]\nlayers = \"1-2\"\ndevice = \"cpu\"\n[[stage]]\nlayers = \"3\"\ndevice = \"cpu\"\n";
+    std::fs::write(&file, text).unwrap();
+    let path = file.to_str().unwrap();
+    assert_eq!(ran_in(&["--layout", path]), "0@cpu,1-2@cpu,3@cpu");
+    std::fs::write(&file, text.replace("1-2", "2")).unwrap();
+    let told = error(&ask(&["--prompt", "a", "--layout", path]), 1);
+    assert!(
+        told.contains("layout.toml: line 5: stage 1 begins with layer 2: layer 1 is in no stage"),
+        "{told}"
+    );
+    // The processor's stages take turns: one of them, or near-equal ones.
+    assert_eq!(ran_in(&["--stages", "auto"]), "0-3@cpu");
+    assert_eq!(ran_in(&["--stages", "3", "--split", "planned"]), "0-1@cpu,2@cpu,3@cpu");
+    assert_eq!(ran_in(&["--stages", "3", "--split", "even"]), "0-1@cpu,2@cpu,3@cpu");
+    let told = error(&ask(&["--prompt", "a", "--layout", "0-3", "--split", "even"]), 2);
+    assert!(told.contains("--split"), "{told}");
+}
