@@ -51,7 +51,7 @@
 //! ```
 //!
 //! The modules, in the order of a request's way: [`request`] and [`text`] (prompts to tokens and back),
-//! [`engine`] (threads and channels), [`schedule`] (what runs next), [`batch`] (what crosses to the stages),
+//! [`engine`] (threads and channels), [`schedule`] (what runs next), [`simulate`] (the same under a virtual clock), [`batch`] (what crosses to the stages),
 //! [`pipeline`] and [`transport`] (stages and the boundaries between them), [`layout`], [`model`] (the forward
 //! pass over the ops), [`backend`] (the ops).
 
@@ -65,6 +65,7 @@ pub mod model;
 pub mod pipeline;
 pub mod request;
 pub mod schedule;
+pub mod simulate;
 pub mod telemetry;
 pub mod text;
 pub mod transport;

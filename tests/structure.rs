@@ -11,6 +11,7 @@ const RANKS: &[(&str, u32)] = &[
     ("cli", 8),
     ("telemetry", 7),
     ("engine", 7),
+    ("simulate", 6),
     ("text", 5),
     ("schedule", 5),
     ("pipeline", 5),
@@ -126,8 +127,8 @@ fn the_import_reader_sees_what_there_is() {
 }
 
 #[test]
-fn schedule_and_text_know_no_device() {
-    for path in sources("src/schedule").into_iter().chain(sources("src/text")) {
+fn schedule_simulate_and_text_know_no_device() {
+    for path in ["src/schedule", "src/simulate", "src/text"].into_iter().flat_map(sources) {
         let text = fs::read_to_string(&path).unwrap();
         let devices: Vec<String> =
             imports(&text).into_iter().filter(|i| i == "backend" || i == "model").collect();

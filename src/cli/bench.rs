@@ -1,6 +1,7 @@
 //! `pipeline-infer bench`: measurements with made-up work, one file each, in [`MEASUREMENTS`].
 
 mod figures;
+mod simulate;
 mod throughput;
 
 use clap::{ArgMatches, Command};
@@ -12,7 +13,7 @@ pub(super) const SUBCOMMAND: Subcommand =
     Subcommand { name: "bench", about: "Measures a model with made-up requests", flags, run };
 
 /// All measurements.
-const MEASUREMENTS: &[Subcommand] = &[throughput::SUBCOMMAND];
+const MEASUREMENTS: &[Subcommand] = &[throughput::SUBCOMMAND, simulate::SUBCOMMAND];
 
 fn flags(command: Command) -> Command {
     command.subcommand_required(true).subcommands(MEASUREMENTS.iter().map(Subcommand::command))

@@ -115,3 +115,67 @@ fn nonsense_is_one_line_and_exit_code_2() {
     let told = error(&throughput(&["--weights", "real", "--input-len", "4", "--output-len", "4"]), 2);
     assert!(told.contains("--weights"), "{told}");
 }
+
+fn simulate(args: &[&str]) -> Output {
+    run(&[&["bench", "simulate"], args].concat())
+}
+
+#[test]
+fn a_simulation_needs_no_model_and_its_figures_agree() {
+    let flags = ["--stages", "5", "--layers", "50", "--head-us", "0", "--output-us", "0", "--format", "json"];
+    let work = ["--requests", "80", "--input-len", "100", "--output-len", "60", "--chunk", "256"];
+    let figures = json(&simulate(&[&flags[..], &work].concat()));
+    let number = |value: &Value| value.as_f64().unwrap();
+    let seconds = number(&figures["seconds"]);
+    assert!((number(&figures["output_tokens_per_s"]) * seconds / 4800.0 - 1.0).abs() < 1e-9);
+    assert!((number(&figures["prompt_tokens_per_s"]) * seconds / 8000.0 - 1.0).abs() < 1e-9);
+    assert_eq!(figures["rows"], 80 * 159);
+    assert_eq!((&figures["slots"], &figures["kv_tokens"]), (&5.into(), &(80 * 160).into()));
+    assert!(number(&figures["bubble"]) < 0.05 && number(&figures["imbalance"]) < 0.01, "{figures}");
+    // What it prints as costs, it reads.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("costs.json");
+    std::fs::write(&path, figures.to_string()).unwrap();
+    let from_file = ["--costs", path.to_str().unwrap(), "--format", "json"];
+    assert_eq!(json(&simulate(&[&from_file[..], &work].concat())), figures);
+    let told = error(&simulate(&["--costs", path.to_str().unwrap(), "--stages", "4"]), 2);
+    assert!(told.contains("--stages: 4") && told.contains("has 5"), "{told}");
+    std::fs::write(&path, "[{}]").unwrap();
+    let told = error(&simulate(&["--costs", path.to_str().unwrap()]), 1);
+    assert!(told.contains("costs.json: costs: missing field"), "{told}");
+}
+
+#[test]
+fn a_simulation_as_tables_has_a_row_a_stage() {
+    let flags =
+        ["--layout", "0-9,10-11,12-15", "--devices", "2", "--arrivals", "300", "--shared-prefix", "9"];
+    let output = simulate(&[&flags[..], &["--no-ahead", "--kv-tokens", "2000", "--running", "4"]].concat());
+    let text = good(&output);
+    for start in ["new tokens/s", "bubble", "imbalance", "time to first token", "stage", "2 "] {
+        assert!(text.lines().any(|line| line.starts_with(start)), "{start}\n{text}");
+    }
+}
+
+#[test]
+fn a_simulation_of_nonsense_is_one_line() {
+    let cases: &[(&[&str], &str)] = &[
+        (&["--stages", "0"], "--stages"),
+        (&["--stages", "65"], "--stages"),
+        (&["--stages", "29"], "--stages: 29 stages"),
+        (&["--layout", "0-3,5-6"], "--layout"),
+        (&["--devices", "5"], "--devices: 5 for 4 stages"),
+        (&["--layer-us", "-1"], "--layer-us"),
+        (&["--layer-us", "nan"], "--layer-us"),
+        (&["--layer-us", "0", "--row-us", "0", "--attended-us", "0", "--read-us", "0"], "--layer-us 0"),
+        (&["--kv-tokens", "100"], "--kv-tokens: a request needs 640 tokens"),
+        (&["--arrivals", "0"], "--arrivals"),
+        (&["--requests", "1000000", "--input-len", "100000000"], "--requests: "),
+        (&["--costs", "x.json", "--layers", "3"], "--costs"),
+        (&["--model", "x"], "--model"),
+    ];
+    for (args, needle) in cases {
+        let told = error(&simulate(args), 2);
+        assert!(told.contains(needle), "{args:?}: {told}");
+    }
+    assert!(error(&simulate(&["--costs", "no-such.json"]), 1).contains("no-such.json"));
+}

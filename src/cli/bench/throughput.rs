@@ -64,8 +64,9 @@ struct Runs {
     repeat: u32,
 }
 
+/// How figures look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
+pub(super) enum Format {
     Table,
     Json,
 }
@@ -166,7 +167,7 @@ impl Workload {
     /// The requests of one run.
     fn requests(&self, run: u64, vocab: usize) -> Vec<Request> {
         let request = |i: u32| {
-            let mut random = Random(mix(mix(mix(self.seed) ^ run) ^ u64::from(i)));
+            let mut random = Random::new(mix(mix(self.seed) ^ run) ^ u64::from(i));
             let ids = (0..self.input_len).map(|_| random.below(vocab)).collect();
             let mut request = Request::new(Prompt::Ids(ids));
             request.stop.max_tokens = Some(self.output_len);
@@ -209,13 +210,22 @@ impl Workload {
 }
 
 /// SplitMix64.
-struct Random(u64);
+pub(super) struct Random(u64);
 
 impl Random {
-    fn below(&mut self, n: usize) -> u32 {
+    pub(super) fn new(seed: u64) -> Random {
+        Random(mix(seed))
+    }
+
+    /// 64 random bits.
+    pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.0)
+    }
+
+    fn below(&mut self, n: usize) -> u32 {
         // The upper half of a product with 64 random bits: a vocabulary has far fewer than 2^32 tokens.
-        ((u128::from(mix(self.0)) * n as u128) >> 64) as u32
+        ((u128::from(self.next()) * n as u128) >> 64) as u32
     }
 }
 
