@@ -16,7 +16,7 @@
 //! let work = Workload { requests: 64, input_len: 100, output_len: 50, ..Workload::default() };
 //! let trace = simulation.run(&work.arrivals(|| 7), &mut Blank);
 //! let report = Report::of(&trace);
-//! assert!(report.bubble < 0.01, "four even stages are always busy");
+//! assert!(report.bubble < 0.1, "four even stages are busy nearly all the time: {report:?}");
 //! ```
 //!
 //! [`Scheduler`]: crate::schedule::Scheduler

@@ -259,7 +259,7 @@ fn a_simulation_of_nonsense_is_one_line() {
         (&["--devices", "5"], "--devices: 5 for 4 stages"),
         (&["--layer-us", "-1"], "--layer-us"),
         (&["--layer-us", "nan"], "--layer-us"),
-        (&["--layer-us", "0", "--row-us", "0", "--attended-us", "0"], "--layer-us 0"),
+        (&["--layer-us", "0", "--row-us", "0", "--attended-us", "0", "--read-us", "0"], "--layer-us 0"),
         (&["--kv-tokens", "100"], "--kv-tokens: a request needs 640 tokens"),
         (&["--arrivals", "0"], "--arrivals"),
         (&["--requests", "1000000", "--input-len", "100000000"], "--requests: "),

@@ -151,10 +151,17 @@ fn work(random: &mut Random, pass: Nanos) -> Vec<Arrival> {
 
 fn arrival(random: &mut Random, texts: &[Vec<u32>], prompt_max: usize, answer_max: usize) -> Arrival {
     let len = random.within(1, prompt_max);
-    let shared = if random.chance(60) { random.within(0, len) } else { 0 };
-    let text = &texts[random.within(0, texts.len() - 1)];
-    let own = (shared..len).map(|_| random.next() as u32 >> 8);
-    let prompt: Arc<[u32]> = text[..shared].iter().copied().chain(own).collect();
+    let prompt: Arc<[u32]> = if random.chance(25) {
+        // The same few blocks, in any order: what a block holds follows from those before it.
+        let order = random.next();
+        let piece = |place: usize| (order >> (place % 32)) as usize % 3 * KV_BLOCK;
+        (0..len).map(|i| texts[0][piece(i / KV_BLOCK) + i % KV_BLOCK]).collect()
+    } else {
+        let shared = if random.chance(60) { random.within(0, len) } else { 0 };
+        let text = &texts[random.within(0, texts.len() - 1)];
+        let own = (shared..len).map(|_| random.next() as u32 >> 8);
+        text[..shared].iter().copied().chain(own).collect()
+    };
     let answer_max = random.within(1, answer_max);
     Arrival {
         at: 0,
