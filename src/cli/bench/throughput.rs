@@ -21,6 +21,8 @@ use crate::{
 pub(super) const SUBCOMMAND: Subcommand =
     Subcommand { name: "throughput", about: "Tokens a second of many requests at once", flags, run };
 
+/// Tokens of each request before one more comes, at most: what it disturbs has settled by then.
+const SETTLED_TURNS: u32 = 64;
 /// Tokens of all requests at most: their prompts are made before the clock starts.
 const TOKENS_MAX: u64 = 1 << 30;
 /// How often what the engine tells is read while nothing comes.
@@ -58,7 +60,8 @@ pub(super) struct Workload {
     /// So many tokens of each prompt, from its first on, are the same in all requests of a run
     #[arg(long, value_name = "TOKENS", default_value_t = 0)]
     pub(super) shared_prefix: u32,
-    /// One more request with a prompt of so many tokens, and one new token, once all others have their first
+    /// One more request with a prompt of so many tokens, and one new token, once each of the others has a quarter of
+    /// its tokens, or 64
     #[arg(long, value_name = "TOKENS", value_parser = value_parser!(u32).range(1..=100_000_000))]
     pub(super) then_input_len: Option<u32>,
 }
@@ -231,6 +234,7 @@ impl Workload {
         let mut open = requests.into_iter().map(|r| engine.submit(r)).collect::<Result<Vec<_>>>()?;
         let mut usages: Vec<Usage> = Vec::with_capacity(open.len());
         let (mut failed, mut late) = (None, None);
+        let (mut turns, settled) = (0, (self.output_len / 4).clamp(1, SETTLED_TURNS));
         // In turns: when the last request ends, no heap of other ones' events is left to be read.
         while !open.is_empty() && failed.is_none() {
             open.retain_mut(|events| match next(events, &mut recorder) {
@@ -245,8 +249,11 @@ impl Workload {
                 }
                 None => false,
             });
-            // After the first turn each has a token.
-            if let Some(request) = then.take() {
+            // Each turn brings each a token.
+            turns += 1;
+            if turns == settled
+                && let Some(request) = then.take()
+            {
                 late = Some(engine.submit(request)?);
             }
         }

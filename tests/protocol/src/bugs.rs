@@ -110,7 +110,7 @@ pub const BUGS: &[Bug] = &[
         file: "pipeline/stage.rs",
         edits: &[
             ("    decoder: Decoder<B>,\n    input: Input<B>,\n", "    input: Input<B>,\n"),
-            ("    passes: Passes<B>,\n}", "    passes: Passes<B>,\n    decoder: Decoder<B>,\n}"),
+            ("    probe: Probe<B>,\n}", "    probe: Probe<B>,\n    decoder: Decoder<B>,\n}"),
         ],
     },
     Bug {
