@@ -23,7 +23,7 @@ fn requests() -> Vec<Request> {
         let mut request = request(&ids, 60);
         request.sampling.logprobs = Some(3);
         request.sampling.repetition_penalty = 1.2;
-        if i % 3 > 0 {
+        if !i.is_multiple_of(3) {
             request.sampling.temperature = 0.9;
             request.sampling.seed = Some(u64::from(i));
             request.sampling.presence_penalty = 0.3;

@@ -436,7 +436,10 @@ impl Scheduler {
 impl Draft {
     fn reserve(&mut self, rows: usize) {
         let MicroBatch { ids, positions, seqs, outputs, .. } = &mut self.batch;
-        (ids.reserve(rows), positions.reserve(rows), seqs.reserve(rows), outputs.reserve(rows));
-        (self.this.parts.reserve(rows), self.this.outputs.reserve(rows));
+        for numbers in [ids, positions, &mut self.this.parts, &mut self.this.outputs] {
+            numbers.reserve(rows);
+        }
+        seqs.reserve(rows);
+        outputs.reserve(rows);
     }
 }

@@ -164,6 +164,11 @@ fn penalties_and_biases_follow_a_sequence() {
         for (_, batch) in &mut steps[12..] {
             batch.outputs[2].seq = SeqId(99);
         }
+        // Two begin again with what they have chosen so far, some of it from the prompt, some twice.
+        steps[18].1.ends = vec![SeqId(3), SeqId(5)];
+        let chosen: Vec<u32> = (0..30).map(|i| i * i % vocab as u32).collect();
+        let again = |s: usize| SeqStart { generated: chosen.as_slice().into(), ..starts[s].clone() };
+        steps[18].1.starts = vec![again(3), again(5)];
         both(&format!("penalties, {vocab} tokens"), vocab, &steps);
     }
 }
