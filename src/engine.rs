@@ -2,19 +2,22 @@
 
 mod answer;
 mod builder;
+mod counts;
+#[cfg(test)]
+mod fault_tests;
 mod meter;
 mod place;
 mod progress;
+mod rebuild;
+mod start;
+mod text;
 mod timeline;
 mod wire;
 mod worker;
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicU64, Ordering},
 };
 
 use crossbeam_channel as channel;
@@ -25,13 +28,15 @@ pub use place::{gpus, profiles, scratch};
 pub use progress::LoadProgress;
 
 use self::{
+    answer::{Answer, Ending},
+    counts::Counts,
     meter::Meter,
     worker::{Command, Submission},
 };
 use crate::{
-    backend::{DType, DeviceMemory, cuda},
+    backend::{DType, DeviceMemory},
     error::{Error, Result},
-    layout::{Device, Layout},
+    layout::Layout,
     model::{config::GenerationConfig, spec::ModelSpec},
     pipeline::{StageMetrics, StageTimes},
     request::{Event, FinishReason, Prompt, Request},
@@ -42,13 +47,15 @@ use crate::{
 /// The most samples of one request.
 pub const SAMPLES_MAX: u32 = 128;
 
-/// How long threads may take to end after a GPU has been lost.
-const LOST_PATIENCE: Duration = Duration::from_secs(2);
-
 /// A running pipeline. Dropping it ends its threads; requests that are not finished get an error.
+///
+/// A stage that fails ends the requests that had started, each with an [`Event::Error`]. The stages are then built
+/// anew, and those that waited go on. Where that fails too, or faults repeat, all requests get an error at once.
 pub struct Engine {
-    facts: Arc<Facts>,
-    stages: Vec<StageFacts>,
+    facts: Facts,
+    /// They change when the stages are built anew.
+    stages: Arc<Mutex<Vec<StageFacts>>>,
+    counts: Arc<Counts>,
     commands: channel::Sender<Command>,
     next_request: AtomicU64,
     threads: Vec<std::thread::JoinHandle<()>>,
@@ -87,6 +94,10 @@ pub struct EngineStats {
     pub scheduler: SchedulerStats,
     /// Measurements that found no room: what was too slow to read them has gaps.
     pub dropped: u64,
+    /// Requests that have been submitted, and of which no sample has started.
+    pub requests_waiting: usize,
+    /// How often the stages have been built anew after a fault.
+    pub rebuilds: u64,
 }
 
 /// What one stage did since the engine started.
@@ -131,7 +142,7 @@ impl Engine {
 
     /// Submits a request. What is wrong with it is said here; what goes wrong later is an [`Event::Error`].
     pub fn submit(&self, request: Request) -> Result<Events> {
-        let facts = &*self.facts;
+        let facts = &self.facts;
         if request.n == 0 || request.n > SAMPLES_MAX {
             return Err(Error::Request(format!("n is {}; it must be 1 to {SAMPLES_MAX}", request.n)));
         }
@@ -144,10 +155,22 @@ impl Engine {
         }
         let prompt: Arc<[u32]> = facts.prompt_ids(&request.prompt)?.into();
         facts.check_prompt(&prompt)?;
+        let place = self.counts.wait()?;
         let id = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, events) = channel::unbounded();
-        let samples_left = request.n;
-        let submission = Submission { request: id, prompt: prompt.clone(), params: request, events: sender };
+        let (samples_left, ending) = (request.n, facts.ending(&request, prompt.len()));
+        let tokenizer = facts.tokenizer.as_ref();
+        let answer = |sample| Answer::new(sample, &request, tokenizer, ending.clone(), prompt.len());
+        let answers = (0..request.n).map(answer).collect::<Result<_>>()?;
+        let submission = Submission {
+            request: id,
+            prompt: prompt.clone(),
+            params: request,
+            ending,
+            answers,
+            events: sender,
+            place,
+        };
         self.commands
             .send(Command::Submit(Box::new(submission)))
             .map_err(|_| Error::Engine("it has ended".into()))?;
@@ -204,10 +227,13 @@ impl Engine {
             memory: (stage.memory)(),
             times: stage.metrics.times(),
         };
+        let stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
         EngineStats {
-            stages: self.stages.iter().map(stats).collect(),
+            stages: stages.iter().map(stats).collect(),
             scheduler: self.meter.queues(),
             dropped: self.meter.dropped().load(Ordering::Relaxed),
+            requests_waiting: self.counts.waiting(),
+            rebuilds: self.counts.rebuilds(),
         }
     }
 
@@ -220,29 +246,13 @@ impl Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         let _ = self.commands.send(Command::End);
-        let on_gpus = self.facts.layout.stages().iter().any(|stage| stage.device != Device::Cpu);
-        let mut lost = None;
         for thread in self.threads.drain(..) {
-            if on_gpus && !ends(&thread, &mut lost) {
-                continue;
-            }
             // A panic has been reported by the panic hook already.
             let _ = thread.join();
         }
         self.meter.end();
         let _ = self.timeline.take().map(std::thread::JoinHandle::join);
     }
-}
-
-/// Waits for a thread's end; `false` if a lost GPU holds it: then it is left behind. `lost`: when that was noticed.
-fn ends(thread: &std::thread::JoinHandle<()>, lost: &mut Option<Instant>) -> bool {
-    while !thread.is_finished() {
-        if cuda::any_lost() && lost.get_or_insert_with(Instant::now).elapsed() > LOST_PATIENCE {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    true
 }
 
 impl Facts {
@@ -271,11 +281,17 @@ impl Facts {
             return Err(Error::Request(format!("token {i} of the prompt is {id}; the model has {vocab}")));
         }
         if ids.len() >= self.context_max {
-            let (len, max) = (ids.len(), self.context_max);
-            let why = format!("the prompt has {len} tokens; prompt and answer together have room for {max}");
-            return Err(Error::Request(why));
+            return Err(Error::TooLong { tokens: ids.len(), max: self.context_max });
         }
         Ok(())
+    }
+
+    /// What ends samples of this request by their tokens alone.
+    fn ending(&self, request: &Request, prompt_tokens: usize) -> Ending {
+        let room = self.context_max - prompt_tokens;
+        let eos = if request.stop.ignore_eos { &[][..] } else { &self.generation.eos };
+        let tokens_max = request.stop.max_tokens.map_or(room, |n| room.min(n as usize));
+        Ending { eos: eos.into(), tokens_max }
     }
 }
 

@@ -61,6 +61,20 @@ pub enum Error {
     /// A request that cannot be served as it is.
     #[error("request: {0}")]
     Request(String),
+    /// A prompt that has no room, with one token of an answer, in the longest sequence.
+    #[error("request: the prompt has {tokens} tokens; prompt and answer together have room for {max}")]
+    TooLong {
+        /// Its tokens.
+        tokens: usize,
+        /// Of the longest sequence.
+        max: usize,
+    },
+    /// A request that came when as many waited as may; later there may be room.
+    #[error("request: {max} requests wait already, and no more may")]
+    Busy {
+        /// Requests that may wait.
+        max: usize,
+    },
     /// A device that is absent, too small or failed.
     #[error("device {device}: {why}")]
     Device {
@@ -90,10 +104,19 @@ impl Error {
         Error::Io { path: path.as_ref().to_path_buf(), why: one_line(why.to_string()) }
     }
 
+    /// The same error with more to be said of it.
+    pub(crate) fn and(self, more: &str) -> Self {
+        match self {
+            Error::Device { device, why } => Error::Device { device, why: format!("{why}; {more}") },
+            Error::Engine(why) => Error::Engine(format!("{why}; {more}")),
+            other => Error::Engine(format!("{other}; {more}")),
+        }
+    }
+
     /// The process's exit code for this error: 2 for usage, 1 for everything else.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Usage { .. } | Error::Request(_) => 2,
+            Error::Usage { .. } | Error::Request(_) | Error::TooLong { .. } => 2,
             _ => 1,
         }
     }

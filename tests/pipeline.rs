@@ -125,7 +125,12 @@ fn requests_that_cannot_be_served_are_refused_at_once() {
     };
     assert!(refused(&[]).contains("empty"));
     assert!(refused(&[1, vocab]).contains(&format!("token 1 of the prompt is {vocab}")));
-    assert!(refused(&[1; 32]).contains("has 32 tokens"));
+    let long = engine.submit(request(&[1; 32], 4)).err().unwrap();
+    assert_eq!(long, Error::TooLong { tokens: 32, max: 32 });
+    assert_eq!(
+        long.to_string(),
+        "request: the prompt has 32 tokens; prompt and answer together have room for 32"
+    );
     assert_eq!(collect(engine.submit(request(&[1; 31], 4)).unwrap()).len(), 2, "one token, then the end");
 }
 
@@ -145,6 +150,7 @@ fn builders_values_are_checked() {
     assert!(said(|b| b.threads(0)).contains("--threads"));
     assert!(said(|b| b.running(0)).contains("--running"));
     assert!(said(|b| b.running(1 << 20)).contains("--running"));
+    assert!(said(|b| b.waiting(0)).contains("--waiting"));
     assert!(said(|b| b.max_context(1)).contains("--max-context"));
     assert!(said(|b| b.max_context(1 << 40)).contains("--max-context"));
     assert!(said(|b| b.kv_memory(3)).contains("--kv-memory"));

@@ -164,7 +164,13 @@ impl Asker {
         let prompt = self.prompt(asked.content)?;
         let request = self.args.choices.request(prompt, self.engine.generation(), &asked.choices);
         let samples = request.n;
-        let events = self.engine.submit(request)?;
+        // Some wait for long enough to be refused: there is room when one of them starts.
+        let events = loop {
+            match self.engine.submit(request.clone()) {
+                Err(Error::Busy { .. }) => thread::sleep(PATIENCE),
+                submitted => break submitted?,
+            }
+        };
         tracing::debug!(prompt_tokens = events.prompt_ids().len(), samples, "submitted");
         Ok((events, samples))
     }

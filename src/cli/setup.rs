@@ -61,6 +61,9 @@ pub(super) struct Setup {
     /// Computes every prompt from its first token on, even if another one has begun the same
     #[arg(long)]
     no_prefix_cache: bool,
+    /// Requests that wait for their first step at most; more are refused [default: 4096]
+    #[arg(long, value_name = "N")]
+    pub(super) waiting: Option<usize>,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -164,13 +167,14 @@ impl Setup {
             builder = builder.split(cut.into());
         }
         type Set = fn(EngineBuilder, usize) -> EngineBuilder;
-        let counts: [(&str, Option<usize>, Set); 7] = [
+        let counts: [(&str, Option<usize>, Set); 8] = [
             ("--stages", stages, EngineBuilder::stages),
             ("--max-context", self.max_context, EngineBuilder::max_context),
             ("--kv-memory", self.kv_memory, EngineBuilder::kv_memory),
             ("--slots", self.slots, EngineBuilder::slots),
             ("--chunk", self.chunk, EngineBuilder::chunk),
             ("--running", self.running, EngineBuilder::running),
+            ("--waiting", self.waiting, EngineBuilder::waiting),
             ("--threads", self.threads, EngineBuilder::threads),
         ];
         for (flag, count, set) in counts {

@@ -1,14 +1,16 @@
 //! From a description to running threads.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use super::{
     Engine, Facts,
     meter::Meter,
     place::{Count, Place, Room, Unplaced},
     progress::{LoadProgress, Observer, Progress},
+    rebuild::Recipe,
+    start::{Ready, start},
     timeline::Timeline,
-    wire::{Ready, Shared, start, wire},
+    wire::{PATIENCE, Shared, Wired, wire},
 };
 use crate::{
     backend::{DType, Limits},
@@ -16,6 +18,7 @@ use crate::{
     error::{Error, Result},
     layout::{Device, Layout, Stage, Workload, planner::Split},
     model::{
+        Model,
         decoder::{DecoderConfig, weight_bytes},
         open_model,
         spec::ModelSpec,
@@ -39,9 +42,12 @@ const RUNNING_CPU: usize = 64;
 const RUNNING_GPU: usize = 256;
 /// Sequences of the longest context that the KV cache holds, where nobody says how many run at once.
 const KV_SEQUENCES_DEFAULT: usize = 8;
+/// Requests that wait, unless asked otherwise.
+const WAITING_DEFAULT: usize = 4096;
 /// The most sequences that can be said to run at once.
 pub const RUNNING_MAX: usize = 4096;
 /// Bounds of flags, so that sizes computed from them cannot overflow.
+const WAITING_MAX: usize = 1 << 24;
 const SLOTS_MAX: usize = 1024;
 const CHUNK_MAX: usize = 65_536;
 const THREADS_MAX: usize = 1024;
@@ -73,10 +79,22 @@ pub struct EngineBuilder {
     chunk: Option<usize>,
     running: Option<usize>,
     no_prefix_cache: bool,
+    waiting: Option<usize>,
     threads: Option<usize>,
     observer: Option<Observer>,
     timeline: Option<PathBuf>,
     measure_all: bool,
+}
+
+/// How stages are started.
+pub(super) type Wire = dyn Fn(&Layout, &DecoderConfig, &Shared, Progress) -> Result<Wired> + Send + Sync;
+
+/// What follows from the description.
+struct Plan {
+    layout: Layout,
+    scheduling: SchedulerConfig,
+    config: DecoderConfig,
+    shared: Shared,
 }
 
 impl EngineBuilder {
@@ -180,6 +198,12 @@ impl EngineBuilder {
         self
     }
 
+    /// Requests that wait for their first step at most; more are refused with [`Error::Busy`]. Default: 4096.
+    pub fn waiting(mut self, requests: usize) -> Self {
+        self.waiting = Some(requests);
+        self
+    }
+
     /// CPU threads. Default: all cores.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
@@ -208,15 +232,47 @@ impl EngineBuilder {
     }
 
     /// Loads the model and starts the stages.
-    pub fn build(mut self) -> Result<Engine> {
+    pub fn build(self) -> Result<Engine> {
+        self.build_on(None, Arc::new(wire))
+    }
+
+    /// The same, with stages that are started in this way, and of which it can be said whether they choose tokens after
+    /// their ops have returned; by default GPUs do.
+    pub(super) fn build_on(mut self, ahead: Option<bool>, wire: Arc<Wire>) -> Result<Engine> {
         within("--slots", self.slots, SLOTS_MAX)?;
         within("--chunk", self.chunk, CHUNK_MAX)?;
         within("--running", self.running, RUNNING_MAX)?;
+        within("--waiting", self.waiting, WAITING_MAX)?;
         within("--threads", self.threads, THREADS_MAX)?;
         let timeline = self.timeline.take().map(Timeline::open).transpose()?;
         let meter = Meter::new(self.measure_all || timeline.is_some());
         let model = open_model(&self.model, self.weights == WeightSource::Dummy)?;
-        let spec = Arc::new(model.spec.clone());
+        let generation = model.generation.clone();
+        let Plan { layout, scheduling, config, shared } = self.plan(model, ahead, meter.clone())?;
+        let weights = |stage: &Stage| weight_bytes(&config.spec, config.dtype, &stage.layers);
+        let progress = Progress::new(self.observer.take(), layout.stages().iter().map(weights).sum());
+        let (spec, dtype, blocks) = (config.spec.clone(), config.dtype, config.kv_blocks);
+        let (context_max, kv_tokens) = (config.limits.context_max, blocks * KV_BLOCK);
+        let (since, patience, of) = (Instant::now(), shared.patience, layout.clone());
+        let recipe = Recipe {
+            wire: Arc::new(move |progress| wire(&of, &config, &shared, progress)),
+            scheduler: Box::new(move || Scheduler::new(scheduling, BlockPool::new(blocks))),
+            patience,
+        };
+        let wired = (recipe.wire)(progress)?;
+        // The stages load while the tokenizer is read.
+        let tokenizer = Tokenizer::open(&self.model)?.map(Arc::new);
+        let template = match &tokenizer {
+            Some(tokenizer) => Template::open(&self.model, tokenizer)?,
+            None => None,
+        };
+        let facts = Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens };
+        let waiting = self.waiting.unwrap_or(WAITING_DEFAULT);
+        start(Ready { facts, recipe, wired, since, waiting, meter, timeline })
+    }
+
+    fn plan(&self, model: Model, ahead: Option<bool>, meter: Arc<Meter>) -> Result<Plan> {
+        let spec = Arc::new(model.spec);
         let dtype = self.dtype.unwrap_or(model.dtype);
         let context = self.plan_context(&spec)?;
         let layout = self.plan_layout(&spec, dtype, context)?;
@@ -233,7 +289,7 @@ impl EngineBuilder {
             chunk,
             chunk_min,
             running_max: running,
-            ahead: gpus,
+            ahead: ahead.unwrap_or(gpus),
             prefix_reuse: !self.no_prefix_cache,
         };
         let limits = |scheduling: SchedulerConfig, context_max| Limits {
@@ -247,32 +303,18 @@ impl EngineBuilder {
             Room { layout: &layout, spec: &spec, dtype, limits: limits(scheduling, context), in_flight };
         let (context_max, blocks) = self.plan_kv(&room, context)?;
         scheduling.running_max = scheduling.running_max.min(blocks);
-        let limits = limits(scheduling, context_max);
         let config = DecoderConfig {
-            spec: spec.clone(),
+            layers: 0..spec.layers.len(),
+            spec,
             arch: model.arch,
             weights: Arc::new(model.weights),
-            layers: 0..spec.layers.len(),
             dtype,
-            limits,
+            limits: limits(scheduling, context_max),
             kv_blocks: blocks,
         };
-        let weights = |stage: &Stage| weight_bytes(&spec, dtype, &stage.layers);
-        let progress = Progress::new(self.observer.take(), layout.stages().iter().map(weights).sum());
-        let in_flight = scheduling.in_flight_max();
-        let shared = Shared { in_flight, threads: self.threads, progress, meter: meter.clone() };
-        let wired = wire(&layout, &config, &shared)?;
-        // The stages load while the tokenizer is read.
-        let tokenizer = Tokenizer::open(&self.model)?.map(Arc::new);
-        let template = match &tokenizer {
-            Some(tokenizer) => Template::open(&self.model, tokenizer)?,
-            None => None,
-        };
-        let kv_tokens = blocks * KV_BLOCK;
-        let generation = model.generation;
-        let facts = Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens };
-        let scheduler = Scheduler::new(scheduling, BlockPool::new(blocks));
-        start(Ready { facts, wired, scheduler, meter, timeline })
+        let metrics = layout.stages().iter().map(|_| Arc::default()).collect();
+        let shared = Shared { in_flight, threads: self.threads, meter, metrics, patience: PATIENCE };
+        Ok(Plan { layout, scheduling, config, shared })
     }
 
     fn plan_layout(&self, spec: &ModelSpec, dtype: DType, context: usize) -> Result<Layout> {

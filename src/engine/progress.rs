@@ -50,6 +50,11 @@ impl Progress {
         Progress(observer.map(|observer| Arc::new(Count { observer, bytes_total, told: Mutex::default() })))
     }
 
+    /// Nobody is told.
+    pub(super) fn untold() -> Self {
+        Progress(None)
+    }
+
     /// A stage begins.
     pub(super) fn begin(&self) {
         self.update(|told, first| first.then_some(told));
@@ -123,7 +128,7 @@ mod tests {
 
     #[test]
     fn nobody_is_told_where_nobody_asks() {
-        let progress = Progress::new(None, 1);
+        let progress = Progress::untold();
         progress.begin();
         progress.add(1);
         progress.add_passes(2, 1);

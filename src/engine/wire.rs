@@ -2,25 +2,19 @@
 
 use std::{
     cell::Cell,
-    sync::{Arc, Mutex, atomic::AtomicU64},
+    sync::{Arc, Mutex},
     thread::JoinHandle,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use crossbeam_channel as channel;
 
-use super::{
-    Engine, Facts, StageFacts,
-    meter::Meter,
-    progress::Progress,
-    timeline::Timeline,
-    worker::{Running, Worker},
-};
+use super::{StageFacts, meter::Meter, progress::Progress};
 use crate::{
     backend::{
         Backend,
         cpu::Cpu,
-        cuda::{Cuda, PipelineFacts},
+        cuda::{self, Cuda, PipelineFacts},
     },
     batch::{KV_BLOCK, Step},
     error::{Error, Result},
@@ -29,18 +23,28 @@ use crate::{
     pipeline::{
         self, Collecting, Input, Outcome, Output, Probe, Stage, StageMetrics, StagesHandle, token_edge,
     },
-    schedule::Scheduler,
     transport::{Host, Peer, Transport},
 };
 
-/// Threads that have been started, and the channels to them.
+/// How long stages may take to end; then their threads are left behind.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+/// The same, from when a GPU is lost: what waits for it may wait for ever.
+const LOST_PATIENCE: Duration = Duration::from_secs(2);
+/// How often it is looked whether a thread has ended.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
+
+/// Stages' threads that have been started, and the channels to them.
 pub(super) struct Wired {
-    stages: Vec<(Vec<StageFacts>, StagesHandle)>,
+    pub(super) stages: Vec<(Vec<StageFacts>, StagesHandle)>,
     /// Reads what they measure; it ends after them.
-    collector: Option<JoinHandle<()>>,
-    /// `None` once the engine's thread has it.
-    steps: Option<channel::Sender<Step>>,
-    results: channel::Receiver<Outcome>,
+    pub(super) collector: Option<JoinHandle<()>>,
+    /// To the first stage, with room for every step that may be in flight. `None` once they have been told to end.
+    pub(super) steps: Option<channel::Sender<Step>>,
+    pub(super) results: channel::Receiver<Outcome>,
+    /// How long they may take to end.
+    pub(super) patience: Duration,
+    /// Whether a device of theirs is lost to the process.
+    pub(super) lost: fn() -> bool,
 }
 
 /// What the stages have in common.
@@ -49,14 +53,21 @@ pub(super) struct Shared {
     pub(super) in_flight: usize,
     /// CPU threads, if it is said how many.
     pub(super) threads: Option<usize>,
-    /// Of loading.
-    pub(super) progress: Progress,
     /// Is told what the stages measure.
     pub(super) meter: Arc<Meter>,
+    /// Of each stage; they go on counting when the stages are built anew.
+    pub(super) metrics: Vec<Arc<StageMetrics>>,
+    /// How long stages may take to end.
+    pub(super) patience: Duration,
 }
 
 /// Starts the stages' threads, with boundaries between the stages.
-pub(super) fn wire(layout: &Layout, config: &DecoderConfig, shared: &Shared) -> Result<Wired> {
+pub(super) fn wire(
+    layout: &Layout,
+    config: &DecoderConfig,
+    shared: &Shared,
+    progress: Progress,
+) -> Result<Wired> {
     let gpu = |device| match device {
         Device::Cpu => None,
         Device::Cuda(i) => Some(i),
@@ -64,7 +75,8 @@ pub(super) fn wire(layout: &Layout, config: &DecoderConfig, shared: &Shared) -> 
     let gpus: Vec<usize> = layout.stages().iter().filter_map(|stage| gpu(stage.device)).collect();
     if gpus.is_empty() {
         let cpu = Arc::new(Cpu::new(shared.threads));
-        return wire_on(&vec![cpu; layout.stages().len()], &Host, layout, config, shared);
+        let on = On { backends: &vec![cpu; layout.stages().len()], transport: &Host, lost: || false };
+        return wire_on(on, layout, config, shared, progress);
     }
     if gpus.len() < layout.stages().len() {
         let why = "stages on the processor and on GPUs in one pipeline are not possible yet";
@@ -76,16 +88,30 @@ pub(super) fn wire(layout: &Layout, config: &DecoderConfig, shared: &Shared) -> 
         seats: config.limits.seqs_max,
         in_flight: shared.in_flight,
     };
-    wire_on(&Cuda::pipeline(&gpus, facts)?, &Peer::default(), layout, config, shared)
+    let on =
+        On { backends: &Cuda::pipeline(&gpus, facts)?, transport: &Peer::default(), lost: cuda::any_lost };
+    wire_on(on, layout, config, shared, progress)
 }
 
-fn wire_on<B: Backend>(
-    backends: &[Arc<B>],
-    transport: &dyn Transport<B>,
+/// What stages run on.
+pub(super) struct On<'a, B: Backend> {
+    /// One a stage.
+    pub(super) backends: &'a [Arc<B>],
+    /// Between neighbours.
+    pub(super) transport: &'a dyn Transport<B>,
+    /// Whether one of them is lost to the process.
+    pub(super) lost: fn() -> bool,
+}
+
+/// The same, on these devices, whatever the layout says.
+pub(super) fn wire_on<B: Backend>(
+    on: On<'_, B>,
     layout: &Layout,
     config: &DecoderConfig,
     shared: &Shared,
+    progress: Progress,
 ) -> Result<Wired> {
+    let On { backends, transport, lost } = on;
     let in_flight = shared.in_flight;
     let (steps, steps_out) = channel::bounded(in_flight);
     let (enqueued, await_enqueued) = token_edge();
@@ -100,16 +126,19 @@ fn wire_on<B: Backend>(
         inputs.push(Input::Boundary(receiver));
     }
     outputs.push(Output::Results(enqueued));
-    let (measured, collector) = measure(backends, &shared.meter)?;
+    let (measured, collector) = measure(backends, shared)?;
     let mut ends = inputs.into_iter().zip(outputs).zip(backends).zip(measured).enumerate();
     let turn = Arc::new(Mutex::new(()));
-    let mut wired = Wired { stages: Vec::new(), collector: Some(collector), steps: Some(steps), results };
+    let (patience, collector) = (shared.patience, Some(collector));
+    let (stages, steps) = (Vec::new(), Some(steps));
+    let mut wired = Wired { stages, collector, steps, results, patience, lost };
     // Stages on the processor cannot overlap. Others have a thread each, and their device shares itself out.
     for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {
         let (mut facts, mut run_stages) = (Vec::new(), Vec::new());
-        for (stage, (index, (((input, output), backend), (metrics, probe)))) in run.iter().zip(&mut ends) {
+        for (stage, (index, (((input, output), backend), probe))) in run.iter().zip(&mut ends) {
+            let metrics = shared.metrics[index].clone();
             let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
-            let progress = shared.progress.clone();
+            let progress = progress.clone();
             let load = move |backend: &B| load_stage(index, backend, &own, &progress);
             run_stages.push(Stage {
                 index,
@@ -124,8 +153,9 @@ fn wire_on<B: Backend>(
             });
             let (device, layers) = (stage.device.to_string(), stage.to_string());
             let kv_bytes = stage.layers.len() * layer_kv_bytes;
-            let of = backend.clone();
-            let memory = Box::new(move || of.memory());
+            // Whoever asks must not keep the device's memory from being given back.
+            let of = Arc::downgrade(backend);
+            let memory = Box::new(move || of.upgrade()?.memory());
             facts.push(StageFacts { device, layers, weight_bytes: 0, kv_bytes, memory, metrics });
         }
         wired.stages.push((facts, pipeline::spawn(run_stages)?));
@@ -151,81 +181,93 @@ fn load_stage<B: Backend>(
     Ok(decoder)
 }
 
-/// What a stage measures itself with.
-type Measured<B> = (Arc<StageMetrics>, Probe<B>);
-
-/// Counters and a probe for each stage, and the thread that tells what they measure.
-fn measure<B: Backend>(
-    backends: &[Arc<B>],
-    meter: &Arc<Meter>,
-) -> Result<(Vec<Measured<B>>, JoinHandle<()>)> {
-    let metrics: Vec<Arc<StageMetrics>> = backends.iter().map(|_| Arc::default()).collect();
+/// A probe for each stage, and the thread that tells what they measure.
+fn measure<B: Backend>(backends: &[Arc<B>], shared: &Shared) -> Result<(Vec<Probe<B>>, JoinHandle<()>)> {
+    let (meter, metrics) = (&shared.meter, shared.metrics.iter().cloned());
     let of = meter.clone();
-    let (probes, collector) = pipeline::collect(Collecting {
-        stages: backends.iter().cloned().zip(metrics.iter().cloned()).collect(),
+    pipeline::collect(Collecting {
+        stages: backends.iter().cloned().zip(metrics).collect(),
         start: meter.start(),
         every: meter.every(),
         dropped: meter.dropped().clone(),
         tell: Box::new(move |span| of.span(span)),
-    })?;
-    Ok((metrics.into_iter().zip(probes).collect(), collector))
+    })
 }
 
-/// What an engine is started with.
-pub(super) struct Ready {
-    pub(super) facts: Facts,
-    pub(super) wired: Wired,
-    pub(super) scheduler: Scheduler,
-    pub(super) meter: Arc<Meter>,
-    pub(super) timeline: Option<Timeline>,
-}
+impl Wired {
+    /// Waits until every stage has loaded.
+    pub(super) fn loaded(&mut self) -> Result<Vec<StageFacts>> {
+        let mut stages = Vec::new();
+        for (run, handle) in &mut self.stages {
+            for mut stage in run.drain(..) {
+                let i = stages.len();
+                let gone = |_| Err(Error::Engine(format!("stage {i} ended while loading; this is a bug")));
+                stage.weight_bytes = handle.loaded.recv().unwrap_or_else(gone)?;
+                stages.push(stage);
+            }
+        }
+        Ok(stages)
+    }
 
-/// Waits until every stage has loaded, and starts the engine's own thread.
-pub(super) fn start(ready: Ready) -> Result<Engine> {
-    let Ready { facts, mut wired, scheduler, meter, timeline } = ready;
-    let facts = Arc::new(facts);
-    let mut stages = Vec::new();
-    for (run, handle) in &mut wired.stages {
-        for mut stage in run.drain(..) {
-            let i = stages.len();
-            let gone = |_| Err(Error::Engine(format!("stage {i} ended while loading; this is a bug")));
-            stage.weight_bytes = handle.loaded.recv().unwrap_or_else(gone)?;
-            stages.push(stage);
+    /// Ends the stages, which give back what they hold. An error names those that do not end in time: a thread that a
+    /// driver does not let go must not keep others waiting.
+    pub(super) fn end(mut self) -> Result<()> {
+        self.take_down()
+    }
+
+    fn take_down(&mut self) -> Result<()> {
+        self.steps = None;
+        let mut limit = Limit { deadline: Instant::now() + self.patience, lost: Some(self.lost) };
+        let mut late = Vec::new();
+        for (_, StagesHandle { thread, loaded }) in self.stages.drain(..) {
+            // Nobody is told any more whether it could be loaded.
+            drop(loaded);
+            late.extend(limit.join(thread));
+        }
+        // It would wait for stages that are left behind.
+        if let Some(collector) = self.collector.take().filter(|_| late.is_empty()) {
+            late.extend(limit.join(collector));
+        }
+        match &late[..] {
+            [] => Ok(()),
+            names => Err(Error::Engine(format!("{} did not end in time", names.join(" and ")))),
         }
     }
-    let rows =
-        |(i, stage): (usize, &StageFacts)| format!("stage {i}: {}, layers {}", stage.device, stage.layers);
-    let names = stages.iter().enumerate().map(rows).collect();
-    let timeline = timeline.map(|timeline| timeline.start(&meter, names)).transpose()?;
-    let Wired { stages: threads, collector, steps, results } = &mut wired;
-    let (commands, commands_out) = channel::unbounded();
-    let worker = Worker {
-        facts: facts.clone(),
-        scheduler,
-        commands: commands_out,
-        steps: steps.take().expect("the steps' channel is taken once; this is a bug"),
-        results: results.clone(),
-        running: Running::default(),
-        meter: meter.clone(),
-    };
-    let thread = std::thread::Builder::new()
-        .name("engine".into())
-        .spawn(move || worker.run())
-        .map_err(|e| Error::Engine(format!("no thread: {e}")))?;
-    let mut all = vec![thread];
-    all.extend(threads.drain(..).map(|(_, handle)| handle.thread));
-    all.extend(collector.take());
-    Ok(Engine { facts, stages, commands, next_request: AtomicU64::new(0), threads: all, meter, timeline })
+}
+
+/// Until when threads are waited for.
+struct Limit {
+    deadline: Instant,
+    /// Whether a device is lost, as long as none is known to be.
+    lost: Option<fn() -> bool>,
+}
+
+impl Limit {
+    /// Waits for a thread's end. Gives its name if it is left behind.
+    fn join(&mut self, thread: JoinHandle<()>) -> Option<String> {
+        while !thread.is_finished() {
+            let now = Instant::now();
+            if self.lost.is_some_and(|lost| lost()) {
+                self.lost = None;
+                self.deadline = self.deadline.min(now + LOST_PATIENCE);
+            }
+            if now >= self.deadline {
+                let name = thread.thread().name().unwrap_or("a thread").to_owned();
+                tracing::warn!(thread = name, "it does not end, and is left behind with what it holds");
+                return Some(name);
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        // What panics in it has been caught, or a panic hook has reported it.
+        let _ = thread.join();
+        None
+    }
 }
 
 impl Drop for Wired {
-    /// Of an engine that could not be started: its stages end, and give back what they hold, before the error is told.
+    /// Also of an engine that could not be started: its stages end, and give back what they hold, before the error is told.
     fn drop(&mut self) {
-        self.steps = None;
-        for (_, handle) in self.stages.drain(..) {
-            // A stage's thread catches what panics in it.
-            let _ = handle.thread.join();
-        }
-        let _ = self.collector.take().map(JoinHandle::join);
+        // A thread that hangs has been warned of.
+        let _ = self.take_down();
     }
 }

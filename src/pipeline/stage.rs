@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use super::{
     AwaitEnqueued, Enqueued, Outcome, Probe, StageMetrics,
+    fault::{self, Point},
     metrics::Spent,
     outcome::{Outcomes, guard},
     spans::{Moment, Pass},
@@ -104,6 +105,7 @@ fn run<B: Backend>(stages: Vec<Stage<B>>, loaded: &channel::Sender<Result<usize>
 struct Running<B: Backend> {
     index: usize,
     outcomes: Outcomes<B::Pending>,
+    results: channel::Sender<Outcome>,
     backend: Arc<B>,
     decoder: Decoder<B>,
     input: Input<B>,
@@ -119,15 +121,23 @@ impl<B: Backend> Running<B> {
         let Stage { index, backend, load, input, output, results, turn, metrics, mut probe } = stage;
         let head = matches!(output, Output::Results(_));
         let decoder = guard(index, || load(&backend))?;
-        let outcomes = Outcomes::new(index, &backend, head, results)?;
+        let outcomes = Outcomes::new(index, &backend, head, results.clone())?;
         probe.start(&backend)?;
         let since = Instant::now();
-        Ok(Running { index, backend, decoder, input, output, outcomes, turn, metrics, since, probe })
+        Ok(Running { index, outcomes, results, backend, decoder, input, output, turn, metrics, since, probe })
     }
 
     /// Receives a step and carries it out; false when there is no more to do.
     fn serve(&mut self) -> bool {
-        let Ok(step) = self.receive() else { return false };
+        let step = match guard(self.index, || self.receive()) {
+            Ok(Ok(step)) => step,
+            Ok(Err(Closed)) => return false,
+            Err(error) => {
+                // Of no step that anyone could name. Nobody listens any more if the pipeline is ending.
+                let _ = self.results.send((u64::MAX, Err(error)));
+                return false;
+            }
+        };
         // After a failure the numbers of later packets cannot be trusted: the stage ends.
         match guard(self.index, || self.step(&step)).transpose() {
             Some(pending) => self.outcomes.tell(step, pending),
@@ -135,7 +145,8 @@ impl<B: Backend> Running<B> {
         }
     }
 
-    fn receive(&mut self) -> Result<Step, Closed> {
+    fn receive(&mut self) -> Result<Result<Step, Closed>> {
+        fault::at(Point::BeforeReceive, self.index)?;
         let step = match &mut self.input {
             Input::Steps(steps, tokens) => {
                 let step = steps.recv().map_err(|_| Closed);
@@ -145,7 +156,8 @@ impl<B: Backend> Running<B> {
             Input::Boundary(boundary) => boundary.wait(),
         };
         self.spent(Spent::WaitInput);
-        step
+        fault::at(Point::AfterReceive, self.index)?;
+        Ok(step)
     }
 
     /// One micro-batch; its tokens if this stage holds the head, `None` if it has been passed on.
@@ -164,6 +176,7 @@ impl<B: Backend> Running<B> {
         let pending = match &self.output {
             Output::Results(enqueued) => {
                 let pending = self.decoder.sample(&*self.backend, step)?;
+                fault::at(Point::Enqueue, self.index)?;
                 enqueued.tell(step.step);
                 Some(pending)
             }

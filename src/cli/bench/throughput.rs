@@ -136,9 +136,12 @@ impl ThroughputArgs {
         if self.setup.max_context.is_none() {
             builder = builder.max_context(self.workload.context());
         }
+        let all = requests as usize + usize::from(then_input_len.is_some());
         if self.setup.running.is_none() {
-            let all = requests as usize + usize::from(then_input_len.is_some());
             builder = builder.running(all.min(RUNNING_MAX));
+        }
+        if self.setup.waiting.is_none() {
+            builder = builder.waiting(all);
         }
         let asked = || match then_input_len {
             Some(late) => {
