@@ -32,6 +32,9 @@ use crate::{
     schedule::{NewSequence, Scheduler},
 };
 
+/// Commands that are read before stages are given something to do again, at most.
+const COMMANDS_AT_ONCE: usize = 1024;
+
 /// From the clients, but for one.
 pub(super) enum Command {
     Submit(Box<Submission>),
@@ -114,13 +117,22 @@ enum Came {
 impl Worker {
     /// Runs until the engine is dropped.
     pub(super) fn run(mut self) {
-        loop {
+        'run: loop {
             match self.wait() {
-                Came::Command(Command::End) => break,
+                Came::Command(Command::End) => break 'run,
                 Came::Command(command) => self.command(command),
                 Came::Outcome((step, Ok(sampled))) => self.tokens(step, sampled),
                 Came::Outcome((_, Err(error))) => self.fault(error),
                 Came::Built(built) => self.built(built),
+            }
+            // What is planned next should know of all requests that have come: the first of many, planned alone, would keep the
+            // others waiting for a round.
+            let others: Vec<Command> = self.commands.try_iter().take(COMMANDS_AT_ONCE).collect();
+            for command in others {
+                match command {
+                    Command::End => break 'run,
+                    command => self.command(command),
+                }
             }
             // What stages have been observed to take.
             self.meter.observations().for_each(|observation| self.scheduler.observe(observation));

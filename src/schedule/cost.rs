@@ -9,7 +9,8 @@ use crate::batch::MicroBatch;
 const TERMS: usize = 5;
 /// What a later observation of passes of about as many rows leaves of an earlier one.
 const KEPT: f64 = 0.95;
-/// Observations of a stage before its costs are believed, and of how many different sizes (powers of 2 in rows).
+/// Observations of a stage before its costs are believed, and after which they are solved for again; and of how many
+/// different sizes (powers of 2 in rows) there must be some.
 const OBSERVED_MIN: usize = 8;
 const SIZES_MIN: usize = 2;
 /// Added to each term's own sum, which is scaled to 1: where observations cannot tell terms apart, they share.
@@ -169,7 +170,7 @@ impl Stage {
         self.sums[size].add(&shape.terms().map(|term| term / seconds));
         self.observed += 1;
         let seen = self.sums.iter().filter(|sums| sums.terms[0] > 0.0);
-        if self.observed >= OBSERVED_MIN && seen.count() >= SIZES_MIN {
+        if self.observed.is_multiple_of(OBSERVED_MIN) && seen.count() >= SIZES_MIN {
             let [base, row, attended, read, output] = self.total().least_squares();
             self.cost = Some(StageCost { base, row, attended, read, output });
         }

@@ -4,7 +4,7 @@ mod memory;
 mod prompts;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
@@ -103,6 +103,8 @@ pub struct Scheduler {
     prompt: Option<u32>,
     /// Those that hold blocks.
     running: BTreeMap<Rank, u32>,
+    /// Those that have lost theirs and will wait again: nobody after them begins meanwhile.
+    returning: BTreeSet<Rank>,
     /// Those of them with the whole prompt planned: ready or in flight.
     decoding: usize,
     /// Seats that nobody has.
@@ -157,6 +159,7 @@ impl Scheduler {
             waiting: Waiting::default(),
             prompt: None,
             running: BTreeMap::new(),
+            returning: BTreeSet::new(),
             decoding: 0,
             seats: (0..config.running_max as u32).rev().collect(),
             steps: VecDeque::new(),
@@ -251,7 +254,7 @@ impl Scheduler {
                 self.prompt_tokens -= self.sequences[slot].known();
             }
             State::Prompt | State::Decoding => self.stop(slot),
-            State::Returning => (),
+            State::Returning => _ = self.returning.remove(&self.sequences[slot].rank),
         }
         self.sequences[slot].state = State::Ended;
         self.settle(slot);
@@ -428,7 +431,10 @@ impl Scheduler {
         }
         match sequence.state {
             State::Ended => self.sequences.remove(slot),
-            _ => self.wait(slot),
+            _ => {
+                self.returning.remove(&sequence.rank);
+                self.wait(slot);
+            }
         }
     }
 }

@@ -261,9 +261,21 @@ impl<'a, W: World> Run<'a, W> {
         }
     }
 
-    /// The host plans what it can, else reads a message, as the engine's thread does.
+    /// The host reads all requests that have come, plans what it can, else reads a result, as the engine's thread does.
     fn host(&mut self) {
         loop {
+            let command = self.inbox.iter().position(|message| !matches!(message, Message::Result(_)));
+            match command.and_then(|i| self.inbox.remove(i)) {
+                Some(Message::Request(i)) => {
+                    self.submit(i);
+                    continue;
+                }
+                Some(Message::Cancel(i)) => {
+                    self.end(i, End::Cancelled);
+                    continue;
+                }
+                _ => (),
+            }
             if let Some(step) = self.scheduler.plan() {
                 self.world.planned(self.now, &step, &self.scheduler);
                 let (number, shape) = (step.step, PassShape::of(&step.batch));
@@ -273,15 +285,11 @@ impl<'a, W: World> Run<'a, W> {
                 self.host_busy = true;
                 return self.at(self.now + self.machine.planning, Event::Sent(number));
             }
-            let Some(message) = self.inbox.pop_front() else {
+            let Some(Message::Result(step)) = self.inbox.pop_front() else {
                 self.host_busy = false;
                 return;
             };
-            match message {
-                Message::Request(i) => self.submit(i),
-                Message::Cancel(i) => self.end(i, End::Cancelled),
-                Message::Result(step) => self.result(step),
-            }
+            self.result(step);
         }
     }
 

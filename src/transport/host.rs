@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Closed, Ends, Receiver, Sender, Transport};
+use super::{Closed, Ends, EndsBetween, Receiver, Sender, Transport};
 use crate::{
     backend::Backend,
     batch::Step,
@@ -31,7 +31,7 @@ impl Host {
         to: Arc<B>,
         depth: usize,
         len_max: usize,
-    ) -> Result<(Box<dyn Sender<A>>, Box<dyn Receiver<B>>)> {
+    ) -> Result<EndsBetween<A, B>> {
         assert!(depth > 0, "a boundary without buffers; this is a bug");
         let (full_in, full_out) = channel::bounded(depth);
         let (free_in, free_out) = channel::bounded(depth);

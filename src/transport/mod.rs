@@ -30,7 +30,10 @@ pub trait Transport<B: Backend>: Sync {
 }
 
 /// The two ends of a boundary.
-pub type Ends<B> = (Box<dyn Sender<B>>, Box<dyn Receiver<B>>);
+pub type Ends<B> = EndsBetween<B, B>;
+
+/// The two ends of a boundary between devices of two kinds.
+pub type EndsBetween<A, B> = (Box<dyn Sender<A>>, Box<dyn Receiver<B>>);
 
 /// The end that a stage writes to.
 pub trait Sender<B: Backend>: Send {

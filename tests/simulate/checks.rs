@@ -190,8 +190,7 @@ impl Checks {
         }
         for seq in step.batch.outputs.iter().map(|output| output.seq.0) {
             if self.clients[seq as usize].asked == 1 && self.clients[seq as usize].told == 0 {
-                // One that has lost its blocks before its first token may be late.
-                let has = |client: &Client, own| client.started > 0 || client.priority > own;
+                let has = |client: &Client, own| client.asked > 0 || client.priority > own;
                 self.nobody_before(seq, "has its first token", has);
             }
         }

@@ -91,6 +91,7 @@ impl Scheduler {
                 sequence.rank = sequence.rank.raised();
             }
         }
+        self.returning.insert(sequence.rank);
         self.settle(slot);
     }
 

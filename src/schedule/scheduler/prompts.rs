@@ -36,6 +36,9 @@ impl Scheduler {
                 return;
             }
             let Some((rank, slot)) = self.waiting.next(after) else { return };
+            if self.returning.first().is_some_and(|&first| first < rank) {
+                return;
+            }
             match self.find_prefix(slot) {
                 Prefix::Coming => after = Some(rank),
                 Prefix::Found(prefix) => {
@@ -63,9 +66,10 @@ impl Scheduler {
     }
 
     /// How many prompt tokens a micro-batch has room for now that others wait: where few wait, they are spread over
-    /// all micro-batches in flight, so that no stage waits long for its first one.
+    /// all micro-batches in flight, so that no stage waits long for its first one; a single stage has nobody to keep waiting.
     pub(super) fn cut_anew(&mut self) {
-        let share = self.prompt_tokens.div_ceil(self.config.in_flight_max()).next_multiple_of(KV_BLOCK);
+        let parts = if self.config.slots == 1 { 1 } else { self.config.in_flight_max() };
+        let share = self.prompt_tokens.div_ceil(parts).next_multiple_of(KV_BLOCK);
         self.cut = share.max(self.config.chunk_min).min(self.config.chunk);
     }
 
