@@ -277,13 +277,15 @@ impl EngineBuilder {
         let context = self.plan_context(&spec)?;
         let layout = self.plan_layout(&spec, dtype, context)?;
         let gpus = layout.stages().iter().any(|stage| stage.device != Device::Cpu);
-        let chunk = self.chunk.unwrap_or(if gpus { CHUNK_GPU } else { CHUNK_CPU }).min(context);
+        let running = self.running.unwrap_or(if gpus { RUNNING_GPU } else { RUNNING_CPU });
+        // Several short prompts share a chunk; more than all sequences together hold never comes.
+        let chunk = self.chunk.unwrap_or(if gpus { CHUNK_GPU } else { CHUNK_CPU });
+        let chunk = chunk.min(context.saturating_mul(running));
         let chunk_min = match (self.chunk, gpus) {
             (Some(_), _) => chunk,
             (None, true) => CHUNK_MIN_GPU.min(chunk),
             (None, false) => CHUNK_MIN_CPU.min(chunk),
         };
-        let running = self.running.unwrap_or(if gpus { RUNNING_GPU } else { RUNNING_CPU });
         let mut scheduling = SchedulerConfig {
             slots: self.slots.unwrap_or_else(|| devices(&layout)),
             chunk,
@@ -334,7 +336,7 @@ impl EngineBuilder {
         let running = self.running.unwrap_or(RUNNING_GPU);
         // Sequences with a third of them new, as usual, where contexts are short.
         let (prompt, new) = (usual.prompt.min(context * 2 / 3), usual.new.min(context / 3).max(1));
-        let chunk = self.chunk.unwrap_or(CHUNK_GPU).min(context);
+        let chunk = self.chunk.unwrap_or(CHUNK_GPU).min(context.saturating_mul(running));
         let all_layers = spec.kv_bytes_per_token(dtype) * layers;
         let unplaced = Unplaced {
             spec,
