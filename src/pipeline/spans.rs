@@ -404,10 +404,8 @@ impl<B: Backend> Reader<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        backend::cpu::Cpu,
-        batch::{OutputRow, SeqId, SeqRows},
-    };
+    use crate::backend::cpu::Cpu;
+    use crate::batch::{OutputRow, SeqId, SeqRows};
 
     /// Of sequences with so many rows after so many tokens; whether their next token is wanted.
     fn batch(seqs: &[(usize, usize, bool)]) -> MicroBatch {
