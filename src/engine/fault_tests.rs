@@ -294,9 +294,8 @@ fn a_thread_that_hangs_is_left_behind() {
     for mode in [Mode::Apart, Mode::Ahead] {
         watched(format!("{mode:?}"), move || {
             let faults = vec![
-                Fault::new(0, Point::SetBatch, Kind::Slow(Duration::from_secs(8)), 6..7),
-                // By then the first stage has come to the next step, and hangs.
-                Fault::new(2, Point::Sample, Kind::Slow(Duration::from_millis(500)), 5..6),
+                // What comes after the fault is a step, or the end.
+                Fault::new(0, Point::AfterReceive, Kind::Slow(Duration::from_secs(8)), 6..7),
                 Fault::new(2, Point::Sample, Kind::DeviceError, 5..6),
             ];
             let wire = wire(mode, plan(faults), Duration::from_millis(100));
