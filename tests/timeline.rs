@@ -61,7 +61,9 @@ fn every_step_has_a_bar_on_every_stage_and_an_arrow_at_every_boundary() {
     }
     // The last token of six is never fed.
     let prompts: u64 = (0..8).map(|i| 5 + 4 * i).sum();
-    assert_eq!((rows, prompt_rows), (prompts + 8 * 5, prompts));
+    assert_eq!(rows, prompts + 8 * 5);
+    // A prompt's last chunk may be a single row, which looks like any step.
+    assert!(prompt_rows <= prompts && prompts - prompt_rows < 8, "{prompt_rows} of {prompts}");
     assert_eq!((kinds[0].as_str(), kinds.last().unwrap().as_str()), ("prompt", "decode"));
     for stage in 0..3 {
         let mut times: Vec<(u64, u64)> = bars

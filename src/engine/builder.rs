@@ -74,6 +74,7 @@ pub struct EngineBuilder {
     dtype: Option<DType>,
     weights: WeightSource,
     max_context: Option<usize>,
+    expected: Option<(usize, usize)>,
     kv_memory: Option<usize>,
     slots: Option<usize>,
     chunk: Option<usize>,
@@ -161,6 +162,13 @@ impl EngineBuilder {
     /// The longest sequence, prompt and answer together. Default: the model's, at most 8,192.
     pub fn max_context(mut self, tokens: usize) -> Self {
         self.max_context = Some(tokens);
+        self
+    }
+
+    /// Prompt and new tokens of a usual request, which the cut is planned for where none is given: prompts alone hardly use
+    /// the head, and many short answers use it much. Default: 512 and 256.
+    pub fn expect(mut self, prompt: usize, new: usize) -> Self {
+        self.expected = Some((prompt, new));
         self
     }
 
@@ -335,7 +343,8 @@ impl EngineBuilder {
         let usual = Workload::default();
         let running = self.running.unwrap_or(RUNNING_GPU);
         // Sequences with a third of them new, as usual, where contexts are short.
-        let (prompt, new) = (usual.prompt.min(context * 2 / 3), usual.new.min(context / 3).max(1));
+        let short = (usual.prompt.min(context * 2 / 3), usual.new.min(context / 3).max(1));
+        let (prompt, new) = self.expected.unwrap_or(short);
         let chunk = self.chunk.unwrap_or(CHUNK_GPU).min(context.saturating_mul(running));
         let all_layers = spec.kv_bytes_per_token(dtype) * layers;
         let unplaced = Unplaced {

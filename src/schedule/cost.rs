@@ -56,6 +56,7 @@ impl PassShape {
 
 /// What a stage's time is made of, in seconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct StageCost {
     /// A pass, whatever is in it.
     pub base: f64,

@@ -16,7 +16,9 @@ use crate::{
 
 const SEQUENCES: usize = 9;
 const CONTEXT: usize = 1280;
-const LIMITS: Limits = Limits { rows_max: 640, seqs_max: 16, outputs_max: 640, context_max: CONTEXT };
+/// Of sequences whose tokens are shared out among blocks.
+const LONG: usize = 4608;
+const LIMITS: Limits = Limits { rows_max: 640, seqs_max: 16, outputs_max: 640, context_max: LONG };
 const ROTATION_SCALE: f32 = 1.1;
 
 /// Prompts, chunks after cached tokens, single steps, and mixtures. The last steps of all sequences are recorded and
@@ -263,6 +265,29 @@ fn a_long_context_in_single_steps() {
         for i in 0..40 {
             let micro = next(&mut sequences, i, &[(1, 1), (0, 1)]);
             trial.step(&format!("single step {i}"), &micro);
+        }
+    }
+}
+
+/// There are too few tiles of rows for all multiprocessors: blocks share a tile's tokens.
+#[test]
+fn few_rows_after_many_tokens() {
+    let rest: &[&Parts] =
+        &[&[(0, 5)], &[(0, 130), (1, 40)], &[(0, 33), (1, 1)], &[(1, 2)], &[(0, 1), (1, 64)]];
+    for (head_dim, window) in [(64, None), (80, Some(3000)), (96, Some(100)), (128, None), (256, Some(1500))]
+    {
+        for dtype in [DType::BF16, DType::F16] {
+            let Some(gpu) = gpu(dtype, head_dim) else { return };
+            let heads = HeadShape { heads: 3, kv_heads: 1, head_dim };
+            let (case, cpu) = (Case { heads, dtype, window, norm: false }, cpu());
+            let mut sequences = Sequences::new(2, LONG);
+            let mut trial = Trial::new(case, &gpu, &cpu, sequences.blocks());
+            let begin = if quick() { 2 } else { 7 };
+            let steps = (0..begin).map(|_| -> &Parts { &[(0, 600)] }).chain(rest.iter().copied());
+            for (i, parts) in steps.enumerate() {
+                let micro = sequences.step(parts);
+                trial.step(&format!("step {i} {parts:?}"), &micro);
+            }
         }
     }
 }

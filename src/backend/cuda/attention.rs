@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::{
-    Batch, Buf, Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Kv, Loading, Stream, batch::BatchView,
+    Batch, Buf, Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Kv, Loading, Module, Stream, batch::BatchView,
     launch::args, memory::DeviceBuf,
 };
 use crate::{
@@ -23,8 +23,14 @@ const DECODE_RINGS: [(usize, usize); 6] = [(8, 4), (8, 3), (8, 2), (6, 2), (4, 2
 /// Bytes of shared memory of a block of attention_decode.cu beside the dynamic ones, at most.
 const DECODE_STATIC: u32 = 2 << 10;
 
+/// Tokens that a block of attention_prefill.cu is given at least, where they are shared out, and shares at most.
+const SHARE_TOKENS: usize = 512;
+const SHARES_MAX: usize = 8;
+/// Rows of a block of attention_prefill_merge.
+const MERGE_ROWS: usize = 4;
+
 /// Bytes of the kernels' scratch on GPUs of up to 200 multiprocessors, each with two blocks.
-pub(super) const SCRATCH_BYTES_MAX: usize = 16 << 20;
+pub(super) const SCRATCH_BYTES_MAX: usize = 48 << 20;
 
 /// What the type and the head size allow.
 pub(super) enum Kernels {
@@ -34,12 +40,29 @@ pub(super) enum Kernels {
 
 /// The fast kernels.
 pub(super) struct Fast {
-    prefill: Kernel,
-    /// Of a block of it.
-    prefill_threads: u32,
-    prefill_shared: u32,
+    prefill: Prefill,
     /// For up to 8 query heads of a KV head, and for more.
     decode: Vec<Decode>,
+}
+
+/// attention_prefill.cu with its scratch.
+struct Prefill {
+    kernel: Kernel,
+    /// Of a block of it.
+    threads: u32,
+    shared: u32,
+    /// For few rows after many tokens, with what it leaves.
+    shares: Shares,
+}
+
+/// Blocks of attention_prefill.cu that share the tokens of a tile of rows.
+struct Shares {
+    kernel: Kernel,
+    merge: Kernel,
+    shared: u32,
+    /// How many run at once, and may leave parts.
+    blocks: usize,
+    parts: DeviceBuf,
 }
 
 /// attention_decode.cu with its scratch.
@@ -77,7 +100,10 @@ impl Kernels {
     /// Bytes of their scratch on the GPU.
     pub(super) fn scratch_bytes(&self) -> usize {
         match self {
-            Kernels::Fast(fast) => fast.decode.iter().map(|d| d.parcels.bytes()).sum(),
+            Kernels::Fast(fast) => {
+                fast.prefill.shares.parts.bytes()
+                    + fast.decode.iter().map(|d| d.parcels.bytes()).sum::<usize>()
+            }
             Kernels::Plain(_) => 0,
         }
     }
@@ -123,21 +149,54 @@ fn decode_ring(facts: &DeviceFacts, head_dim: usize, head_tiles: usize) -> Optio
 impl Fast {
     fn load(load: &Loading, tokens: usize) -> Result<Fast> {
         let head_dim = load.of.head_dim;
-        let defines = [
-            ("DTYPE", load.dtype()),
-            ("HEAD_DIM", head_dim as u32),
-            ("BLOCK_M", PREFILL_ROWS as u32),
-            ("BLOCK_N", tokens as u32),
-        ];
-        let prefill = load.module("attention_prefill.cu", &defines)?.kernel("attention_prefill")?;
-        let prefill_shared = prefill_shared(head_dim, tokens);
-        prefill.allow_shared(prefill_shared)?;
-        // A warp has 32 rows, or 16 where a head is long.
-        let prefill_threads = if head_dim <= 128 { PREFILL_ROWS } else { 2 * PREFILL_ROWS } as u32;
+        let prefill = Prefill::load(load, tokens)?;
         // Two tiles of long heads would not fit into the registers: larger groups are taken in several goes.
         let head_tiles = if head_dim <= 128 { 1..=2 } else { 1..=1 };
         let decode = head_tiles.map(|tiles| Decode::load(load, tiles)).collect::<Result<_>>()?;
-        Ok(Fast { prefill, prefill_threads, prefill_shared, decode })
+        Ok(Fast { prefill, decode })
+    }
+}
+
+impl Prefill {
+    fn load(load: &Loading, tokens: usize) -> Result<Prefill> {
+        let head_dim = load.of.head_dim;
+        let kernel = Prefill::module(load, tokens)?.kernel("attention_prefill")?;
+        let shared = prefill_shared(head_dim, tokens);
+        kernel.allow_shared(shared)?;
+        // A warp has 32 rows, or 16 where a head is long.
+        let threads = if head_dim <= 128 { PREFILL_ROWS } else { 2 * PREFILL_ROWS } as u32;
+        Ok(Prefill { kernel, threads, shared, shares: Shares::load(load, threads)? })
+    }
+
+    fn module(load: &Loading, tokens: usize) -> Result<Module> {
+        let defines = [
+            ("DTYPE", load.dtype()),
+            ("HEAD_DIM", load.of.head_dim as u32),
+            ("BLOCK_M", PREFILL_ROWS as u32),
+            ("BLOCK_N", tokens as u32),
+        ];
+        load.module("attention_prefill.cu", &defines)
+    }
+}
+
+impl Shares {
+    fn load(load: &Loading, threads: u32) -> Result<Shares> {
+        let (head_dim, tokens) = (load.of.head_dim, 32);
+        let module = Prefill::module(load, tokens)?;
+        let kernel = module.kernel("attention_prefill_shares")?;
+        let merge = module.kernel("attention_prefill_merge")?;
+        let shared = prefill_shared(head_dim, tokens);
+        kernel.allow_shared(shared)?;
+        let each = kernel.blocks_per_multiprocessor(threads, shared)?.clamp(1, 2);
+        let blocks = (load.facts.multiprocessors * each) as usize;
+        // `Part`.
+        let parts = DeviceBuf::new(load.context, blocks * PREFILL_ROWS * (head_dim + 2) * 4)?;
+        Ok(Shares { kernel, merge, shared, blocks, parts })
+    }
+
+    /// Among how many blocks the tokens of a tile are shared out, where `pairs` of a head and a tile see up to `reach` tokens.
+    fn count(&self, pairs: usize, reach: usize) -> usize {
+        (self.blocks / pairs.max(1)).min(reach / SHARE_TOKENS).clamp(1, SHARES_MAX)
     }
 }
 
@@ -213,9 +272,11 @@ pub(super) fn attention(
                 let last = fast.decode.last().expect("one is always loaded; this is a bug");
                 operands.decode(cuda, fast.decode.iter().find(|d| group <= d.heads).unwrap_or(last))?;
             }
-            let (threads, shared) = (fast.prefill_threads, fast.prefill_shared);
-            let grid = Grid { blocks: [operands.heads, now.tiles as u32, 1], threads, shared };
-            operands.launch(cuda, &fast.prefill, grid)
+            if now.tiles == 0 {
+                return Ok(());
+            }
+            let reach = shape.window.map_or(now.reach, |window| now.reach.min(window + PREFILL_ROWS));
+            operands.prefill(cuda, &fast.prefill, now.tiles, reach)
         }
     }
 }
@@ -232,6 +293,37 @@ impl Operands {
                 &mut args![*out, *qkv, *keys, *values, *batch, *heads, *kv_heads, *window, *scale],
             )
         }
+    }
+
+    fn prefill(&self, cuda: &Cuda, prefill: &Prefill, tiles: usize, reach: usize) -> Result<()> {
+        let count = prefill.shares.count(self.heads as usize * tiles, reach);
+        let grid = |shares: usize, shared| Grid {
+            blocks: [self.heads, tiles as u32, shares as u32],
+            threads: prefill.threads,
+            shared,
+        };
+        match count {
+            1 => self.launch(cuda, &prefill.kernel, grid(1, prefill.shared)),
+            _ => self.prefill_shared(cuda, &prefill.shares, grid(count, prefill.shares.shared)),
+        }
+    }
+
+    fn prefill_shared(&self, cuda: &Cuda, shares: &Shares, grid: Grid) -> Result<()> {
+        let Operands { out, qkv, keys, values, batch, heads, kv_heads, window, scale } = self;
+        let ([_, tiles, count], parts) = (grid.blocks, shares.parts.ptr());
+        // SAFETY: (ptr × 4, Batch, u32 × 3, f32, Part*) as in attention_prefill.cu; the sizes have been checked, and there
+        // is a part for each block. One stream uses them, so launches do not meet in them.
+        unsafe {
+            cuda.launch(
+                &shares.kernel,
+                grid,
+                &mut args![*out, *qkv, *keys, *values, *batch, *heads, *kv_heads, *window, *scale, parts],
+            )?
+        };
+        let blocks = [*heads, tiles, (PREFILL_ROWS / MERGE_ROWS) as u32];
+        let grid = Grid { blocks, threads: 32 * MERGE_ROWS as u32, shared: 0 };
+        // SAFETY: (T*, Batch, u32, f32, const Part*, u32) as in attention_prefill.cu; the rest as above.
+        unsafe { cuda.launch(&shares.merge, grid, &mut args![*out, *batch, *heads, *scale, parts, count]) }
     }
 
     fn decode(&self, cuda: &Cuda, decode: &Decode) -> Result<()> {

@@ -88,6 +88,8 @@ pub(crate) struct Shape {
     pub(crate) single: usize,
     /// Tiles of the sequences of several rows.
     pub(crate) tiles: usize,
+    /// Tokens that the last row of one of these sequences sees, at most.
+    pub(crate) reach: usize,
     /// Nothing but single rows, all with an output: such a pass is recorded.
     pub(crate) decode: bool,
     /// More than the number of any KV block of it.
@@ -350,7 +352,7 @@ fn blocks_end(from: &MicroBatch) -> usize {
 
 fn shape(from: &MicroBatch) -> Shape {
     let single = from.seqs.iter().filter(|s| s.len == 1).count();
-    let several = from.seqs.iter().filter(|s| s.len > 1);
+    let several = || from.seqs.iter().filter(|s| s.len > 1);
     let rows = from.rows();
     let decode = single == from.seqs.len() && from.outputs.len() == rows && rows > 0;
     let rows_padded = pad_rows(rows);
@@ -360,7 +362,8 @@ fn shape(from: &MicroBatch) -> Shape {
         outputs: from.outputs.len(),
         outputs_padded: pad_rows(from.outputs.len()),
         single,
-        tiles: several.map(|s| s.len.div_ceil(PREFILL_ROWS)).sum(),
+        tiles: several().map(|s| s.len.div_ceil(PREFILL_ROWS)).sum(),
+        reach: several().map(|s| s.cached + s.len).max().unwrap_or(0),
         decode,
         blocks: blocks_end(from),
     }

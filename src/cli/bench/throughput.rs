@@ -130,6 +130,7 @@ impl ThroughputArgs {
     fn start(&self) -> Result<(Engine, Loaded)> {
         let Workload { requests, input_len, output_len, then_input_len, .. } = self.workload;
         let mut builder = self.setup.builder()?;
+        builder = builder.expect(input_len as usize, output_len as usize);
         if self.runs.exact {
             builder = builder.measure_all();
         }
