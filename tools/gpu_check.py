@@ -12,6 +12,8 @@ compute-sanitizer. No Rust. The checks:
     racecheck  the same: no race in shared memory
     7b-…       tokens per second of random weights, with the goal for as many GPUs
     attention  decode attention by itself (the ignored tests of tests/gpu.rs): its share of a copy's bytes per second
+    late       four GPUs: what a prompt of 8,192 tokens does to the time between tokens of 128 others
+    prefix-…   four GPUs: time to the first token of 64 requests that begin with the same 2,048 tokens, without and with reuse
     boundary-… time per token of one request to 7b with so many stages: what a boundary adds to one stage's
 """
 import argparse, concurrent.futures, json, os, pathlib, re, shutil, signal, subprocess, sys, sysconfig, time
@@ -32,6 +34,14 @@ BENCHES = [
     ("72b", 32, 4096, 1, "prompt", {4: 12047}),
 ]
 
+# Idle share of the slowest of several stages, at most, where so many requests decode.
+BUBBLE_GOAL, BUBBLE_REQUESTS = 0.03, 256
+# Between others' tokens while a long prompt is worked on, the longest time in medians, at most.
+LATE_GOAL = 2.0
+# Time to first token without reuse of a shared prefix over that with it, at least.
+PREFIX_GOAL = 5.0
+# Kernels of cublasLt: they synchronise by means that racecheck does not know.
+NOT_OURS = ("nvjet", "cutlass", "sm80_xmma", "sm90_xmma", "ampere_")
 # Of a copy's rate, what decode attention should reach at least.
 ATTENTION_GOAL = 0.80
 # Stages whose time per token is compared with one stage's, and microseconds that each boundary may add to it.
@@ -88,15 +98,56 @@ def judge_tests(code, text):
     return ", ".join(parts), code == 0 and passed > 0 and (not errors or errors[1] == "0")
 
 
-def judge_bench(goal, measured):
+def judge_races(code, text):
+    """The same under racecheck, for the project's own kernels."""
+    pairs = re.findall(r"Race reported between \w+ access at (\S+?)\+0x.*?and \w+ access at (\S+?)\+0x", text, re.S)
+    ours = [pair for pair in pairs if not all(name.startswith(NOT_OURS) for name in pair)]
+    shown, _ = judge_tests(0, re.sub(r"RACECHECK SUMMARY: \d+", f"RACECHECK SUMMARY: {len(ours)}", text))
+    passed = re.search(r"^test result: ok", text, re.M)
+    theirs = f", {len(pairs) - len(ours)} in cublasLt's own kernels" if len(pairs) > len(ours) else ""
+    return shown + theirs, bool(passed) and not ours and code in (0, 9)
+
+
+def json_of(text):
+    """The object that a bench has printed, if it has."""
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else None
+
+
+def judge_bench(goal, measured, bubble_goal=None):
     def judge(code, text):
-        lines = [line for line in text.splitlines() if line.startswith("{")]
-        if code != 0 or not lines:
+        figures = json_of(text)
+        if code != 0 or not figures:
             return text.strip().splitlines()[-1][:160] if text.strip() else f"exit code {code}", False
-        rate = json.loads(lines[-1])[f"{measured}_tokens_per_s"]
-        rate = rate["median"] if isinstance(rate, dict) else rate
+        rate = figures[f"{measured}_tokens_per_s"]["median"]
         share = f", {rate / goal:.2f} of the goal of {goal:,}" if goal else ""
-        return f"{rate:,.1f} {measured} tokens/s{share}", not goal or rate >= goal
+        ok, steady = not goal or rate >= goal, figures["pipeline"]["steady"]
+        if bubble_goal and steady:
+            share += f", bubble {steady['bubble']:.1%} (goal {bubble_goal:.0%}), imbalance {steady['imbalance']:.1%}"
+            ok = ok and steady["bubble"] <= bubble_goal
+        return f"{rate:,.1f} {measured} tokens/s{share}", ok
+    return judge
+
+
+def judge_late(code, text):
+    figures = json_of(text)
+    if code != 0 or not figures:
+        return judge_tests(code, text)[0], False
+    late = figures["late_prompt"]
+    ratio = late["gap_max_over_median"]
+    return f"longest gap {late['gap_max_ms']:.1f} ms, {ratio:.2f} medians (goal {LATE_GOAL}); its token after {late['ttft_ms']:.0f} ms", ratio <= LATE_GOAL
+
+
+def judge_prefix(reuse, times):
+    def judge(code, text):
+        figures = json_of(text)
+        if code != 0 or not figures:
+            return judge_tests(code, text)[0], False
+        times[reuse] = figures["ttft_ms"]["median"]
+        if not reuse or False not in times:
+            return f"{times[reuse]:.1f} ms to the first token", True
+        ratio = times[False] / times[True]
+        return f"{times[True]:.1f} ms to the first token, {ratio:.1f} times sooner (goal {PREFIX_GOAL:.0f})", ratio >= PREFIX_GOAL
     return judge
 
 
@@ -202,9 +253,10 @@ def plan(bundle, count, test_filter):
         quick = {"PIPELINE_INFER_GPU_QUICK": "1"}
 
         def under(tool, *more):
-            command = [sanitizer(), "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *more,
+            command = [sanitizer(), "--tool", tool, "--error-exitcode", "9", "--print-limit", "100", *more,
                        programs / "gpu", "--test-threads=1", *skips, *chosen]
-            return Check(tool, command, 240, quick)
+            judge = judge_races if tool == "racecheck" else judge_tests
+            return Check(tool, command, 240, quick, judge)
         groups.append([under("memcheck"), under("racecheck", "--racecheck-report", "analysis")])
     for model, requests, given, new, measured, goals in BENCHES:
         fits = count >= (1 if model == "7b" else 4)
@@ -213,7 +265,18 @@ def plan(bundle, count, test_filter):
                        "dummy", "--stages", count, "--requests", requests, "--input-len", given, "--output-len", new,
                        "--format", "json"]
             name, goal = f"{model}-{requests}x{given}x{new}", goals.get(count)
-            groups.append([Check(name, command, 180, judge=judge_bench(goal, measured), log="benches")])
+            bubble = BUBBLE_GOAL if count > 1 and requests == BUBBLE_REQUESTS else None
+            command += ["--exact"] * (bubble is not None)
+            groups.append([Check(name, command, 180, judge=judge_bench(goal, measured, bubble), log="benches")])
+    if count >= 4 and not test_filter:
+        bench = [programs / "pipeline-infer", "bench", "throughput", "--model", bundle / "models" / "7b", "--weights", "dummy",
+                 "--stages", count, "--format", "json", "--requests"]
+        late = [*bench, 128, "--input-len", 512, "--output-len", 512, "--then-input-len", 8192]
+        groups.append([Check("late", late, 120, judge=judge_late, log="benches")])
+        prefix, times = [*bench, 64, "--input-len", 2112, "--shared-prefix", 2048, "--output-len", 16], {}
+        for reuse, flags in ((False, ["--no-prefix-cache"]), (True, [])):
+            name = f"prefix-{'on' if reuse else 'off'}"
+            groups.append([Check(name, [*prefix, *flags], 120, judge=judge_prefix(reuse, times), log="benches")])
     if not test_filter:
         command = [programs / "gpu", "--ignored", "--nocapture", "--test-threads=1", "speed::"]
         groups.append([Check("attention", command, 120, judge=judge_attention)])
