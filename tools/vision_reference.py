@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Small images, and what Pillow and transformers make of them: tests/data/vision.
+"""Small images, a small vision tower, and what Pillow and transformers make of them: tests/data/vision and vision-tower.
 
 Needs torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 pillow==13.0.0 numpy. For developers; the results are committed.
 
-    python3 tools/vision_reference.py             # rewrites tests/data/vision
+    python3 tools/vision_reference.py             # rewrites both folders
 
 What the files hold: tests/data/README.md.
 """
@@ -16,12 +16,14 @@ import zlib
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors.torch import save_file
 from transformers import Qwen2_5_VLConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel, Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+TOWER = pathlib.Path(__file__).resolve().parent.parent / "tests" / "data" / "vision-tower"
 OUT = pathlib.Path(__file__).resolve().parent.parent / "tests" / "data" / "vision"
 MIN, MAX = 3136, 12845056
 IMAGE, VIDEO, TEXT = 1000, 1001, 7
@@ -235,11 +237,47 @@ def hostile():
             patch("bomb.tiff", entry + 2, struct.pack("<HII", 4, 1, 60000))
 
 
-def main():
-    if OUT.exists():
-        for path in sorted(OUT.rglob("*"), reverse=True):
+def tower():
+    """A random tower in f16, and its tokens in f32 for patches that a formula makes."""
+    shape = {"depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 44, "out_hidden_size": 24, "window_size": 112}
+    vision = shape | {"fullatt_block_indexes": [1], "tokens_per_second": 2, "hidden_act": "silu", "in_chans": 3}
+    vision |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    config = Qwen2_5_VLConfig(vision_config=vision).vision_config
+    config._attn_implementation = "eager"
+    model = Qwen2_5_VisionTransformerPretrainedModel(config).eval()
+    generator, tensors = torch.Generator().manual_seed(3), {}
+    for name, tensor in model.state_dict().items():
+        spread = 0.1 if "norm" in name or "ln_q" in name else 0.06 if "patch_embed" in name else 0.25
+        values = torch.randn(tensor.shape, generator=generator) * spread + (1 if spread == 0.1 else 0)
+        tensors["visual." + name] = values.half()
+        tensor.copy_(values.half().float())
+    save_file(tensors, TOWER / "model.safetensors")
+    grids = [[1, 10, 18], [1, 4, 6], [2, 6, 10], [1, 2, 2]]
+    thw = torch.tensor(grids)
+    i = np.arange(int(thw.prod(1).sum()) * 1176)
+    patches = torch.from_numpy((i * 7919 % 1009).astype(np.float32) / np.float32(1009) * 4 - 2).view(-1, 1176)
+    with torch.no_grad():
+        tokens = model(patches, thw).pooler_output
+        model = model.double()
+        exact = model(patches.double(), thw).pooler_output
+    (TOWER / "config.json").write_text(json.dumps({"vision_config": vision}) + "\n")
+    (TOWER / "tokens.f32").write_bytes(tokens.numpy().astype("<f4").tobytes())
+    golden = {"grids": grids, "tokens": "tokens.f32", "largest": float(tokens.abs().max())}
+    golden |= {"largest_difference_to_f64": float((tokens - exact).abs().max())}
+    (TOWER / "golden.json").write_text(json.dumps(golden) + "\n")
+
+
+def empty(folder):
+    if folder.exists():
+        for path in sorted(folder.rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
-    OUT.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def main():
+    empty(OUT)
+    empty(TOWER)
+    tower()
     golden = {"images": images(write_sources()), "video": video(), "windows": windows(), "positions": positions()}
     hostile()
     lines = [f'"{key}": ' + json.dumps(value, separators=(",", ":")) for key, value in golden.items()]
