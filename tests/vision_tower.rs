@@ -28,7 +28,7 @@ fn config(folder: &Path, blocks: Range<usize>) -> TowerConfig {
 }
 
 fn golden() -> (Vec<Grid>, Vec<f32>) {
-    let value: Value = serde_json::from_slice(&fs::read(data(FOLDER).join("golden.json")).unwrap()).unwrap();
+    let value: Value = serde_json::from_slice(&fs::read(data(FOLDER).join("tower.json")).unwrap()).unwrap();
     let grids: Vec<[u32; 3]> = serde_json::from_value(value["grids"].clone()).unwrap();
     let tokens = fs::read(data(FOLDER).join("tokens.f32")).unwrap();
     let number = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().unwrap());

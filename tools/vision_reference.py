@@ -264,7 +264,7 @@ def tower():
     (TOWER / "tokens.f32").write_bytes(tokens.numpy().astype("<f4").tobytes())
     golden = {"grids": grids, "tokens": "tokens.f32", "largest": float(tokens.abs().max())}
     golden |= {"largest_difference_to_f64": float((tokens - exact).abs().max())}
-    (TOWER / "golden.json").write_text(json.dumps(golden) + "\n")
+    (TOWER / "tower.json").write_text(json.dumps(golden) + "\n")
 
 
 def empty(folder):
