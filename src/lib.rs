@@ -50,8 +50,9 @@
 //! # }
 //! ```
 //!
-//! The modules, in the order of a request's way: [`request`] and [`text`] (prompts to tokens and back),
-//! [`engine`] (threads and channels), [`schedule`] (what runs next), [`simulate`] (the same under a virtual clock), [`batch`] (what crosses to the stages),
+//! The modules, in the order of a request's way: [`request`], [`text`] (prompts to tokens and back) and
+//! [`vision`] (pixels to patches, whose places are in [`grid`]), [`engine`] (threads and channels), [`schedule`]
+//! (what runs next), [`simulate`] (the same under a virtual clock), [`batch`] (what crosses to the stages),
 //! [`pipeline`] and [`transport`] (stages and the boundaries between them), [`layout`], [`model`] (the forward
 //! pass over the ops), [`backend`] (the ops).
 
@@ -60,6 +61,7 @@ pub mod batch;
 pub mod cli;
 pub mod engine;
 pub mod error;
+pub mod grid;
 pub mod layout;
 pub mod model;
 pub mod pipeline;
@@ -70,6 +72,7 @@ mod sync;
 pub mod telemetry;
 pub mod text;
 pub mod transport;
+pub mod vision;
 
 pub use engine::{Engine, EngineBuilder, Events};
 pub use error::{Error, Result};

@@ -13,6 +13,7 @@ const RANKS: &[(&str, u32)] = &[
     ("engine", 7),
     ("simulate", 6),
     ("text", 5),
+    ("vision", 5),
     ("schedule", 5),
     ("pipeline", 5),
     ("transport", 4),
@@ -22,6 +23,7 @@ const RANKS: &[(&str, u32)] = &[
     ("batch", 1),
     ("request", 1),
     ("sync", 0),
+    ("grid", 1),
     ("error", 0),
 ];
 
@@ -128,8 +130,8 @@ fn the_import_reader_sees_what_there_is() {
 }
 
 #[test]
-fn schedule_simulate_and_text_know_no_device() {
-    for path in ["src/schedule", "src/simulate", "src/text"].into_iter().flat_map(sources) {
+fn schedule_simulate_text_and_vision_know_no_device() {
+    for path in ["src/schedule", "src/simulate", "src/text", "src/vision"].into_iter().flat_map(sources) {
         let text = fs::read_to_string(&path).unwrap();
         let devices: Vec<String> =
             imports(&text).into_iter().filter(|i| i == "backend" || i == "model").collect();

@@ -7,6 +7,7 @@ pub mod cpu;
 pub mod cuda;
 mod random;
 mod tensor;
+pub mod vision;
 
 pub use random::{Random, mix};
 pub use tensor::{Bytes, DType, Store, Tensor};

@@ -9,6 +9,7 @@ mod mapped;
 pub mod shapes;
 pub mod spec;
 pub mod units;
+pub mod vision;
 pub mod weights;
 
 pub use folder::{Model, open_model};

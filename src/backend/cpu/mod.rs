@@ -18,6 +18,7 @@ mod pool;
 pub mod reference;
 mod rope;
 pub mod sample;
+mod segments;
 mod simd;
 
 use std::{

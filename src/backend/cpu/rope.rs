@@ -104,7 +104,7 @@ fn row_of_heads<V: Vector>(job: &Job, seq: usize, row: usize, qkv: &mut [f32]) {
 
 /// Each pair of numbers, half a head apart, turns.
 #[inline(always)]
-fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+pub(super) fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (low, high) = head.split_at_mut(cos.len());
     for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
         (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);

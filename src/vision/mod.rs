@@ -1,0 +1,155 @@
+//! Images and videos to rows of floats: decoding, resizing, patches. No weights, no device.
+//!
+//! Everything here is a function of its arguments; callers choose the threads.
+
+mod config;
+mod decode;
+mod patches;
+mod prompt;
+mod resize;
+mod size;
+
+pub use config::Recipe;
+pub use decode::{Limits, Rgb, decode};
+pub use patches::{Cut, Patches};
+pub use prompt::{Media, Pads, Placed, place};
+pub use resize::resize;
+pub use size::{Bounds, Size, smart_resize};
+
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use crate::error::{Error, Result, shown};
+
+/// Frames of a video, at most.
+pub const FRAMES_MAX: usize = 768;
+
+const IMAGE_BOUNDS: Bounds = Bounds { min: 56 * 56, max: 28 * 28 * 1280 };
+const VIDEO_BOUNDS: Bounds = Bounds { min: 128 * 28 * 28, max: 28 * 28 * 768 };
+/// All frames of a video share the pixels of this many tokens: nine tenths of 128,000.
+const VIDEO_TOKENS_MAX: u64 = 115_200;
+
+/// What a model's folder says about pixels.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Preprocessor {
+    /// For images.
+    pub image: Recipe,
+    /// For frames of videos.
+    pub video: Recipe,
+    /// What files may take.
+    pub limits: Limits,
+}
+
+/// A video as the vision tower reads it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Video {
+    /// Its patches.
+    pub patches: Patches,
+    /// Seconds from one row of the grid's time to the next.
+    pub seconds: f64,
+}
+
+impl Preprocessor {
+    /// Reads preprocessor_config.json of a model's folder, and video_preprocessor_config.json where there is one.
+    pub fn read(dir: &Path) -> Result<Preprocessor> {
+        let path = dir.join("preprocessor_config.json");
+        let missing =
+            || Error::io(&path, "is missing: the model's folder does not say how to prepare images");
+        let image = Recipe::read(&path, IMAGE_BOUNDS)?.ok_or_else(missing)?;
+        let video = Recipe::read(&dir.join("video_preprocessor_config.json"), VIDEO_BOUNDS)?.unwrap_or(image);
+        Ok(Preprocessor { image, video, limits: Limits::default() })
+    }
+
+    /// With other bounds of pixels for images and frames. One that is given wins over the other's default.
+    pub fn with_pixels(mut self, min: Option<u64>, max: Option<u64>) -> Result<Preprocessor> {
+        for recipe in [&mut self.image, &mut self.video] {
+            let mut bounds = recipe.bounds;
+            bounds.min = min.unwrap_or(bounds.min.min(max.unwrap_or(u64::MAX)));
+            bounds.max = max.unwrap_or(bounds.max.max(bounds.min));
+            recipe.bounds =
+                config::check(bounds, recipe.cut.factor()).map_err(|why| Error::usage("pixels", why))?;
+        }
+        Ok(self)
+    }
+
+    /// An image from a file.
+    pub fn image_file(&self, path: &Path) -> Result<Patches> {
+        self.image(path, &read(path, self.limits)?)
+    }
+
+    /// An image from a file's bytes; `path` is for messages.
+    pub fn image(&self, path: &Path, bytes: &[u8]) -> Result<Patches> {
+        let image = decode(path, bytes, self.limits)?;
+        let Recipe { bounds, cut } = self.image;
+        let size = smart_resize(image.size, cut.factor(), bounds).map_err(|why| Error::data(path, why))?;
+        Ok(cut.cut(&[resize(image, size)]))
+    }
+
+    /// A video from the files of its frames, of which there are `fps` a second.
+    pub fn video_files(&self, frames: &[PathBuf], fps: f64) -> Result<Video> {
+        if !(fps.is_finite() && fps > 0.0) {
+            return Err(Error::usage("fps", format!("{fps} is no number of frames a second")));
+        }
+        let Recipe { bounds, cut } = self.video;
+        let Some(first) = frames.first() else {
+            return Err(Error::Request("a video has no frames".into()));
+        };
+        if frames.len() > FRAMES_MAX {
+            let why = format!("a video has {} frames, more than {FRAMES_MAX}", frames.len());
+            return Err(Error::Request(why));
+        }
+        let bounds = share(bounds, cut, frames.len() as u64);
+        let (mut of_first, mut resized) = (None, Vec::with_capacity(frames.len()));
+        for path in frames {
+            let frame = decode(path, &read(path, self.limits)?, self.limits)?;
+            let of_first = *of_first.get_or_insert(frame.size);
+            if frame.size != of_first {
+                let [a, b] = [frame.size, of_first].map(|s| format!("{}x{}", s.width, s.height));
+                return Err(Error::data(path, format!("is {a}, and the video's first frame is {b}")));
+            }
+            let size =
+                smart_resize(frame.size, cut.factor(), bounds).map_err(|why| Error::data(first, why))?;
+            resized.push(resize(frame, size));
+        }
+        Ok(Video { patches: cut.cut(&resized), seconds: f64::from(cut.frames) / fps })
+    }
+}
+
+/// A frame's bounds where all frames share a number of tokens.
+fn share(bounds: Bounds, cut: Cut, frames: u64) -> Bounds {
+    let total = VIDEO_TOKENS_MAX * u64::from(cut.factor()).pow(2);
+    let even = total * u64::from(cut.frames) / frames;
+    let floor = (bounds.min as f64 * 1.05) as u64;
+    Bounds { max: bounds.max.min(even).max(floor), ..bounds }
+}
+
+/// A file's bytes, no more than there may be.
+fn read(path: &Path, limits: Limits) -> Result<Vec<u8>> {
+    let file = File::open(path).map_err(|e| Error::io(path, shown(&e.to_string())))?;
+    let meta = file.metadata().map_err(|e| Error::io(path, e))?;
+    if !meta.is_file() {
+        return Err(Error::io(path, "is not a file"));
+    }
+    let mut bytes = Vec::with_capacity(meta.len().min(limits.bytes_max) as usize);
+    file.take(limits.bytes_max + 1).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_of_a_video_share_its_pixels() {
+        let cut = Recipe::parse(Path::new("c"), b"{}", VIDEO_BOUNDS).unwrap().cut;
+        let max = |frames| share(VIDEO_BOUNDS, cut, frames).max;
+        assert_eq!(max(1), 28 * 28 * 768);
+        assert_eq!(max(300), 28 * 28 * 768);
+        assert_eq!(max(480), 28 * 28 * 480);
+        // No frame is brought below the lower bound.
+        assert_eq!(max(100_000), 105_369);
+    }
+}

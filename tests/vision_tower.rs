@@ -1,0 +1,144 @@
+//! The vision tower: transformers' tokens, whatever the company, the cut into parts, the threads and the instruction set.
+
+mod common;
+
+use std::{fs, ops::Range, path::Path, sync::Arc};
+
+use common::data;
+use pipeline_infer::{
+    backend::{
+        Backend, DType,
+        cpu::{Cpu, Simd},
+    },
+    grid::Grid,
+    model::{
+        config::Config,
+        vision::{Tower, TowerConfig, VisionSpec},
+        weights::Weights,
+    },
+};
+use serde_json::Value;
+
+const FOLDER: &str = "vision-tower";
+
+fn config(folder: &Path, blocks: Range<usize>) -> TowerConfig {
+    let spec = VisionSpec::read(&Config::read(&data(FOLDER)).unwrap()).unwrap();
+    let weights = Weights::open(folder).unwrap();
+    TowerConfig { spec: spec.into(), weights: Arc::new(weights), blocks, dtype: DType::F16, rows_max: 400 }
+}
+
+fn golden() -> (Vec<Grid>, Vec<f32>) {
+    let value: Value = serde_json::from_slice(&fs::read(data(FOLDER).join("tower.json")).unwrap()).unwrap();
+    let grids: Vec<[u32; 3]> = serde_json::from_value(value["grids"].clone()).unwrap();
+    let tokens = fs::read(data(FOLDER).join("tokens.f32")).unwrap();
+    let number = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().unwrap());
+    (grids.into_iter().map(|[t, h, w]| Grid { t, h, w }).collect(), tokens.chunks(4).map(number).collect())
+}
+
+/// The patches of all images of the golden.
+fn patches(grids: &[Grid]) -> Vec<f32> {
+    let len = 1176 * grids.iter().map(|g| g.patches()).sum::<usize>();
+    (0..len).map(|i| (i * 7919 % 1009) as f32 / 1009.0 * 4.0 - 2.0).collect()
+}
+
+/// The tokens of images that go through the parts in turn.
+fn run(cpu: &Cpu, folder: &Path, parts: &[Range<usize>], grids: &[Grid], patches: &[f32]) -> Vec<f32> {
+    let mut towers: Vec<Tower<Cpu>> =
+        parts.iter().map(|part| Tower::load(cpu, &config(folder, part.clone())).unwrap()).collect();
+    let mut hidden = vec![0.0; 32 * patches.len() / 1176];
+    for (i, tower) in towers.iter_mut().enumerate() {
+        tower.set(cpu, grids).unwrap();
+        match i {
+            0 => tower.write_patches(cpu, patches).unwrap(),
+            _ => cpu.write(tower.hidden(), &hidden).unwrap(),
+        }
+        tower.forward(cpu).unwrap();
+        cpu.read(&mut hidden, tower.hidden()).unwrap();
+    }
+    let mut tokens = vec![0.0; 24 * grids.iter().map(|g| g.tokens(2)).sum::<usize>()];
+    cpu.read(&mut tokens, towers.last().unwrap().tokens()).unwrap();
+    tokens
+}
+
+fn whole(cpu: &Cpu, grids: &[Grid], patches: &[f32]) -> Vec<f32> {
+    run(cpu, &data(FOLDER), std::slice::from_ref(&(0..3)), grids, patches)
+}
+
+#[test]
+fn tokens_are_those_of_transformers() {
+    let (grids, expected) = golden();
+    let tokens = whole(&Cpu::new(Some(2)), &grids, &patches(&grids));
+    assert_eq!(tokens.len(), expected.len());
+    // The largest is 19, and transformers' own f32 differs from f64 by 2e-5.
+    for (i, (ours, theirs)) in tokens.iter().zip(&expected).enumerate() {
+        assert!((ours - theirs).abs() <= 1e-4, "number {i} is {ours}, not {theirs}");
+    }
+}
+
+#[test]
+fn company_threads_and_instructions_change_no_bit() {
+    let (grids, _) = golden();
+    let patches = patches(&grids);
+    let together = whole(&Cpu::new(Some(1)), &grids, &patches);
+    for simd in Simd::ALL.into_iter().filter(|s| s.available()) {
+        let cpu = Cpu::with_simd(Some(3), simd).unwrap();
+        assert_eq!(whole(&cpu, &grids, &patches), together, "{}", simd.name());
+    }
+    let (cpu, mut rest, mut alone) = (Cpu::new(Some(2)), &patches[..], Vec::new());
+    for grid in grids {
+        let (own, after) = rest.split_at(1176 * grid.patches());
+        alone.extend(whole(&cpu, &[grid], own));
+        rest = after;
+    }
+    assert_eq!(alone, together);
+}
+
+#[test]
+fn parts_of_a_tower_are_the_whole() {
+    let (grids, _) = golden();
+    let (cpu, patches) = (Cpu::new(Some(2)), patches(&grids));
+    let together = whole(&cpu, &grids, &patches);
+    for parts in [vec![0..1, 1..3], vec![0..2, 2..3], vec![0..1, 1..2, 2..3]] {
+        assert_eq!(run(&cpu, &data(FOLDER), &parts, &grids, &patches), together, "{parts:?}");
+    }
+}
+
+#[test]
+fn both_spellings_of_the_tensors_are_read() {
+    let (grids, _) = golden();
+    let (cpu, patches) = (Cpu::new(Some(2)), patches(&grids));
+    let bytes = fs::read(data(FOLDER).join("model.safetensors")).unwrap();
+    let (len, rest) = bytes.split_at(8);
+    let (header, numbers) = rest.split_at(u64::from_le_bytes(len.try_into().unwrap()) as usize);
+    let header = String::from_utf8(header.to_vec()).unwrap().replace("\"visual.", "\"model.visual.");
+    let folder = tempfile::tempdir().unwrap();
+    let renamed = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), numbers].concat();
+    fs::write(folder.path().join("model.safetensors"), renamed).unwrap();
+    assert_eq!(
+        run(&cpu, folder.path(), std::slice::from_ref(&(0..3)), &grids, &patches),
+        whole(&cpu, &grids, &patches)
+    );
+}
+
+#[test]
+fn more_patches_than_there_is_room_for_are_refused() {
+    let cpu = Cpu::new(Some(1));
+    let mut tower = Tower::load(&cpu, &config(&data(FOLDER), 0..3)).unwrap();
+    let error = tower.set(&cpu, &[Grid { t: 1, h: 20, w: 22 }]).unwrap_err().to_string();
+    assert_eq!(error, "request: 440 patches where there is room for 400");
+}
+
+#[test]
+fn random_weights_make_a_tower_too() {
+    let cpu = Cpu::new(Some(2));
+    let weights = Arc::new(Weights::dummy(DType::BF16, 1));
+    let config = TowerConfig { weights, dtype: DType::BF16, ..config(&data(FOLDER), 0..3) };
+    let mut tower = Tower::load(&cpu, &config).unwrap();
+    let grids = [Grid { t: 1, h: 4, w: 4 }];
+    tower.set(&cpu, &grids).unwrap();
+    tower.write_patches(&cpu, &patches(&grids)).unwrap();
+    tower.forward(&cpu).unwrap();
+    let mut tokens = vec![0.0; 4 * 24];
+    cpu.read(&mut tokens, tower.tokens()).unwrap();
+    assert!(tokens.iter().all(|t| t.is_finite()) && tokens.iter().any(|t| *t != 0.0));
+}
