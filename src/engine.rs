@@ -1,6 +1,7 @@
 //! Wires the threads together; the only file that knows every part; the public API.
 
 mod answer;
+mod balance;
 mod builder;
 mod counts;
 #[cfg(test)]
@@ -9,7 +10,12 @@ mod meter;
 mod place;
 mod progress;
 mod rebuild;
+mod recipe;
+mod relayout;
+#[cfg(test)]
+mod relayout_tests;
 mod start;
+mod stock;
 mod text;
 mod timeline;
 mod wire;
@@ -26,6 +32,7 @@ pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
 pub use meter::{Measurement, Measurements};
 pub use place::{gpus, profiles, scratch};
 pub use progress::LoadProgress;
+pub use relayout::{MovedUnit, Relayout};
 
 use self::{
     answer::{Answer, Ending},
@@ -53,6 +60,7 @@ pub const SAMPLES_MAX: u32 = 128;
 /// anew, and those that waited go on. Where that fails too, or faults repeat, all requests get an error at once.
 pub struct Engine {
     facts: Facts,
+    layout: Arc<Mutex<Layout>>,
     /// They change when the stages are built anew.
     stages: Arc<Mutex<Vec<StageFacts>>>,
     counts: Arc<Counts>,
@@ -70,7 +78,6 @@ struct Facts {
     generation: GenerationConfig,
     tokenizer: Option<Arc<Tokenizer>>,
     template: Option<Template>,
-    layout: Layout,
     dtype: DType,
     context_max: usize,
     kv_tokens: usize,
@@ -98,6 +105,8 @@ pub struct EngineStats {
     pub requests_waiting: usize,
     /// How often the stages have been built anew after a fault.
     pub rebuilds: u64,
+    /// How often the layout has changed.
+    pub relayouts: u64,
 }
 
 /// What one stage did since the engine started.
@@ -198,8 +207,34 @@ impl Engine {
     }
 
     /// The layout it runs in.
-    pub fn layout(&self) -> &Layout {
-        &self.facts.layout
+    pub fn layout(&self) -> Layout {
+        self.layout.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Goes on in another layout of the same model: units move to where it says, and so do the keys and values of requests
+    /// that run. No request ends, and no token changes where the micro-batches are the same.
+    ///
+    /// It returns when the engine runs in the new layout, and says what that took. Most of it is done while requests run:
+    /// they wait for the last step of the old stages, and for keys and values that go to other devices. Where nobody said
+    /// how many micro-batches are in flight, it is one a device, as ever. Both layouts' stages are there for a while, which
+    /// takes memory: see [`EngineBuilder::movable`].
+    ///
+    /// A layout that is not possible is refused, as is a second one meanwhile, and the engine goes on as before. If it
+    /// fails later, that is a fault like any other.
+    ///
+    /// ```no_run
+    /// # fn main() -> pipeline_infer::Result<()> {
+    /// let engine = pipeline_infer::Engine::builder().model("model").stages(2).movable(true).build()?;
+    /// let report = engine.relayout("0-5@cuda:0,6-27@cuda:1".parse()?)?;
+    /// println!("{} units moved; requests waited {:?}", report.moved.len(), report.stall);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn relayout(&self, layout: Layout) -> Result<Relayout> {
+        let (reply, outcome) = channel::bounded(1);
+        let ended = |_| Error::Engine("it has ended".into());
+        self.commands.send(Command::Relayout(layout, reply)).map_err(|_| ended(channel::RecvError))?;
+        outcome.recv().map_err(ended)?
     }
 
     /// The type that weights, keys and values are kept in.
@@ -234,6 +269,7 @@ impl Engine {
             dropped: self.meter.dropped().load(Ordering::Relaxed),
             requests_waiting: self.counts.waiting(),
             rebuilds: self.counts.rebuilds(),
+            relayouts: self.counts.relayouts(),
         }
     }
 

@@ -12,7 +12,7 @@ pub mod vision;
 pub use random::{Random, mix};
 pub use tensor::{Bytes, DType, Store, Tensor};
 
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use crate::{
     batch::{MicroBatch, Sampled, Step},
@@ -140,7 +140,7 @@ pub struct AttentionShape {
 /// A device and its ops.
 pub trait Backend: Send + Sync + Sized + 'static {
     /// Numbers on the device: activations, norm weights.
-    type Buf: Send;
+    type Buf: Send + Sync;
     /// The weights of a linear layer or an embedding, kept in their type.
     type Matrix: Send + Sync;
     /// One layer's KV pages.
@@ -177,6 +177,23 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn loaded(&self) -> Result<()>;
     /// Makes the KV pages of a layer.
     fn kv(&self, shape: KvShape) -> Result<Self::Kv>;
+    /// Takes over from `before`, on the same device, so many bytes of what that one has taken.
+    fn succeed(&self, before: &Self, bytes: usize);
+    /// Finds the way that pages will come by from another device; what has to be tried for it takes its time here.
+    fn find_way(&self, from: &Self) -> Result<()>;
+    /// Copies runs of blocks from another device's pages of the same shape, by the way that has been found. Nothing else may
+    /// use either side meanwhile. They have come when [`Backend::loaded`] returns.
+    fn fetch_pages(
+        &self,
+        to: &mut Self::Kv,
+        from: (&Self, &Self::Kv),
+        runs: &[Range<usize>],
+    ) -> Result<()>;
+    /// A run of blocks as every device has them on the host: the keys of all blocks and then the values, each `[blocks,
+    /// kv_heads, KV_BLOCK, head_dim]` of the pages' type.
+    fn read_pages(&self, from: &Self::Kv, blocks: Range<usize>) -> Result<Vec<u8>>;
+    /// Writes what has been read so, of any device's pages of the same shape.
+    fn write_pages(&self, to: &mut Self::Kv, blocks: Range<usize>, bytes: &[u8]) -> Result<()>;
     /// Makes room for a micro-batch. `inv_freq` is what the positions are multiplied by for the
     /// rotation, `rotation_scale` multiplies its sines and cosines.
     fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Self::Batch>;
@@ -197,6 +214,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Carries out the ops of a pass. A device may record them once and repeat them for every batch with the same
     /// numbers of rows: they must depend on nothing else, and always be given the same buffers.
     fn pass(&self, batch: &Self::Batch, ops: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+    /// Lets the device record these ops where [`Backend::pass`] would repeat them, without carrying them out. What they
+    /// need has been tried before.
+    fn record(&self, batch: &Self::Batch, ops: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     /// Marks the moment when everything so far has been done.
     fn mark(&self) -> Result<Self::Mark>;
     /// The time between two moments; `None` if they have not both come yet.

@@ -1,19 +1,24 @@
 //! From a description to running threads.
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Instant,
+};
 
 use super::{
     Engine, Facts,
+    balance::Pace,
     meter::Meter,
-    place::{Count, Place, Room, Unplaced},
+    place::{Count, Free, Place, Room, Unplaced},
     progress::{LoadProgress, Observer, Progress},
-    rebuild::Recipe,
+    recipe::{Model as Plan, slots_of},
     start::{Ready, start},
     timeline::Timeline,
-    wire::{PATIENCE, Shared, Wired, wire},
+    wire::{Shared, Wired, wire},
 };
 use crate::{
-    backend::{DType, Limits},
+    backend::{DType, Limits, cuda},
     batch::KV_BLOCK,
     error::{Error, Result},
     layout::{Device, Layout, Stage, Workload, planner::Split},
@@ -85,18 +90,13 @@ pub struct EngineBuilder {
     observer: Option<Observer>,
     timeline: Option<PathBuf>,
     measure_all: bool,
+    movable: bool,
+    balance: Option<Pace>,
+    free: Option<Free>,
 }
 
 /// How stages are started.
 pub(super) type Wire = dyn Fn(&Layout, &DecoderConfig, &Shared, Progress) -> Result<Wired> + Send + Sync;
-
-/// What follows from the description.
-struct Plan {
-    layout: Layout,
-    scheduling: SchedulerConfig,
-    config: DecoderConfig,
-    shared: Shared,
-}
 
 impl EngineBuilder {
     /// The model folder.
@@ -239,6 +239,34 @@ impl EngineBuilder {
         self
     }
 
+    /// Whether each GPU keeps room for one more layer with its keys and values, and for what a relayout needs beside the
+    /// stages that run. Default: no. [`Engine::relayout`] takes what room there is.
+    pub fn movable(mut self, wanted: bool) -> Self {
+        self.movable = wanted;
+        self
+    }
+
+    /// Whether a layer moves to another device by itself where a stage is slower than the others for long: another process
+    /// is on its GPU, or it is throttled. GPUs keep room for it, as if [`movable`](Self::movable). Default: no.
+    pub fn balance(mut self, wanted: bool) -> Self {
+        self.balance = wanted.then(Pace::default);
+        self
+    }
+
+    /// With GPUs that have so much memory free when layouts change.
+    #[cfg(test)]
+    pub(super) fn free_when_moving(mut self, free: Free) -> Self {
+        self.free = Some(free);
+        self
+    }
+
+    /// The same as `balance`, after some other time than usual.
+    #[cfg(test)]
+    pub(super) fn balance_at(mut self, pace: Pace) -> Self {
+        self.balance = Some(pace);
+        self
+    }
+
     /// Loads the model and starts the stages.
     pub fn build(self) -> Result<Engine> {
         self.build_on(None, Arc::new(wire))
@@ -256,30 +284,32 @@ impl EngineBuilder {
         let meter = Meter::new(self.measure_all || timeline.is_some());
         let model = open_model(&self.model, self.weights == WeightSource::Dummy)?;
         let generation = model.generation.clone();
-        let Plan { layout, scheduling, config, shared } = self.plan(model, ahead, meter.clone())?;
+        let (layout, plan) = self.plan(model, (ahead, wire), meter.clone())?;
+        let config = &plan.config;
         let weights = |stage: &Stage| weight_bytes(&config.spec, config.dtype, &stage.layers);
         let progress = Progress::new(self.observer.take(), layout.stages().iter().map(weights).sum());
         let (spec, dtype, blocks) = (config.spec.clone(), config.dtype, config.kv_blocks);
         let (context_max, kv_tokens) = (config.limits.context_max, blocks * KV_BLOCK);
-        let (since, patience, of) = (Instant::now(), shared.patience, layout.clone());
-        let recipe = Recipe {
-            wire: Arc::new(move |progress| wire(&of, &config, &shared, progress)),
-            scheduler: Box::new(move || Scheduler::new(scheduling, BlockPool::new(blocks))),
-            patience,
-        };
-        let wired = (recipe.wire)(progress)?;
+        let (since, recipe) = (Instant::now(), Arc::new(plan).recipe(&layout));
+        let wired = (recipe.start)(None, progress)?;
         // The stages load while the tokenizer is read.
         let tokenizer = Tokenizer::open(&self.model)?.map(Arc::new);
         let template = match &tokenizer {
             Some(tokenizer) => Template::open(&self.model, tokenizer)?,
             None => None,
         };
-        let facts = Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens };
+        let facts = Facts { spec, generation, tokenizer, template, dtype, context_max, kv_tokens };
         let waiting = self.waiting.unwrap_or(WAITING_DEFAULT);
-        start(Ready { facts, recipe, wired, since, waiting, meter, timeline })
+        let balance = self.balance;
+        start(Ready { facts, recipe, wired, since, waiting, meter, timeline, balance })
     }
 
-    fn plan(&self, model: Model, ahead: Option<bool>, meter: Arc<Meter>) -> Result<Plan> {
+    fn plan(
+        &self,
+        model: Model,
+        (ahead, wire): (Option<bool>, Arc<Wire>),
+        meter: Arc<Meter>,
+    ) -> Result<(Layout, Plan)> {
         let spec = Arc::new(model.spec);
         let dtype = self.dtype.unwrap_or(model.dtype);
         let context = self.plan_context(&spec)?;
@@ -294,12 +324,13 @@ impl EngineBuilder {
             (None, true) => CHUNK_MIN_GPU.min(chunk),
             (None, false) => CHUNK_MIN_CPU.min(chunk),
         };
+        let (slots, steps_ahead) = slots_of(&layout, self.slots, ahead);
         let mut scheduling = SchedulerConfig {
-            slots: self.slots.unwrap_or_else(|| devices(&layout)),
+            slots,
             chunk,
             chunk_min,
             running_max: running,
-            ahead: ahead.unwrap_or(gpus),
+            ahead: steps_ahead,
             prefix_reuse: !self.no_prefix_cache,
         };
         let limits = |scheduling: SchedulerConfig, context_max| Limits {
@@ -308,9 +339,9 @@ impl EngineBuilder {
             outputs_max: scheduling.running_max,
             context_max,
         };
-        let in_flight = scheduling.in_flight_max();
+        let (in_flight, spare) = (scheduling.in_flight_max(), self.movable || self.balance.is_some());
         let room =
-            Room { layout: &layout, spec: &spec, dtype, limits: limits(scheduling, context), in_flight };
+            Room { layout: &layout, spec: &spec, dtype, limits: limits(scheduling, context), in_flight, spare };
         let (context_max, blocks) = self.plan_kv(&room, context)?;
         scheduling.running_max = scheduling.running_max.min(blocks);
         let config = DecoderConfig {
@@ -322,9 +353,19 @@ impl EngineBuilder {
             limits: limits(scheduling, context_max),
             kv_blocks: blocks,
         };
-        let metrics = layout.stages().iter().map(|_| Arc::default()).collect();
-        let shared = Shared { in_flight, threads: self.threads, meter, metrics, patience: PATIENCE };
-        Ok(Plan { layout, scheduling, config, shared })
+        let plan = Plan {
+            wire,
+            config,
+            scheduling,
+            slots: self.slots,
+            ahead,
+            threads: self.threads,
+            spare,
+            free: self.free.unwrap_or(cuda::free_bytes),
+            meter,
+            metrics: Mutex::default(),
+        };
+        Ok((layout, plan))
     }
 
     fn plan_layout(&self, spec: &ModelSpec, dtype: DType, context: usize) -> Result<Layout> {
@@ -354,6 +395,7 @@ impl EngineBuilder {
             workload: Workload { running, prompt, new, chunk },
             kv_tokens: self.kv_memory.map(|bytes| bytes / all_layers),
             context,
+            spare: self.movable || self.balance.is_some(),
         };
         match &self.cuts {
             Some(layout) => unplaced.cuts(layout),
@@ -410,9 +452,4 @@ fn within(flag: &str, value: Option<usize>, max: usize) -> Result<()> {
         Some(n) if n == 0 || n > max => Err(Error::usage(flag, format!("{n} is not between 1 and {max}"))),
         _ => Ok(()),
     }
-}
-
-fn devices(layout: &Layout) -> usize {
-    let distinct: std::collections::HashSet<Device> = layout.stages().iter().map(|s| s.device).collect();
-    distinct.len()
 }

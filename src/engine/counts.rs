@@ -16,6 +16,7 @@ pub(super) struct Counts {
     waiting: AtomicUsize,
     waiting_max: usize,
     rebuilds: AtomicU64,
+    relayouts: AtomicU64,
 }
 
 /// A place among the requests that wait. Dropping it makes room for another one.
@@ -24,7 +25,7 @@ pub(super) struct Waiting(Arc<Counts>);
 
 impl Counts {
     pub(super) fn new(waiting_max: usize) -> Self {
-        Counts { waiting: AtomicUsize::new(0), waiting_max, rebuilds: AtomicU64::new(0) }
+        Counts { waiting: AtomicUsize::new(0), waiting_max, rebuilds: AtomicU64::new(0), relayouts: AtomicU64::new(0) }
     }
 
     /// Takes one of the places, if there is one.
@@ -47,7 +48,17 @@ impl Counts {
         self.rebuilds.fetch_add(1, Relaxed);
     }
 
-    /// How often they have been.
+    /// The layout has changed.
+    pub(super) fn relaid(&self) {
+        self.relayouts.fetch_add(1, Relaxed);
+    }
+
+    /// How often it has.
+    pub(super) fn relayouts(&self) -> u64 {
+        self.relayouts.load(Relaxed)
+    }
+
+    /// How often they have been built anew.
     pub(super) fn rebuilds(&self) -> u64 {
         self.rebuilds.load(Relaxed)
     }

@@ -1,6 +1,6 @@
 //! Whatever fails in a stage, at whatever point of a step: each request ends once, nothing hangs, and the engine goes on.
 
-mod faulty;
+pub(super) mod faulty;
 
 use std::{
     path::PathBuf,
@@ -53,7 +53,8 @@ fn wire(mode: Mode, plan: Arc<Plan>, patience: Duration) -> Arc<Wire> {
         };
         let layout: Layout = layout.parse()?;
         let (meter, metrics) = (shared.meter.clone(), shared.metrics.clone());
-        let shared = Shared { meter, metrics, patience, ..*shared };
+        let before = shared.before.clone();
+        let shared = Shared { meter, metrics, patience, before, ..*shared };
         if mode == Mode::Ahead {
             let on = On { backends: &Faulty::<true>::pipeline(3, &plan), transport: &Host, lost: || false };
             return wire_on(on, &layout, config, &shared, progress);

@@ -17,7 +17,7 @@ use crate::{
     model::{
         decoder::{buffer_sizes, weight_sizes},
         spec::ModelSpec,
-        units::Unit,
+        units::{Unit, units_of},
     },
     schedule::{Scheduler, SchedulerConfig},
     transport::ring_bytes,
@@ -25,6 +25,9 @@ use crate::{
 
 /// Of a GPU's free memory, what is left for the driver: code, stacks, recorded passes and what fragments.
 const RESERVE_BYTES: usize = 640 << 20;
+
+/// The same while stages of another layout are made ready beside those that run: their recorded passes.
+const RESERVE_BESIDE_BYTES: usize = 256 << 20;
 
 /// Micro-batches in flight that plans leave room for: rings of more are small beside what else is estimated.
 const SLOTS_PLANNED: usize = 8;
@@ -59,6 +62,8 @@ pub(super) struct Unplaced<'a> {
     /// Tokens whose keys and values must have room, if it is said how many.
     pub(super) kv_tokens: Option<usize>,
     pub(super) context: usize,
+    /// As in [`Room`].
+    pub(super) spare: bool,
 }
 
 impl Unplaced<'_> {
@@ -108,6 +113,13 @@ impl Unplaced<'_> {
         planner.workload = self.workload;
         planner.kv_tokens = self.kv_tokens;
         planner.scratch = scratch(self.spec, self.dtype, self.workload, self.context);
+        if self.spare {
+            let Scratch { stage, head, layer } = planner.scratch;
+            let tokens = self.kv_tokens.unwrap_or_default();
+            let one = Unit::Layer(0).weight_bytes(self.spec, self.dtype)
+                + tokens * Unit::Layer(0).kv_bytes_per_token(self.spec, self.dtype);
+            planner.scratch = Scratch { stage: 2 * stage + one + layer, head: 2 * head, layer };
+        }
         planner.profiles = profiles(self.spec, self.dtype, &devices);
         let layout = plan(&planner)?;
         tracing::debug!(%layout, measured = planner.profiles.iter().flatten().count(), "planned");
@@ -191,6 +203,9 @@ fn cpu_instead(error: Error) -> Vec<usize> {
     Vec::new()
 }
 
+/// Says how many bytes of a GPU's memory are free.
+pub(super) type Free = fn(usize) -> Result<usize>;
+
 /// What has to find room beside the KV cache.
 pub(super) struct Room<'a> {
     pub(super) layout: &'a Layout,
@@ -198,6 +213,9 @@ pub(super) struct Room<'a> {
     pub(super) dtype: DType,
     pub(super) limits: Limits,
     pub(super) in_flight: usize,
+    /// Whether each GPU keeps room for one more layer with its pages, and for stages that are made ready beside those
+    /// that run.
+    pub(super) spare: bool,
 }
 
 impl Room<'_> {
@@ -231,17 +249,48 @@ impl Room<'_> {
         Ok(())
     }
 
-    /// Bytes of a KV block of these stages' layers.
+    /// An error if stages of this layout have no room beside those of `now`, whose units stay where they are on the same
+    /// device. The others come, and go from where they are only when all have come.
+    pub(super) fn check_beside(&self, now: &Layout, blocks: usize, free: Free) -> Result<()> {
+        let layer_kv = blocks * KV_BLOCK * self.spec.kv_bytes_per_token(self.dtype);
+        for (device, stages) in self.by_device() {
+            let Some(gpu) = device else { continue };
+            let here = |unit: &Unit| now.stages().iter().any(|stage| {
+                stage.device == Device::Cuda(gpu) && units_of(self.spec, &stage.layers).contains(unit)
+            });
+            let of = |&i: &usize| units_of(self.spec, &self.layout.stages()[i].layers);
+            let come: Vec<Unit> = stages.iter().flat_map(of).filter(|unit| !here(unit)).collect();
+            let bytes = |unit: &Unit| {
+                let sizes = unit.tensor_sizes(self.spec, self.dtype).into_iter();
+                let pages = if let Unit::Layer(_) = unit { layer_kv + cuda::kv_waste(1) } else { 0 };
+                sizes.map(cuda::allocated).sum::<usize>() + pages
+            };
+            let working: usize = stages.iter().map(|&i| self.working(i)).sum();
+            let need = working + come.iter().map(bytes).sum::<usize>() + RESERVE_BESIDE_BYTES;
+            let free = free(gpu)?;
+            if need > free {
+                let (need, free, units) = (need >> 20, free >> 20, come.len());
+                let why = format!(
+                    "bringing {units} units there needs {need} MiB of its memory for a while, and {free} MiB are free"
+                );
+                return Err(Error::Device { device: format!("cuda:{gpu}"), why });
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of a KV block of these stages' layers, and of one more if there is to be room for it.
     fn block_bytes(&self, stages: &[usize]) -> usize {
         let layers: usize = stages.iter().map(|i| self.layout.stages()[*i].layers.len()).sum();
-        self.spec.kv_bytes_per_token(self.dtype) * layers * KV_BLOCK
+        self.spec.kv_bytes_per_token(self.dtype) * (layers + usize::from(self.spare)) * KV_BLOCK
     }
 
     /// Bytes of a GPU that weights and buffers of its stages leave: at least a block.
     fn left(&self, gpu: usize, stages: &[usize]) -> Result<usize> {
         let layers: usize = stages.iter().map(|i| self.layout.stages()[*i].layers.len()).sum();
         let taken: usize = stages.iter().map(|&i| self.bytes(i)).sum();
-        let need = taken + cuda::kv_waste(layers) + RESERVE_BYTES;
+        let spare = if self.spare { self.spare_bytes(stages) } else { 0 };
+        let need = taken + spare + cuda::kv_waste(layers) + RESERVE_BYTES;
         let free = cuda::free_bytes(gpu)?;
         if need + self.block_bytes(stages) > free {
             let (need, free) = (need >> 20, free >> 20);
@@ -264,14 +313,28 @@ impl Room<'_> {
         by
     }
 
+    /// What is kept for a relayout: the buffers of these stages once more, and a layer's weights; its pages are counted with
+    /// the others.
+    fn spare_bytes(&self, stages: &[usize]) -> usize {
+        let layer = Unit::Layer(0).tensor_sizes(self.spec, self.dtype);
+        let layer: usize = layer.into_iter().map(cuda::allocated).sum();
+        let working: usize = stages.iter().map(|&i| self.working(i)).sum();
+        working + layer + cuda::kv_waste(1)
+    }
+
     /// Weights and buffers of a stage on a GPU, as the driver counts them.
     fn bytes(&self, i: usize) -> usize {
-        let (spec, stage) = (self.spec, &self.layout.stages()[i]);
+        let weights = weight_sizes(self.spec, self.dtype, &self.layout.stages()[i].layers);
+        weights.into_iter().map(cuda::allocated).sum::<usize>() + self.working(i)
+    }
+
+    /// The buffers alone.
+    fn working(&self, i: usize) -> usize {
+        let spec = self.spec;
         let last = i + 1 == self.layout.stages().len();
         let Limits { rows_max, outputs_max, .. } = self.limits;
         let outputs = last.then(|| cuda::rows_room(outputs_max));
-        let mut sizes = weight_sizes(spec, self.dtype, &stage.layers);
-        sizes.extend(buffer_sizes(spec, self.dtype, cuda::rows_room(rows_max), outputs));
+        let mut sizes = buffer_sizes(spec, self.dtype, cuda::rows_room(rows_max), outputs);
         if i > 0 {
             sizes.push(ring_bytes(self.in_flight, rows_max * spec.dim));
         }

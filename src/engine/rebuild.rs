@@ -12,28 +12,22 @@ use std::{
 
 use crossbeam_channel as channel;
 
-use super::{StageFacts, progress::Progress, wire::Wired};
-use crate::{
-    error::{Error, Result, quiet_panic},
-    schedule::Scheduler,
+use super::{
+    StageFacts,
+    progress::Progress,
+    recipe::{Recipe, Start},
+    relayout::Change,
+    stock::Stock,
+    wire::Wired,
 };
+use crate::error::{Error, Result, quiet_panic};
 
 /// The fault that comes as so many'th within the period is not answered by building anew.
 const FAULTS_MAX: usize = 3;
 const FAULTS_PERIOD: Duration = Duration::from_secs(60);
 /// Loading again takes at most this, and so many times what the first time took.
-const LOAD_MIN: Duration = Duration::from_secs(60);
+pub(super) const LOAD_MIN: Duration = Duration::from_secs(60);
 const LOAD_FACTOR: u32 = 4;
-
-/// How an engine's stages come to be.
-pub(super) struct Recipe {
-    /// Starts the stages' threads.
-    pub(super) wire: Arc<dyn Fn(Progress) -> Result<Wired> + Send + Sync>,
-    /// A scheduler with nothing to do.
-    pub(super) scheduler: Box<dyn Fn() -> Scheduler + Send>,
-    /// How long stages may take to end.
-    pub(super) patience: Duration,
-}
 
 /// Stages that have been built, and what is known of them.
 pub(super) type Built = (Wired, Vec<StageFacts>);
@@ -50,14 +44,14 @@ pub(super) struct Rebuild {
 
 impl Rebuild {
     /// Starts a thread that takes the old stages down, and then builds new ones. `loading` is what that took the first time.
-    pub(super) fn start(recipe: &Recipe, old: Wired, fault: Error, loading: Duration) -> Result<Self> {
+    pub(super) fn start(recipe: &Recipe, old: Old, fault: Error, loading: Duration) -> Result<Self> {
         let (done, built) = channel::bounded(1);
         let unwanted = Arc::<AtomicBool>::default();
-        let (wire, stop) = (recipe.wire.clone(), unwanted.clone());
+        let (start, stop, why) = (recipe.start.clone(), unwanted.clone(), fault.clone());
         let run = move || {
-            let made = old.end().and_then(|()| match stop.load(SeqCst) {
+            let made = old.end(&why).and_then(|()| match stop.load(SeqCst) {
                 true => Err(Error::Engine("it has ended".into())),
-                false => build(&*wire, Progress::untold()),
+                false => build(&*start, None, Progress::untold()),
             });
             // An engine that has ended wants them no more: dropping them takes them down.
             let _ = done.send(made);
@@ -81,13 +75,28 @@ impl Rebuild {
     }
 }
 
-/// Starts stages, and waits until they have loaded.
-pub(super) fn build(
-    wire: &(dyn Fn(Progress) -> Result<Wired> + Send + Sync),
-    progress: Progress,
-) -> Result<Built> {
+/// What has to be gone before stages are built anew.
+pub(super) struct Old {
+    /// The stages that ran, if they have not ended yet.
+    pub(super) running: Option<Wired>,
+    /// Others that were being made ready to take over.
+    pub(super) change: Option<Change>,
+    pub(super) patience: Duration,
+}
+
+impl Old {
+    /// Takes them down. Whoever waits for the others is told why.
+    pub(super) fn end(self, why: &Error) -> Result<()> {
+        let Old { running, change, patience } = self;
+        let ended = running.map_or(Ok(()), Wired::end);
+        ended.and(change.map_or(Ok(()), |change| change.abandon(why, patience)))
+    }
+}
+
+/// Starts stages that may go on with what others hold, and waits until they have loaded.
+pub(super) fn build(start: &Start, before: Option<Arc<Stock>>, progress: Progress) -> Result<Built> {
     let build = || {
-        let mut wired = wire(progress)?;
+        let mut wired = start(before, progress)?;
         let facts = wired.loaded()?;
         Ok((wired, facts))
     };
@@ -96,11 +105,11 @@ pub(super) fn build(
 }
 
 /// Takes stages down that are not built anew. The channel closes when that is done.
-pub(super) fn take_down(old: Wired) -> channel::Receiver<()> {
-    let (done, ended) = channel::bounded(0);
+pub(super) fn take_down(old: Old, why: &Error) -> channel::Receiver<()> {
+    let ((done, ended), why) = (channel::bounded(0), why.clone());
     let run = move || {
         // Threads that hang have been warned of.
-        let _ = old.end();
+        let _ = old.end(&why);
         drop(done);
     };
     // Without a thread it is done here and now, where what it should run is dropped.

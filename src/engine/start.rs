@@ -9,15 +9,20 @@ use crossbeam_channel as channel;
 
 use super::{
     Engine, Facts, StageFacts,
+    balance::{Balancer, Pace},
     counts::Counts,
     meter::Meter,
-    rebuild::{Faults, Recipe},
+    rebuild::Faults,
+    recipe::Recipe,
     text,
     timeline::Timeline,
     wire::Wired,
     worker::{Open, Stages, Worker},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    model::units::Unit,
+};
 
 /// What an engine is started with.
 pub(super) struct Ready {
@@ -31,11 +36,13 @@ pub(super) struct Ready {
     pub(super) waiting: usize,
     pub(super) meter: Arc<Meter>,
     pub(super) timeline: Option<Timeline>,
+    /// Whether layers move by themselves, and after how long.
+    pub(super) balance: Option<Pace>,
 }
 
 /// Waits until every stage has loaded, and starts the engine's own threads.
 pub(super) fn start(ready: Ready) -> Result<Engine> {
-    let Ready { facts, recipe, mut wired, since, waiting, meter, timeline } = ready;
+    let Ready { facts, recipe, mut wired, since, waiting, meter, timeline, balance } = ready;
     let stages = wired.loaded()?;
     let loading = since.elapsed();
     let row =
@@ -43,7 +50,11 @@ pub(super) fn start(ready: Ready) -> Result<Engine> {
     let rows = stages.iter().enumerate().map(row).collect();
     let timeline = timeline.map(|timeline| timeline.start(&meter, rows)).transpose()?;
     let (stages, counts) = (Arc::new(Mutex::new(stages)), Arc::new(Counts::new(waiting)));
-    let scheduler = (recipe.scheduler)();
+    let scheduler = recipe.scheduler();
+    let weight = |unit| (recipe.weigh)(unit).0 as f64;
+    let head = weight(Unit::Head) / weight(Unit::Layer(0));
+    let balancer = balance.map(|pace| Balancer::new(pace, &recipe.layout, head));
+    let layout = Arc::new(Mutex::new(recipe.layout.clone()));
     meter.set_queues(scheduler.stats());
     let (commands, commands_out) = channel::unbounded();
     let (text, text_thread) = text::spawn(commands.clone())?;
@@ -59,11 +70,14 @@ pub(super) fn start(ready: Ready) -> Result<Engine> {
         open: Open::default(),
         faults: Faults::default(),
         loading,
+        change: None,
+        balancer,
+        layout: layout.clone(),
     };
     let thread = std::thread::Builder::new()
         .name("engine".into())
         .spawn(move || worker.run())
         .map_err(|e| Error::Engine(format!("no thread: {e}")))?;
     let (threads, next_request) = (vec![thread, text_thread], AtomicU64::new(0));
-    Ok(Engine { facts, stages, counts, commands, next_request, threads, meter, timeline })
+    Ok(Engine { facts, layout, stages, counts, commands, next_request, threads, meter, timeline })
 }

@@ -9,7 +9,7 @@ use std::{
 
 use crossbeam_channel as channel;
 
-use super::{StageFacts, meter::Meter, progress::Progress};
+use super::{StageFacts, meter::Meter, progress::Progress, stock::Stock};
 use crate::{
     backend::{
         Backend,
@@ -41,6 +41,8 @@ pub(super) struct Wired {
     /// To the first stage, with room for every step that may be in flight. `None` once they have been told to end.
     pub(super) steps: Option<channel::Sender<Step>>,
     pub(super) results: channel::Receiver<Outcome>,
+    /// What they hold of the model. It is given back when the last one lets go of it.
+    pub(super) stock: Arc<Stock>,
     /// How long they may take to end.
     pub(super) patience: Duration,
     /// Whether a device of theirs is lost to the process.
@@ -59,6 +61,8 @@ pub(super) struct Shared {
     pub(super) metrics: Vec<Arc<StageMetrics>>,
     /// How long stages may take to end.
     pub(super) patience: Duration,
+    /// What stages hold that run until these are ready to take over.
+    pub(super) before: Option<Arc<Stock>>,
 }
 
 /// Starts the stages' threads, with boundaries between the stages.
@@ -131,7 +135,8 @@ pub(super) fn wire_on<B: Backend>(
     let turn = Arc::new(Mutex::new(()));
     let (patience, collector) = (shared.patience, Some(collector));
     let (stages, steps) = (Vec::new(), Some(steps));
-    let mut wired = Wired { stages, collector, steps, results, patience, lost };
+    let stock = Arc::<Stock>::default();
+    let mut wired = Wired { stages, collector, steps, results, stock: stock.clone(), patience, lost };
     // Stages on the processor cannot overlap. Others have a thread each, and their device shares itself out.
     for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {
         let (mut facts, mut run_stages) = (Vec::new(), Vec::new());
@@ -139,7 +144,8 @@ pub(super) fn wire_on<B: Backend>(
             let metrics = shared.metrics[index].clone();
             let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
             let progress = progress.clone();
-            let load = move |backend: &B| load_stage(index, backend, &own, &progress);
+            let (on, stocks) = ((stage.device, backend.clone()), (stock.clone(), shared.before.clone()));
+            let load = move |_: &B| load_stage(index, &on, &own, &stocks, &progress);
             run_stages.push(Stage {
                 index,
                 backend: backend.clone(),
@@ -163,15 +169,19 @@ pub(super) fn wire_on<B: Backend>(
     Ok(wired)
 }
 
-/// Loads a stage's units, and lets its device try what it will be asked for.
+/// Loads a stage's units into the stock, but for those that the stock before has on the same device, and lets its device
+/// try what it will be asked for.
 fn load_stage<B: Backend>(
     index: usize,
-    backend: &B,
+    (device, backend): &(Device, Arc<B>),
     config: &DecoderConfig,
+    (stock, before): &(Arc<Stock>, Option<Arc<Stock>>),
     progress: &Progress,
 ) -> Result<Decoder<B>> {
     progress.begin();
-    let mut decoder = Decoder::load_told(backend, config, &|bytes| progress.add(bytes))?;
+    let tell = |bytes| progress.add(bytes);
+    let mut decoder = stock.load(before.as_deref(), (*device, backend), config, &tell)?;
+    let backend = &**backend;
     let (began, passes) = (Instant::now(), Cell::new(0));
     decoder.warm_up(backend, config.limits, &|done, total| {
         progress.add_passes(if done == 0 { total } else { 0 }, done - passes.replace(done));

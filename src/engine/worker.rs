@@ -3,6 +3,7 @@
 //! It waits for nothing but its channels. What takes time is done elsewhere: text and events by `text`, taking stages
 //! down and building them anew by `rebuild`.
 
+mod change;
 #[cfg(test)]
 mod tests;
 
@@ -18,15 +19,19 @@ use crossbeam_channel as channel;
 use super::{
     StageFacts,
     answer::{Answer, Ending},
+    balance::Balancer,
     counts::{Counts, Waiting},
     meter::Meter,
-    rebuild::{Built, Faults, Rebuild, Recipe, take_down},
+    rebuild::{Built, Faults, Old, Rebuild, take_down},
+    recipe::Recipe,
+    relayout::{Change, Failed, Prepared, Relayout, Switch},
     text::Say,
     wire::Wired,
 };
 use crate::{
     batch::{Sampled, SeqId, Step},
     error::{Error, Result},
+    layout::Layout,
     pipeline::Outcome,
     request::{Event, Request},
     schedule::{NewSequence, Scheduler},
@@ -41,6 +46,8 @@ pub(super) enum Command {
     Cancel(u64),
     /// From the thread that makes text: nothing more of a sample is wanted.
     Ended(SeqId),
+    /// Another layout is wanted; whom to tell what came of it.
+    Relayout(Layout, channel::Sender<Result<Relayout>>),
     End,
 }
 
@@ -71,11 +78,19 @@ pub(super) struct Worker {
     pub(super) faults: Faults,
     /// How long loading took the first time.
     pub(super) loading: Duration,
+    /// Another layout, from when it is wanted until the stages that run are ended for it.
+    pub(super) change: Option<Change>,
+    /// Wants one, if it is to.
+    pub(super) balancer: Option<Balancer>,
+    /// The layout, for all to see.
+    pub(super) layout: Arc<Mutex<Layout>>,
 }
 
 /// How the stages are.
 pub(super) enum Stages {
     Up(Wired),
+    /// To those of another layout.
+    Switching(Switch),
     Rebuilding(Rebuild),
     /// For good. What is left of them may still be on its way down: the channel closes then.
     Failed(Error, Option<channel::Receiver<()>>),
@@ -112,6 +127,8 @@ enum Came {
     Command(Command),
     Outcome(Outcome),
     Built(Result<Built>),
+    Prepared(Result<Prepared>),
+    Switched(Result<Box<Prepared>, Failed>),
 }
 
 impl Worker {
@@ -124,6 +141,8 @@ impl Worker {
                 Came::Outcome((step, Ok(sampled))) => self.tokens(step, sampled),
                 Came::Outcome((_, Err(error))) => self.fault(error),
                 Came::Built(built) => self.built(built),
+                Came::Prepared(prepared) => self.prepared(prepared),
+                Came::Switched(outcome) => self.switched(outcome),
             }
             // What is planned next should know of all requests that have come: the first of many, planned alone, would keep the
             // others waiting for a round.
@@ -135,42 +154,69 @@ impl Worker {
                 }
             }
             // What stages have been observed to take.
-            self.meter.observations().for_each(|observation| self.scheduler.observe(observation));
+            for observation in self.meter.observations() {
+                self.scheduler.observe(observation);
+                self.balancer.iter_mut().for_each(|balancer| balancer.observe(observation));
+            }
+            self.change_stages();
             self.plan();
             self.meter.set_queues(self.scheduler.stats());
         }
-        self.open.fail_all(&Error::Engine("it has ended".into()), &self.text);
+        let ended = Error::Engine("it has ended".into());
+        self.open.fail_all(&ended, &self.text);
+        let patience = self.recipe.patience;
+        // What does not end is left behind with what hangs.
+        self.change.take().map(|change| change.abandon(&ended, patience));
         match self.stages {
             // Threads that hang have been warned of.
             Stages::Up(stages) => _ = stages.end(),
-            Stages::Rebuilding(rebuild) => rebuild.abandon(self.recipe.patience),
+            Stages::Switching(switch) => switch.abandon(patience),
+            Stages::Rebuilding(rebuild) => rebuild.abandon(patience),
             // It takes as long as it has patience, and a moment.
-            Stages::Failed(_, Some(ending)) => _ = ending.recv_timeout(2 * self.recipe.patience),
+            Stages::Failed(_, Some(ending)) => _ = ending.recv_timeout(2 * patience),
             Stages::Failed(_, None) => (),
         }
     }
 
     fn wait(&self) -> Came {
         let (never, no_outcome, no_built) = (channel::never(), channel::never(), channel::never());
-        let (results, built, late) = match &self.stages {
-            Stages::Up(stages) => (&stages.results, &no_built, &never),
-            Stages::Rebuilding(rebuild) => (&no_outcome, &rebuild.built, &rebuild.late),
-            Stages::Failed(..) => (&no_outcome, &no_built, &never),
-        };
+        let (not_prepared, not_done) = (channel::never(), channel::never());
+        let (mut results, mut built, mut late, mut done) = (&no_outcome, &no_built, &never, &not_done);
+        match &self.stages {
+            Stages::Up(stages) => results = &stages.results,
+            Stages::Switching(switch) => (done, late) = (&switch.done, &switch.late),
+            Stages::Rebuilding(rebuild) => (built, late) = (&rebuild.built, &rebuild.late),
+            Stages::Failed(..) => (),
+        }
+        let prepared = self.change.as_ref().and_then(Change::to_come).unwrap_or(&not_prepared);
         let gone = |what: &str| Error::Engine(format!("{what}; this is a bug"));
+        let too_long = || Error::Engine("it takes too long".into());
         channel::select! {
             recv(self.commands) -> command => Came::Command(command.unwrap_or(Command::End)),
             recv(results) -> outcome => {
                 Came::Outcome(outcome.unwrap_or_else(|_| (0, Err(gone("all stages have ended")))))
             }
             recv(built) -> built => Came::Built(built.unwrap_or_else(|_| Err(gone("nobody builds them")))),
-            recv(late) -> _ => Came::Built(Err(Error::Engine("it takes too long".into()))),
+            recv(prepared) -> prepared => {
+                Came::Prepared(prepared.unwrap_or_else(|_| Err(gone("nobody makes them ready"))))
+            }
+            recv(done) -> done => {
+                let failed = |_| Err(Failed { error: gone("nobody changes them"), hopeless: false });
+                Came::Switched(done.unwrap_or_else(failed))
+            }
+            recv(late) -> _ => match &self.stages {
+                Stages::Switching(_) => Came::Switched(Err(Failed { error: too_long(), hopeless: true })),
+                _ => Came::Built(Err(too_long())),
+            }
         }
     }
 
     /// Gives the stages what they have room for.
     fn plan(&mut self) {
         let Stages::Up(Wired { steps: Some(steps), .. }) = &self.stages else { return };
+        if self.change.as_ref().is_some_and(Change::drains) {
+            return;
+        }
         while let Some(step) = self.scheduler.plan() {
             self.meter.planned(&step, &self.scheduler);
             let started = self.open.started(&step);
@@ -198,6 +244,7 @@ impl Worker {
                 say(&self.text, Say::Cancelled(request));
             }
             (Command::Ended(seq), _) => self.open.ended(seq, &mut self.scheduler),
+            (Command::Relayout(layout, reply), _) => self.relayout(layout, Some(reply)),
             (Command::End, _) => unreachable!("handled by the caller; this is a bug"),
         }
     }
@@ -222,20 +269,30 @@ impl Worker {
     /// A stage has failed: what has been in the stages is lost, the rest waits until they have been built anew.
     fn fault(&mut self, error: Error) {
         tracing::warn!(%error, "a stage has failed: requests that had started end here");
-        self.open.fail_started(&error, &self.text);
-        self.scheduler = (self.recipe.scheduler)();
-        self.open.begin_again(&mut self.scheduler);
-        // Meanwhile, and if nothing comes of it.
         let failed = Stages::Failed(error.clone(), None);
         let Stages::Up(old) = std::mem::replace(&mut self.stages, failed) else {
             unreachable!("stages that are not up have failed; this is a bug")
         };
-        let hopeless = match (old.lost)() {
+        let lost = (old.lost)();
+        let old = Old { running: Some(old), change: self.change.take(), patience: self.recipe.patience };
+        self.begin_anew(error, old, lost);
+    }
+
+    /// What had started ends, and stages are built again when those that are left have been taken down. `lost`: a device is.
+    fn begin_anew(&mut self, error: Error, old: Old, lost: bool) {
+        self.open.fail_started(&error, &self.text);
+        self.scheduler = self.recipe.scheduler();
+        self.open.begin_again(&mut self.scheduler);
+        self.balancer.iter_mut().for_each(Balancer::forget);
+        // Meanwhile, and if nothing comes of it.
+        self.stages = Stages::Failed(error.clone(), None);
+        let hopeless = match lost {
             true => Err("a device is lost to this process, which has to be started again".into()),
             false => self.faults.count(Instant::now()),
         };
         if let Err(why) = hopeless {
-            return self.fail(error.and(&why), Some(take_down(old)));
+            let ending = take_down(old, &error);
+            return self.fail(error.and(&why), Some(ending));
         }
         match Rebuild::start(&self.recipe, old, error.clone(), self.loading) {
             Ok(rebuild) => self.stages = Stages::Rebuilding(rebuild),
@@ -269,7 +326,7 @@ impl Worker {
     fn fail(&mut self, error: Error, ending: Option<channel::Receiver<()>>) {
         tracing::warn!(%error, "the pipeline has failed");
         self.open.fail_all(&error, &self.text);
-        self.scheduler = (self.recipe.scheduler)();
+        self.scheduler = self.recipe.scheduler();
         self.stages = Stages::Failed(error, ending);
     }
 }

@@ -1,6 +1,13 @@
 //! The one forward pass, over the ops of a backend.
 
-use std::{ops::Range, sync::Arc};
+mod held;
+
+pub use held::Held;
+
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use super::{
     arch::Arch,
@@ -36,15 +43,26 @@ pub struct DecoderConfig {
 /// A stage's units: consecutive layers, before the first one the embedding, after the last one the head.
 pub struct Decoder<B: Backend> {
     spec: Arc<ModelSpec>,
+    first: usize,
     embed: Option<Arc<B::Matrix>>, // [vocab, dim]
     layers: Vec<Layer<B>>,
     head: Option<Head<B>>,
     batch: B::Batch,
     scratch: Scratch<B>,
     weight_bytes: usize,
+    dtype: DType,
+    /// Whether pages are in use by another decoder until this one's first step.
+    lent: bool,
 }
 
+/// A layer as a device holds it. Clones are the same layer: a stage that is to go on with it has it before the one that
+/// runs has ended.
 struct Layer<B: Backend> {
+    weights: Arc<LayerWeights<B>>,
+    kv: Arc<Mutex<B::Kv>>,
+}
+
+struct LayerWeights<B: Backend> {
     attn_norm: B::Buf,                 // [dim]
     qkv: B::Matrix,                    // [(heads + 2 * kv_heads) * head_dim, dim]
     qk_norm: Option<(B::Buf, B::Buf)>, // [head_dim] each
@@ -53,12 +71,15 @@ struct Layer<B: Backend> {
     gate_up: B::Matrix,                // [2 * ffn, dim]
     down: B::Matrix,                   // [dim, ffn]
     window: Option<usize>,
-    kv: B::Kv,
+}
+
+struct HeadWeights<B: Backend> {
+    norm: Arc<B::Buf>,      // [dim]
+    matrix: Arc<B::Matrix>, // [vocab, dim]
 }
 
 struct Head<B: Backend> {
-    norm: B::Buf,           // [dim]
-    matrix: Arc<B::Matrix>, // [vocab, dim]
+    weights: HeadWeights<B>,
     sampler: B::Sampler,
     rows: B::Buf,   // [outputs, dim]
     normed: B::Buf, // [outputs, dim]
@@ -107,16 +128,22 @@ pub fn buffer_sizes(spec: &ModelSpec, dtype: DType, rows: usize, outputs: Option
 impl<B: Backend> Decoder<B> {
     /// Loads the units' weights and makes their KV pages.
     pub fn load(backend: &B, config: &DecoderConfig) -> Result<Self> {
-        Decoder::load_told(backend, config, &|_| ())
+        Decoder::load_told(backend, config, &Held::default(), &|_| ())
     }
 
-    /// The same; `tell` is called with the bytes of weights that have come, again and again.
-    pub fn load_told(backend: &B, config: &DecoderConfig, tell: &dyn Fn(usize)) -> Result<Self> {
+    /// The same, without what the device has already; `tell` is called with the bytes of weights that have come, again
+    /// and again. Pages that the device has may be in use by another decoder until this one's first step.
+    pub fn load_told(
+        backend: &B,
+        config: &DecoderConfig,
+        there: &Held<B>,
+        tell: &dyn Fn(usize),
+    ) -> Result<Self> {
         let spec = &config.spec;
         let last = config.layers.end == spec.layers.len();
-        let mut loader = Loader { backend, config, tell, bytes: 0, told: 0 };
+        let mut loader = Loader { backend, config, there, tell, bytes: 0, told: 0 };
         let embed = match config.layers.start {
-            0 => Some(Arc::new(loader.matrix(&[Role::Embed], &[])?)),
+            0 => Some(loader.embed()?),
             _ => None,
         };
         let layers = config.layers.clone().map(|i| loader.layer(i)).collect::<Result<_>>()?;
@@ -124,7 +151,8 @@ impl<B: Backend> Decoder<B> {
             true => Some(loader.head(embed.as_ref())?),
             false => None,
         };
-        let weight_bytes = loader.end()?;
+        loader.end()?;
+        let weight_bytes = weight_bytes(spec, config.dtype, &config.layers);
         let rows_max = backend.rows_room(config.limits.rows_max);
         let working = |dim: usize| backend.working_buf(rows_max * dim);
         let scratch = Scratch {
@@ -136,18 +164,37 @@ impl<B: Backend> Decoder<B> {
             act: working(spec.ffn)?,
         };
         let batch = backend.batch(config.limits, &spec.rope.inv_freq, spec.rope.scale)?;
-        Ok(Decoder { spec: spec.clone(), embed, layers, head, batch, scratch, weight_bytes })
+        let (spec, first) = (spec.clone(), config.layers.start);
+        let (dtype, lent) = (config.dtype, config.layers.clone().any(|i| there.has_layer(i)));
+        Ok(Decoder { spec, first, embed, layers, head, batch, scratch, weight_bytes, dtype, lent })
     }
 
     /// Shows the device what it will be asked for, within the limits that this was loaded with: what it compiles, chooses
     /// or records when it first sees something has been done when this returns. `tell` is called with the passes that
-    /// have been made and how many there are.
+    /// have been made and how many there are. Pages that others use are not touched.
     pub fn warm_up(&mut self, backend: &B, limits: Limits, tell: &dyn Fn(usize, usize)) -> Result<()> {
         let all = backend.warm_ups(limits);
+        match self.lent {
+            true => self.warm_up_aside(backend, limits, &all, tell)?,
+            false => self.try_all(backend, &all, usize::MAX, tell)?,
+        }
+        backend.loaded()?;
+        tell(all.len(), all.len());
+        Ok(())
+    }
+
+    /// Each of these passes, so many times at most.
+    fn try_all(
+        &mut self,
+        backend: &B,
+        all: &[WarmUp],
+        passes_max: usize,
+        tell: &dyn Fn(usize, usize),
+    ) -> Result<()> {
         for (i, WarmUp { batch, layers, passes }) in all.iter().enumerate() {
             tell(i, all.len());
             self.prepare(backend, batch)?;
-            for _ in 0..*passes {
+            for _ in 0..(*passes).min(passes_max) {
                 self.forward_through(backend, *layers)?;
             }
             if self.head.is_some() && (!batch.outputs.is_empty() || !batch.ends.is_empty()) {
@@ -156,8 +203,6 @@ impl<B: Backend> Decoder<B> {
                 backend.collect(pending, batch)?;
             }
         }
-        backend.loaded()?;
-        tell(all.len(), all.len());
         Ok(())
     }
 
@@ -189,14 +234,27 @@ impl<B: Backend> Decoder<B> {
 
     /// The same, through so many layers at most.
     fn forward_through(&mut self, backend: &B, layers_max: usize) -> Result<()> {
+        self.ops(backend, layers_max, |batch, ops| backend.pass(batch, ops))
+    }
+
+    /// Gives `run` the ops of a pass.
+    fn ops(
+        &mut self,
+        backend: &B,
+        layers_max: usize,
+        run: impl FnOnce(&B::Batch, &mut dyn FnMut() -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
         let Decoder { spec, embed, layers, head, batch: on_device, scratch, .. } = self;
         let on_device = &*on_device;
-        backend.pass(on_device, &mut || {
+        // All at once, and before the device is asked for anything: whoever records a pass keeps others from asking.
+        let mut layers: Vec<(&LayerWeights<B>, MutexGuard<'_, B::Kv>)> =
+            layers.iter().take(layers_max).map(|layer| (&*layer.weights, lock(&layer.kv))).collect();
+        run(on_device, &mut || {
             if let Some(embed) = embed {
                 backend.embed(&mut scratch.hidden, embed, on_device)?;
             }
-            for layer in layers.iter_mut().take(layers_max) {
-                layer.forward(backend, spec, on_device, scratch)?;
+            for (layer, kv) in &mut layers {
+                layer.forward(backend, spec, on_device, (scratch, kv))?;
             }
             match head {
                 Some(head) if backend.outputs(on_device) > 0 => {
@@ -219,17 +277,28 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
-impl<B: Backend> Layer<B> {
-    fn forward(&mut self, backend: &B, spec: &ModelSpec, batch: &B::Batch, s: &mut Scratch<B>) -> Result<()> {
+/// Pages are whole numbers at any moment: a panic elsewhere spoils none.
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<B: Backend> LayerWeights<B> {
+    fn forward(
+        &self,
+        backend: &B,
+        spec: &ModelSpec,
+        batch: &B::Batch,
+        (s, kv): (&mut Scratch<B>, &mut B::Kv),
+    ) -> Result<()> {
         let Norm::Rms { eps } = spec.norm;
         let shape = NormShape { rows: backend.rows(batch), dim: spec.dim, eps };
         let norm = backend::Norm { w: &self.attn_norm, shape };
         backend.norm_linear(&mut s.qkv, &mut s.normed, &s.hidden, norm, &self.qkv)?;
         let qk_norm = self.qk_norm.as_ref().map(|(q, k)| QkNorm { q, k, eps });
-        backend.rope_kv(&mut s.qkv, &mut self.kv, batch, spec.heads, qk_norm)?;
+        backend.rope_kv(&mut s.qkv, kv, batch, spec.heads, qk_norm)?;
         let scale = 1.0 / (spec.heads.head_dim as f32).sqrt();
         let attention = AttentionShape { heads: spec.heads, scale, window: self.window };
-        backend.attention(&mut s.attn, &s.qkv, &self.kv, batch, attention)?;
+        backend.attention(&mut s.attn, &s.qkv, kv, batch, attention)?;
         backend.linear_add(&mut s.hidden, &s.attn, &self.out, shape.rows)?;
         let norm = backend::Norm { w: &self.mlp_norm, shape };
         let scratch = (&mut s.normed, &mut s.gate_up);
@@ -243,8 +312,8 @@ impl<B: Backend> Head<B> {
         let Norm::Rms { eps } = spec.norm;
         let shape = NormShape { rows: backend.outputs(batch), dim: spec.dim, eps };
         backend.gather_outputs(&mut self.rows, hidden, batch, spec.dim)?;
-        let norm = backend::Norm { w: &self.norm, shape };
-        backend.norm_linear(&mut self.logits, &mut self.normed, &self.rows, norm, &self.matrix)
+        let norm = backend::Norm { w: &*self.weights.norm, shape };
+        backend.norm_linear(&mut self.logits, &mut self.normed, &self.rows, norm, &self.weights.matrix)
     }
 }
 
@@ -252,6 +321,8 @@ impl<B: Backend> Head<B> {
 struct Loader<'a, B: Backend> {
     backend: &'a B,
     config: &'a DecoderConfig,
+    /// What need not be brought.
+    there: &'a Held<B>,
     tell: &'a dyn Fn(usize),
     bytes: usize,
     /// Of them, those that have been told of. The last tensor's are not: they may be on their way yet.
@@ -259,7 +330,17 @@ struct Loader<'a, B: Backend> {
 }
 
 impl<B: Backend> Loader<'_, B> {
+    fn embed(&mut self) -> Result<Arc<B::Matrix>> {
+        match &self.there.embed {
+            Some(embed) => Ok(embed.clone()),
+            None => Ok(Arc::new(self.matrix(&[Role::Embed], &[])?)),
+        }
+    }
+
     fn layer(&mut self, i: usize) -> Result<Layer<B>> {
+        if let Some(layer) = self.there.layers.get(&i) {
+            return Ok(layer.clone());
+        }
         let spec = self.config.spec.clone();
         let (bias, heads) = (spec.bias, spec.heads);
         let qk_norm = match spec.qk_norm {
@@ -275,7 +356,7 @@ impl<B: Backend> Loader<'_, B> {
         let some = |wanted: bool, roles: &[Role]| if wanted { roles.to_vec() } else { Vec::new() };
         let qkv_bias = some(bias.qkv, &[Role::QBias(i), Role::KBias(i), Role::VBias(i)]);
         let gate_up_bias = some(bias.mlp, &[Role::GateBias(i), Role::UpBias(i)]);
-        Ok(Layer {
+        let weights = LayerWeights {
             attn_norm: self.vector(Role::AttnNorm(i))?,
             qkv: self.matrix(&[Role::Q(i), Role::K(i), Role::V(i)], &qkv_bias)?,
             qk_norm,
@@ -284,21 +365,26 @@ impl<B: Backend> Loader<'_, B> {
             gate_up: self.matrix(&[Role::Gate(i), Role::Up(i)], &gate_up_bias)?,
             down: self.matrix(&[Role::Down(i)], &some(bias.mlp, &[Role::DownBias(i)]))?,
             window: spec.layers[i].window,
-            kv: self.backend.kv(kv_shape)?,
-        })
+        };
+        Ok(Layer { weights: weights.into(), kv: Arc::new(Mutex::new(self.backend.kv(kv_shape)?)) })
     }
 
     fn head(&mut self, embed: Option<&Arc<B::Matrix>>) -> Result<Head<B>> {
         let spec = self.config.spec.clone();
-        let matrix = match (spec.tied, embed) {
-            (true, Some(embed)) => embed.clone(),
-            (true, None) => Arc::new(self.matrix(&[Role::Embed], &[])?),
-            (false, _) => Arc::new(self.matrix(&[Role::Head], &[])?),
+        let there = self.there.head.clone();
+        let matrix = match (spec.tied, embed, &there) {
+            (true, Some(embed), _) => embed.clone(),
+            (.., Some(there)) => there.matrix.clone(),
+            (true, None, None) => Arc::new(self.matrix(&[Role::Embed], &[])?),
+            (false, _, None) => Arc::new(self.matrix(&[Role::Head], &[])?),
+        };
+        let norm = match there {
+            Some(there) => there.norm,
+            None => Arc::new(self.vector(Role::FinalNorm)?),
         };
         let outputs_max = self.backend.rows_room(self.config.limits.outputs_max);
         Ok(Head {
-            norm: self.vector(Role::FinalNorm)?,
-            matrix,
+            weights: HeadWeights { norm, matrix },
             sampler: self.backend.sampler(spec.vocab)?,
             rows: self.backend.buf(outputs_max * spec.dim)?,
             normed: self.backend.working_buf(outputs_max * spec.dim)?,
@@ -333,11 +419,11 @@ impl<B: Backend> Loader<'_, B> {
         }
     }
 
-    /// Waits until everything has come, and says how much it is.
-    fn end(mut self) -> Result<usize> {
+    /// Waits until everything has come.
+    fn end(mut self) -> Result<()> {
         self.backend.loaded()?;
         self.tell();
-        Ok(self.bytes)
+        Ok(())
     }
 
     fn tensor(&self, role: Role) -> Result<Tensor> {

@@ -8,7 +8,8 @@ use super::spec::ModelSpec;
 use crate::backend::DType;
 
 /// A part of a model that is on one device as a whole.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Unit {
     /// From tokens to rows; always on the first stage.
     Embed,

@@ -32,6 +32,10 @@ pub(crate) enum Point {
     Collect,
     #[cfg(test)]
     Send,
+    #[cfg(test)]
+    FindWay,
+    #[cfg(test)]
+    Fetch,
 }
 
 /// Fails if a test wants it here.

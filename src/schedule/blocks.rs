@@ -1,6 +1,6 @@
 //! Who holds which KV block: ids, holders, and what can be found again; no memory.
 
-use std::collections::hash_map::Entry;
+use std::{collections::hash_map::Entry, ops::Range};
 
 use super::prefix::{BlockKey, ByKey};
 use crate::batch::KV_BLOCK;
@@ -76,6 +76,19 @@ impl BlockPool {
     /// All blocks.
     pub fn total(&self) -> usize {
         self.blocks.len()
+    }
+
+    /// Runs of blocks that somebody holds or can find, and of those between them where these are fewer than `gap`.
+    pub(super) fn in_use(&self, gap: usize) -> Vec<Range<usize>> {
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        let used = |block: &Block| block.holders > 0 || block.key.is_some();
+        for id in (0..self.blocks.len()).filter(|&id| used(&self.blocks[id])) {
+            match runs.last_mut() {
+                Some(run) if id - run.end < gap.max(1) => run.end = id + 1,
+                _ => runs.push(id..id + 1),
+            }
+        }
+        runs
     }
 
     /// Blocks that can be taken.
@@ -208,5 +221,20 @@ mod tests {
         assert_eq!((pool.free(), pool.cached()), (1, 1));
         pool.share(chain[0]);
         assert_eq!((pool.free(), pool.cached()), (1, 0));
+    }
+
+    #[test]
+    fn blocks_in_use_are_runs_with_what_lies_between_near_ones() {
+        let mut pool = BlockPool::new(20);
+        let all: Vec<u32> = std::iter::from_fn(|| pool.take()).collect();
+        assert_eq!(all, (0..20).collect::<Vec<u32>>());
+        let key = Keys::default().after(None, &[7; KV_BLOCK]);
+        pool.publish(17, key, 0);
+        // One of the published ones is found, though nobody holds it.
+        (0..20).filter(|id| ![2, 3, 5, 12].contains(id)).for_each(|id| pool.give_back(id));
+        assert_eq!(pool.in_use(0), [2..4, 5..6, 12..13, 17..18]);
+        assert_eq!(pool.in_use(2), [2..6, 12..13, 17..18]);
+        assert_eq!(pool.in_use(5), [2..6, 12..18]);
+        assert!(BlockPool::new(3).in_use(9).is_empty());
     }
 }

@@ -149,6 +149,25 @@ impl CostModel {
         fits
     }
 
+    /// What is known of stages with so many layers each says of others that are made of the same layers: `parts[i]` are the
+    /// old stages that stage `i` has layers of, with their share of these. The last stages choose the tokens.
+    #[must_use]
+    pub fn of_parts(&self, parts: &[Vec<(usize, f64)>]) -> Self {
+        let Some(old) = self.costs() else { return CostModel::default() };
+        let last = old.len() - 1;
+        let mut stages = vec![StageCost::default(); parts.len()];
+        for (stage, parts) in stages.iter_mut().zip(parts) {
+            for (cost, share) in parts.iter().filter_map(|&(i, share)| Some((old.get(i)?, share))) {
+                stage.base += share * cost.base;
+                stage.row += share * cost.row;
+                stage.attended += share * cost.attended;
+                stage.read += share * cost.read;
+            }
+        }
+        stages.last_mut().into_iter().for_each(|stage| stage.output = old[last].output);
+        CostModel::new(stages)
+    }
+
     /// Learns how long a stage took.
     pub fn fit(&mut self, stage: usize, shape: &PassShape, busy: Duration) {
         let seconds = busy.as_secs_f64();
@@ -293,6 +312,20 @@ mod tests {
         assert!(off(&model, &some(1)).abs() < 0.1, "{:+.3}", off(&model, &some(1)));
         let StageCost { base, row, attended, read, output } = model.stages[0].cost.unwrap();
         assert!([base, row, attended, read, output].iter().all(|&cost| cost >= 0.0));
+    }
+
+    #[test]
+    fn what_is_known_of_stages_goes_on_with_their_layers() {
+        let other = StageCost { row: 1e-5, output: 9e-6, ..COST };
+        let model = CostModel::new(vec![COST, other]);
+        // A third of the first one's layers go to the second one.
+        let cut = model.of_parts(&[vec![(0, 2.0 / 3.0)], vec![(0, 1.0 / 3.0), (1, 1.0)]]);
+        let costs = cut.costs().unwrap();
+        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-9, "{a} {b}");
+        near(costs[0].row, COST.row * 2.0 / 3.0);
+        near(costs[1].row, COST.row / 3.0 + other.row);
+        assert_eq!((costs[0].output, costs[1].output), (0.0, other.output));
+        assert!(!CostModel::default().of_parts(&[vec![(0, 1.0)]]).is_known());
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod prompts;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    ops::Range,
     sync::Arc,
 };
 
@@ -15,7 +16,7 @@ use super::{
     BlockPool, CostModel, NewSequence, PassShape,
     prefix::Keys,
     queue::{Rank, Waiting},
-    sequence::{Sequences, State},
+    sequence::{Sequence, Sequences, State},
 };
 use crate::batch::{KV_BLOCK, MicroBatch, ON_DEVICE, Observation, OutputRow, Sampled, SeqId, SeqRows, Step};
 
@@ -123,6 +124,8 @@ pub struct Scheduler {
     cut: usize,
     arrivals: u64,
     ends: Vec<SeqId>,
+    /// The samplers are new: they have to be told of everyone.
+    samplers_new: bool,
     /// Counts alone.
     stats: SchedulerStats,
 }
@@ -173,6 +176,7 @@ impl Scheduler {
             cut: config.chunk,
             arrivals: 0,
             ends: Vec::new(),
+            samplers_new: false,
             stats: SchedulerStats::default(),
         }
     }
@@ -210,6 +214,9 @@ impl Scheduler {
             return None;
         }
         batch.ends = std::mem::take(&mut self.ends);
+        if std::mem::take(&mut self.samplers_new) {
+            self.start_again(&mut batch);
+        }
         if self.shapes.len() == SHAPES {
             self.shapes.pop_front();
         }
@@ -263,6 +270,21 @@ impl Scheduler {
         self.settle(slot);
     }
 
+    /// Goes on with other stages, which hold the same blocks: as many micro-batches as these want are in flight from now on,
+    /// and their samplers know nobody. No step may be in flight.
+    pub fn change_stages(&mut self, slots: usize, ahead: bool) {
+        assert!(self.steps.is_empty() && slots > 0, "stages change while a step is in flight; this is a bug");
+        (self.config.slots, self.config.ahead) = (slots, ahead);
+        self.samplers_new = true;
+        self.cut_anew();
+    }
+
+    /// Runs of blocks that hold something of use: all that somebody holds, or that can be found. Blocks between two that
+    /// are nearer than `gap` are among them.
+    pub fn blocks_in_use(&self, gap: usize) -> Vec<Range<usize>> {
+        self.pool.in_use(gap)
+    }
+
     /// Learns how long a stage took for a step. It may come late or never.
     pub fn observe(&mut self, seen: Observation) {
         let first = self.next_step - self.shapes.len() as u64;
@@ -303,6 +325,13 @@ impl Scheduler {
             in_flight: self.steps.len(),
             ..self.stats
         }
+    }
+
+    /// Tells the samplers of all sequences that they were told of, as far as these have come.
+    fn start_again(&self, batch: &mut MicroBatch) {
+        let new: BTreeSet<SeqId> = batch.starts.iter().map(|start| start.seq).collect();
+        let known = |s: &&Sequence| s.started && s.seat.is_some() && !new.contains(&s.new.seq);
+        batch.starts.extend(self.sequences.iter().filter(known).map(Sequence::start));
     }
 
     /// Fills a micro-batch with single steps.

@@ -202,6 +202,11 @@ impl Sequences {
         slot
     }
 
+    /// In no order of meaning.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Sequence> {
+        self.table.iter().flatten()
+    }
+
     pub(super) fn find(&self, seq: SeqId) -> Option<u32> {
         self.by_id.get(&seq).copied()
     }

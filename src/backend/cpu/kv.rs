@@ -4,6 +4,8 @@
 //! innermost: scores of 16 tokens, and sums over tokens, then take no shuffles.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use super::{
     batch::Batch,
     device_error,
@@ -49,6 +51,45 @@ impl Kv {
         Ok(())
     }
 
+    /// A run of blocks, as every device has them on the host: keys as they are here have the tokens innermost.
+    pub(super) fn read(&self, blocks: Range<usize>) -> Result<Vec<u8>> {
+        let at = self.bytes_of(blocks)?;
+        let mut bytes = Vec::with_capacity(2 * at.len());
+        bytes.resize(at.len(), 0);
+        let (rows, columns, size) = (self.shape.head_dim, KV_BLOCK, self.shape.dtype.size());
+        let heads = bytes.chunks_exact_mut(self.head_bytes());
+        for (to, from) in heads.zip(self.keys[at.clone()].chunks_exact(self.head_bytes())) {
+            transpose(to, from, (rows, columns), size);
+        }
+        bytes.extend_from_slice(&self.values[at]);
+        Ok(bytes)
+    }
+
+    /// Writes what has been read so.
+    pub(super) fn write(&mut self, blocks: Range<usize>, bytes: &[u8]) -> Result<()> {
+        let at = self.bytes_of(blocks)?;
+        if bytes.len() != 2 * at.len() {
+            return Err(device_error(format!("{} bytes for pages of {}", bytes.len(), 2 * at.len())));
+        }
+        let (keys, values) = bytes.split_at(at.len());
+        let (head, size) = (self.head_bytes(), self.shape.dtype.size());
+        let (rows, columns) = (KV_BLOCK, self.shape.head_dim);
+        for (to, from) in self.keys[at.clone()].chunks_exact_mut(head).zip(keys.chunks_exact(head)) {
+            transpose(to, from, (rows, columns), size);
+        }
+        self.values[at].copy_from_slice(values);
+        Ok(())
+    }
+
+    /// Where a run of blocks is, in keys and in values.
+    fn bytes_of(&self, blocks: Range<usize>) -> Result<Range<usize>> {
+        if blocks.end > self.shape.blocks || blocks.start > blocks.end {
+            return Err(device_error(format!("KV blocks {blocks:?} of {}", self.shape.blocks)));
+        }
+        let block = self.shape.kv_heads * self.head_bytes();
+        Ok(blocks.start * block..blocks.end * block)
+    }
+
     /// Where one head's part of a block begins, in keys and in values.
     pub(super) fn start(&self, block: u32, kv_head: usize) -> usize {
         (block as usize * self.shape.kv_heads + kv_head) * self.head_bytes()
@@ -57,6 +98,15 @@ impl Kv {
     /// Bytes of one head's keys, or values, in one block.
     pub(super) fn head_bytes(&self) -> usize {
         KV_BLOCK * self.shape.head_dim * self.shape.dtype.size()
+    }
+}
+
+/// A matrix of numbers of `size` bytes, of so many rows and columns, turned over.
+fn transpose(to: &mut [u8], from: &[u8], (rows, columns): (usize, usize), size: usize) {
+    for (row, numbers) in from.chunks_exact(columns * size).enumerate() {
+        for (column, number) in numbers.chunks_exact(size).enumerate() {
+            to[(column * rows + row) * size..][..size].copy_from_slice(number);
+        }
     }
 }
 

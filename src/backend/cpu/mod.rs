@@ -22,6 +22,7 @@ mod segments;
 mod simd;
 
 use std::{
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -156,6 +157,26 @@ impl Backend for Cpu {
         Kv::new(shape)
     }
 
+    fn succeed(&self, _: &Self, _: usize) {
+        // Nobody counts.
+    }
+
+    fn find_way(&self, _: &Self) -> Result<()> {
+        Ok(())
+    }
+
+    fn fetch_pages(&self, to: &mut Kv, (_, from): (&Self, &Kv), runs: &[Range<usize>]) -> Result<()> {
+        runs.iter().try_for_each(|run| to.write(run.clone(), &from.read(run.clone())?))
+    }
+
+    fn read_pages(&self, from: &Kv, blocks: Range<usize>) -> Result<Vec<u8>> {
+        from.read(blocks)
+    }
+
+    fn write_pages(&self, to: &mut Kv, blocks: Range<usize>, bytes: &[u8]) -> Result<()> {
+        to.write(blocks, bytes)
+    }
+
     fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Self::Batch> {
         Batch::new(limits, inv_freq, rotation_scale)
     }
@@ -187,6 +208,11 @@ impl Backend for Cpu {
 
     fn pass(&self, _: &Self::Batch, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         ops()
+    }
+
+    fn record(&self, _: &Self::Batch, _: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        // Nothing is repeated.
+        Ok(())
     }
 
     fn mark(&self) -> Result<Instant> {

@@ -265,6 +265,16 @@ impl Batch {
         }
     }
 
+    /// Records the ops for the passes to come, if these are to be repeated.
+    pub(super) fn record(&self, cuda: &Cuda, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        if self.now.decode {
+            let graph = cuda.record(ops)?;
+            let mut recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
+            recorded.insert(self.now.rows_padded, Recorded::Ready(graph));
+        }
+        Ok(())
+    }
+
     /// Runs the ops, or repeats what they did.
     pub(super) fn pass(&self, cuda: &Cuda, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         if !self.now.decode {

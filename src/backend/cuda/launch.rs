@@ -4,6 +4,7 @@
 use std::{
     ffi::{CString, c_void},
     marker::PhantomData,
+    sync::{Mutex, PoisonError},
 };
 
 use cudarc::driver::{
@@ -17,7 +18,8 @@ use super::{
 };
 use crate::error::Result;
 
-/// Loaded code: one kernel file, compiled for one set of definitions.
+/// Loaded code: one kernel file, compiled for one set of definitions. It stays for the stages to come.
+#[derive(Clone, Copy)]
 pub(crate) struct Module {
     context: Context,
     raw: sys::CUmodule,
@@ -30,6 +32,15 @@ pub(crate) struct Kernel {
     raw: sys::CUfunction,
     name: &'static str,
 }
+
+// SAFETY: a module may be asked from any thread.
+unsafe impl Send for Module {}
+
+/// A module's GPU, its file and its definitions.
+type ModuleKey = (usize, &'static str, Vec<(&'static str, u32)>);
+
+/// Those that have been loaded.
+static LOADED: Mutex<Vec<(ModuleKey, Module)>> = Mutex::new(Vec::new());
 
 // SAFETY: a function may be launched from any thread.
 unsafe impl Send for Kernel {}
@@ -55,8 +66,26 @@ impl Grid {
 }
 
 impl Module {
+    /// The module, from `cubin` if it has not been loaded yet.
+    pub(super) fn find_or_load(
+        context: Context,
+        file: &'static str,
+        defines: &[(&'static str, u32)],
+        cubin: impl FnOnce() -> Result<Vec<u8>>,
+    ) -> Result<Module> {
+        let key = (context.ordinal, file, defines.to_vec());
+        let loaded = || LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, module)) = loaded().iter().find(|(of, _)| *of == key) {
+            return Ok(*module);
+        }
+        // Two at a time may load the same one twice: either does.
+        let module = Module::load(context, file, &cubin()?)?;
+        loaded().push((key, module));
+        Ok(module)
+    }
+
     /// Loads machine code.
-    pub(super) fn load(context: Context, file: &'static str, cubin: &[u8]) -> Result<Module> {
+    fn load(context: Context, file: &'static str, cubin: &[u8]) -> Result<Module> {
         context.enter()?;
         let doing = format!("loading {file}");
         let _beside = beside_no_recording();
@@ -82,10 +111,18 @@ impl Module {
 }
 
 impl Kernel {
-    /// Allows blocks this much dynamic shared memory.
+    /// Allows blocks this much dynamic shared memory, or more: another stage may need more of the same function.
     pub(crate) fn allow_shared(&self, bytes: u32) -> Result<()> {
+        static ALLOWING: Mutex<()> = Mutex::new(());
+        let _alone = ALLOWING.lock().unwrap_or_else(PoisonError::into_inner);
         self.context.enter()?;
         let which = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let mut allowed = 0;
+        // SAFETY: writes one number; the function is loaded.
+        let asked = unsafe { sys::cuFuncGetAttribute(&mut allowed, which, self.raw) }.result();
+        if asked.is_ok() && allowed >= bytes as i32 {
+            return Ok(());
+        }
         // SAFETY: the function is loaded.
         let outcome = unsafe { result::function::set_function_attribute(self.raw, which, bytes as i32) };
         self.context.check(&format!("allowing {} {bytes} bytes of shared memory", self.name), outcome)

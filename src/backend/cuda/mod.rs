@@ -26,6 +26,7 @@ mod matrix;
 mod memory;
 mod norm;
 mod ops;
+mod pages;
 mod peer;
 mod probe;
 mod rope;
@@ -85,7 +86,9 @@ pub struct Cuda {
     /// Bytes taken on the GPU through this view.
     taken: AtomicUsize,
     /// Bytes that were free before anything was.
-    free_before: usize,
+    free_before: AtomicUsize,
+    /// How pages come from other GPUs.
+    ways: pages::Ways,
 }
 
 /// One file an op.
@@ -172,7 +175,8 @@ impl Cuda {
             kernels,
             tokens: shared.tokens.clone(),
             taken: AtomicUsize::new(taken),
-            free_before,
+            free_before: AtomicUsize::new(free_before),
+            ways: pages::Ways::default(),
         })
     }
 
@@ -271,9 +275,10 @@ struct Loading {
 
 impl Loading {
     /// A kernel file, compiled for the GPU with these definitions, or taken from the cache.
-    fn module(&self, file: &'static str, defines: &[(&str, u32)]) -> Result<Module> {
-        let cubin = compile::cubin(file, defines, &self.facts.arch())?;
-        Module::load(self.context, file, &cubin)
+    fn module(&self, file: &'static str, defines: &[(&'static str, u32)]) -> Result<Module> {
+        Module::find_or_load(self.context, file, defines, || {
+            compile::cubin(file, defines, &self.facts.arch())
+        })
     }
 
     /// `DTYPE` in common.cuh.

@@ -1,10 +1,10 @@
 //! The ops of [`Backend`], each in the file of its name.
 
-use std::{sync::atomic::Ordering::Relaxed, time::Duration};
+use std::{ops::Range, sync::atomic::Ordering::Relaxed, time::Duration};
 
 use super::{
     Batch, Buf, Cuda, Event, Kv, Matrix, Pending, Sampler, attention, blas::Blas, copy, embed, linear,
-    pad_rows, rope, sample, warm_up,
+    pad_rows, pages, rope, sample, warm_up,
 };
 use crate::{
     backend::{
@@ -32,7 +32,7 @@ impl Backend for Cuda {
     }
 
     fn memory(&self) -> Option<DeviceMemory> {
-        let device = self.free_before.saturating_sub(self.context.free_bytes().ok()?);
+        let device = self.free_before.load(Relaxed).saturating_sub(self.context.free_bytes().ok()?);
         Some(DeviceMemory { taken: self.taken.load(Relaxed), device })
     }
 
@@ -69,6 +69,27 @@ impl Backend for Cuda {
         Kv::new(self, shape)
     }
 
+    fn succeed(&self, before: &Cuda, bytes: usize) {
+        self.taken.fetch_add(bytes, Relaxed);
+        self.free_before.store(before.free_before.load(Relaxed), Relaxed);
+    }
+
+    fn find_way(&self, from: &Cuda) -> Result<()> {
+        pages::find_way(self, from)
+    }
+
+    fn fetch_pages(&self, to: &mut Kv, from: (&Cuda, &Kv), runs: &[Range<usize>]) -> Result<()> {
+        pages::fetch(self, to, from, runs)
+    }
+
+    fn read_pages(&self, from: &Kv, blocks: Range<usize>) -> Result<Vec<u8>> {
+        pages::read(self, from, blocks)
+    }
+
+    fn write_pages(&self, to: &mut Kv, blocks: Range<usize>, bytes: &[u8]) -> Result<()> {
+        pages::write(self, to, blocks, bytes)
+    }
+
     fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Batch> {
         Batch::new(self, limits, inv_freq, rotation_scale)
     }
@@ -99,6 +120,13 @@ impl Backend for Cuda {
 
     fn pass(&self, batch: &Batch, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         batch.pass(self, &mut || {
+            rope::rotations(self, batch)?;
+            ops()
+        })
+    }
+
+    fn record(&self, batch: &Batch, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        batch.record(self, &mut || {
             rope::rotations(self, batch)?;
             ops()
         })

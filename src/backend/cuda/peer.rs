@@ -16,6 +16,9 @@ const TEST_NUMBERS: usize = 50_001;
 /// Bytes from one packet to the next where all lie together: each begins where wide loads may.
 const TEST_STRIDE: usize = (4 * TEST_NUMBERS).next_multiple_of(256);
 
+/// Bytes of all packets.
+pub(super) const TEST_BYTES_ALL: usize = TEST_PACKETS * TEST_STRIDE;
+
 /// Memory that packets cross a boundary in.
 pub(crate) enum Ring {
     /// On the receiver's GPU.
@@ -94,7 +97,7 @@ impl Cuda {
 
     /// Sends packets to `to` through a ring. Tells what is wrong if they do not arrive whole and in order.
     pub(crate) fn self_test(&self, to: &Cuda, ring: &Ring) -> Result<Option<String>> {
-        let mut wanted = Pinned::new(self.context, TEST_PACKETS * TEST_STRIDE)?;
+        let mut wanted = Pinned::new(self.context, TEST_BYTES_ALL)?;
         // SAFETY: no GPU knows of it yet.
         fill_packets(unsafe { wanted.as_mut_slice() });
         let source = DeviceBuf::new(self.context, wanted.bytes())?;
@@ -140,7 +143,8 @@ fn test_number(packet: usize, i: usize) -> u32 {
     (mix((packet * TEST_NUMBERS + i) as u64) >> 32) as u32 | 1
 }
 
-fn fill_packets(bytes: &mut [u8]) {
+/// Writes all test packets.
+pub(super) fn fill_packets(bytes: &mut [u8]) {
     for (packet, bytes) in bytes.chunks_exact_mut(TEST_STRIDE).enumerate() {
         let (numbers, _) = bytes.as_chunks_mut::<4>();
         for (i, to) in numbers[..TEST_NUMBERS].iter_mut().enumerate() {
@@ -150,7 +154,7 @@ fn fill_packets(bytes: &mut [u8]) {
 }
 
 /// The first number that is not what was sent, in words; `None` if there is none.
-fn wrong_packet(arrived: &[u8]) -> Option<String> {
+pub(super) fn wrong_packet(arrived: &[u8]) -> Option<String> {
     let packets = arrived.chunks_exact(TEST_STRIDE).enumerate();
     let mut numbers = packets.flat_map(|(packet, bytes)| {
         let (numbers, _) = bytes.as_chunks::<4>();

@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    ops::Range,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -18,7 +19,7 @@ use crate::{
 };
 
 /// One stage's.
-pub(super) struct Faulty<const ASYNC: bool> {
+pub(in crate::engine) struct Faulty<const ASYNC: bool> {
     cpu: Cpu,
     stage: usize,
     plan: Arc<Plan>,
@@ -28,7 +29,7 @@ pub(super) struct Faulty<const ASYNC: bool> {
 
 impl<const ASYNC: bool> Faulty<ASYNC> {
     /// For each of so many stages.
-    pub(super) fn pipeline(stages: usize, plan: &Arc<Plan>) -> Vec<Arc<Self>> {
+    pub(in crate::engine) fn pipeline(stages: usize, plan: &Arc<Plan>) -> Vec<Arc<Self>> {
         let (cpu, tokens) = (Cpu::new(Some(1)), Arc::<Mutex<HashMap<u32, u32>>>::default());
         let of = |stage| Faulty { cpu: cpu.clone(), stage, plan: plan.clone(), tokens: tokens.clone() };
         (0..stages).map(|stage| Arc::new(of(stage))).collect()
@@ -88,6 +89,38 @@ impl<const ASYNC: bool> Backend for Faulty<ASYNC> {
 
     fn kv(&self, shape: KvShape) -> Result<Self::Kv> {
         self.cpu.kv(shape)
+    }
+
+    fn succeed(&self, before: &Self, bytes: usize) {
+        self.cpu.succeed(&before.cpu, bytes);
+    }
+
+    fn find_way(&self, from: &Self) -> Result<()> {
+        self.at(Point::FindWay)?;
+        self.cpu.find_way(&from.cpu)
+    }
+
+    fn fetch_pages(
+        &self,
+        to: &mut Self::Kv,
+        (of, from): (&Self, &Self::Kv),
+        runs: &[Range<usize>],
+    ) -> Result<()> {
+        self.at(Point::Fetch)?;
+        self.cpu.fetch_pages(to, (&of.cpu, from), runs)
+    }
+
+    fn read_pages(&self, from: &Self::Kv, blocks: Range<usize>) -> Result<Vec<u8>> {
+        self.at(Point::Fetch)?;
+        self.cpu.read_pages(from, blocks)
+    }
+
+    fn write_pages(&self, to: &mut Self::Kv, blocks: Range<usize>, bytes: &[u8]) -> Result<()> {
+        self.cpu.write_pages(to, blocks, bytes)
+    }
+
+    fn record(&self, batch: &Self::Batch, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.cpu.record(batch, ops)
     }
 
     /// Called once, on the stage's thread.

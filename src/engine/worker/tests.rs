@@ -10,7 +10,7 @@ use crate::{
     batch::ON_DEVICE,
     engine::text,
     request::{FinishReason, Prompt},
-    schedule::{BlockPool, SchedulerConfig},
+    schedule::SchedulerConfig,
 };
 
 const EOS: u32 = 3;
@@ -42,6 +42,7 @@ fn stages(in_flight: usize) -> (Wired, channel::Receiver<Step>, channel::Sender<
         collector: None,
         steps: Some(steps_in),
         results: results_out,
+        stock: Arc::default(),
         patience,
         lost: || false,
     };
@@ -54,22 +55,27 @@ fn start(config: SchedulerConfig, blocks: usize, rebuilds: usize) -> Ends {
     let (wired, steps, results) = stages(config.in_flight_max());
     let (again, built) = channel::unbounded();
     let left = Mutex::new(rebuilds);
-    let wire = move |_| {
+    let start = move |_, _| {
         let mut left = left.lock().unwrap();
         *left = left.checked_sub(1).ok_or_else(|| Error::data("weights", "they are gone"))?;
         let (wired, steps, results) = stages(config.in_flight_max());
         again.send((steps, results)).unwrap();
         Ok(wired)
     };
+    let layout: Layout = "0".parse().unwrap();
     let recipe = Recipe {
-        wire: Arc::new(wire),
-        scheduler: Box::new(move || Scheduler::new(config, BlockPool::new(blocks))),
+        start: Arc::new(start),
+        redraw: Arc::new(|_| Err(Error::usage("--layout", "made to be refused"))),
+        layout: layout.clone(),
+        scheduling: config,
+        blocks,
         patience: Duration::from_secs(5),
+        weigh: Arc::new(|_| (1, 1)),
     };
     let (text, text_thread) = text::spawn(commands.clone()).unwrap();
     let (counts, meter) = (Arc::new(Counts::new(100)), Meter::new(false));
     let worker = Worker {
-        scheduler: (recipe.scheduler)(),
+        scheduler: recipe.scheduler(),
         recipe,
         commands: commands_out,
         text,
@@ -80,6 +86,9 @@ fn start(config: SchedulerConfig, blocks: usize, rebuilds: usize) -> Ends {
         open: Open::default(),
         faults: Faults::default(),
         loading: Duration::ZERO,
+        change: None,
+        balancer: None,
+        layout: Arc::new(Mutex::new(layout)),
     };
     let threads = vec![std::thread::spawn(|| worker.run()), text_thread];
     Ends { commands, steps, results, counts, meter, built, threads }
