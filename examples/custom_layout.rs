@@ -1,4 +1,5 @@
-//! A layout of one's own: an uneven cut, several requests at once, and what each stage did.
+//! A layout of one's own: an uneven cut, several requests at once, a layer that moves while they run, and what each stage
+//! did.
 //!
 //! `cargo run --release --example custom_layout -- MODEL_DIR FIRST_STAGE_LAYERS`
 
@@ -18,10 +19,13 @@ fn main() -> pipeline_infer::Result<()> {
     let layers = Config::read(model.as_ref())?
         .count("num_hidden_layers", 4096)?
         .ok_or_else(|| Error::data(&model, "config.json: num_hidden_layers is missing"))?;
-    let layout = Layout::new(vec![
-        Stage { device: Device::Cpu, layers: 0..first },
-        Stage { device: Device::Cpu, layers: first..layers },
-    ])?;
+    let cut = |first| {
+        Layout::new(vec![
+            Stage { device: Device::Cpu, layers: 0..first },
+            Stage { device: Device::Cpu, layers: first..layers },
+        ])
+    };
+    let layout = cut(first)?;
     println!("layout {layout}");
 
     let engine = Engine::builder().model(model).layout(layout).slots(2).build()?;
@@ -31,6 +35,11 @@ fn main() -> pipeline_infer::Result<()> {
         request.stop.max_tokens = Some(16);
         request.stop.ignore_eos = true;
         answers.push(engine.submit(request)?);
+    }
+    // Requests go on in another layout, and nobody notices.
+    if first > 1 {
+        let report = engine.relayout(cut(first - 1)?)?;
+        println!("layout {}: the requests waited {:.1?}", report.to, report.stall);
     }
     for (i, events) in answers.into_iter().enumerate() {
         let mut ids = Vec::new();

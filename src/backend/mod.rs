@@ -183,12 +183,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn find_way(&self, from: &Self) -> Result<()>;
     /// Copies runs of blocks from another device's pages of the same shape, by the way that has been found. Nothing else may
     /// use either side meanwhile. They have come when [`Backend::loaded`] returns.
-    fn fetch_pages(
-        &self,
-        to: &mut Self::Kv,
-        from: (&Self, &Self::Kv),
-        runs: &[Range<usize>],
-    ) -> Result<()>;
+    fn fetch_pages(&self, to: &mut Self::Kv, from: (&Self, &Self::Kv), runs: &[Range<usize>]) -> Result<()>;
     /// A run of blocks as every device has them on the host: the keys of all blocks and then the values, each `[blocks,
     /// kv_heads, KV_BLOCK, head_dim]` of the pages' type.
     fn read_pages(&self, from: &Self::Kv, blocks: Range<usize>) -> Result<Vec<u8>>;

@@ -4,6 +4,7 @@ mod figures;
 mod late;
 mod phases;
 mod record;
+mod relayout;
 mod simulate;
 mod spread;
 mod throughput;
@@ -17,7 +18,7 @@ pub(super) const SUBCOMMAND: Subcommand =
     Subcommand { name: "bench", about: "Measures a model with made-up requests", flags, run };
 
 /// All measurements.
-const MEASUREMENTS: &[Subcommand] = &[throughput::SUBCOMMAND, simulate::SUBCOMMAND];
+const MEASUREMENTS: &[Subcommand] = &[throughput::SUBCOMMAND, relayout::SUBCOMMAND, simulate::SUBCOMMAND];
 
 fn flags(command: Command) -> Command {
     command.subcommand_required(true).subcommands(MEASUREMENTS.iter().map(Subcommand::command))

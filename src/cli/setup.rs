@@ -64,6 +64,10 @@ pub(super) struct Setup {
     /// Requests that wait for their first step at most; more are refused [default: 4096]
     #[arg(long, value_name = "N")]
     pub(super) waiting: Option<usize>,
+    /// Moves a layer to another GPU where a stage is slower than the others for long: another process is on its GPU, or it
+    /// is throttled. Each GPU keeps room for one more layer
+    #[arg(long)]
+    balance: bool,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -136,10 +140,13 @@ pub(super) enum Source {
 impl Setup {
     /// The engine's description, with what can be checked before a file is opened.
     pub(super) fn builder(&self) -> Result<EngineBuilder> {
-        let mut builder = Engine::builder().prefix_cache(!self.no_prefix_cache).weights(match self.weights {
-            Source::Real => WeightSource::Real,
-            Source::Dummy => WeightSource::Dummy,
-        });
+        let mut builder = Engine::builder()
+            .prefix_cache(!self.no_prefix_cache)
+            .balance(self.balance)
+            .weights(match self.weights {
+                Source::Real => WeightSource::Real,
+                Source::Dummy => WeightSource::Dummy,
+            });
         if let Some(layout) = &self.layout {
             // Cuts alone say nothing of devices.
             let Given { layout, placed } = Given::from_arg(layout)?;

@@ -196,7 +196,8 @@ impl Balancer {
             // One device takes as long whichever of its stages does the work.
             device != stages[from].device && !self.refused.contains_key(&device)
         };
-        let shifts = (0..stages.len()).filter(takes).map(|to| Shift { from, to, gain: seconds(from) / after(to) });
+        let shifts =
+            (0..stages.len()).filter(takes).map(|to| Shift { from, to, gain: seconds(from) / after(to) });
         let best = shifts.max_by(|a, b| a.gain.total_cmp(&b.gain))?;
         (best.gain >= if self.is_back(best) { GAIN_BACK } else { GAIN }).then_some(best)
     }
@@ -213,7 +214,11 @@ impl Balancer {
         let Shift { from, to, .. } = shift;
         for left in from.min(to)..from.max(to) {
             let cut = &mut stages[left].layers.end;
-            if from < to { *cut -= 1 } else { *cut += 1 }
+            if from < to {
+                *cut -= 1
+            } else {
+                *cut += 1
+            }
             stages[left + 1].layers.start = *cut;
         }
         Layout::new(stages).expect("a layer fewer of several, one more elsewhere; this is a bug")

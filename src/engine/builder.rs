@@ -340,8 +340,14 @@ impl EngineBuilder {
             context_max,
         };
         let (in_flight, spare) = (scheduling.in_flight_max(), self.movable || self.balance.is_some());
-        let room =
-            Room { layout: &layout, spec: &spec, dtype, limits: limits(scheduling, context), in_flight, spare };
+        let room = Room {
+            layout: &layout,
+            spec: &spec,
+            dtype,
+            limits: limits(scheduling, context),
+            in_flight,
+            spare,
+        };
         let (context_max, blocks) = self.plan_kv(&room, context)?;
         scheduling.running_max = scheduling.running_max.min(blocks);
         let config = DecoderConfig {

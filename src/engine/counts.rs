@@ -25,7 +25,12 @@ pub(super) struct Waiting(Arc<Counts>);
 
 impl Counts {
     pub(super) fn new(waiting_max: usize) -> Self {
-        Counts { waiting: AtomicUsize::new(0), waiting_max, rebuilds: AtomicU64::new(0), relayouts: AtomicU64::new(0) }
+        Counts {
+            waiting: AtomicUsize::new(0),
+            waiting_max,
+            rebuilds: AtomicU64::new(0),
+            relayouts: AtomicU64::new(0),
+        }
     }
 
     /// Takes one of the places, if there is one.

@@ -12,6 +12,7 @@ use crossbeam_channel as channel;
 
 use crate::{
     batch::{Observation, Step},
+    layout::Layout,
     pipeline::StageSpan,
     schedule::{Scheduler, SchedulerStats},
 };
@@ -48,6 +49,13 @@ pub enum Measurement {
         ended: usize,
         /// Queues and blocks after it.
         queues: SchedulerStats,
+    },
+    /// Later spans are of the stages of another layout.
+    Relaid {
+        /// When.
+        at: Duration,
+        /// It.
+        layout: Layout,
     },
 }
 
@@ -138,6 +146,13 @@ impl Meter {
             let (at, queues) = (self.start.elapsed(), scheduler.stats());
             Measurement::Applied { at, step, ended, queues }
         });
+    }
+
+    /// Other stages go on; those of before have told everything.
+    pub(super) fn relaid(&self, layout: &Layout) {
+        // They know nothing of these.
+        self.observations().for_each(drop);
+        self.tell(|| Measurement::Relaid { at: self.start.elapsed(), layout: layout.clone() });
     }
 
     pub(super) fn set_queues(&self, queues: SchedulerStats) {

@@ -255,9 +255,11 @@ impl Room<'_> {
         let layer_kv = blocks * KV_BLOCK * self.spec.kv_bytes_per_token(self.dtype);
         for (device, stages) in self.by_device() {
             let Some(gpu) = device else { continue };
-            let here = |unit: &Unit| now.stages().iter().any(|stage| {
-                stage.device == Device::Cuda(gpu) && units_of(self.spec, &stage.layers).contains(unit)
-            });
+            let here = |unit: &Unit| {
+                now.stages().iter().any(|stage| {
+                    stage.device == Device::Cuda(gpu) && units_of(self.spec, &stage.layers).contains(unit)
+                })
+            };
             let of = |&i: &usize| units_of(self.spec, &self.layout.stages()[i].layers);
             let come: Vec<Unit> = stages.iter().flat_map(of).filter(|unit| !here(unit)).collect();
             let bytes = |unit: &Unit| {

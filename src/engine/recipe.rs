@@ -25,13 +25,16 @@ use crate::{
 /// How stages are started that may go on with what others hold.
 pub(super) type Start = dyn Fn(Option<Arc<Stock>>, Progress) -> Result<Wired> + Send + Sync;
 
+/// How the same engine comes to be in another layout.
+type Redraw = dyn Fn(&Layout) -> Result<Recipe> + Send + Sync;
+
 /// How an engine's stages come to be.
 #[derive(Clone)]
 pub(super) struct Recipe {
     /// Starts the stages' threads.
     pub(super) start: Arc<Start>,
     /// The same engine in another layout, if it fits there beside this one.
-    pub(super) redraw: Arc<dyn Fn(&Layout) -> Result<Recipe> + Send + Sync>,
+    pub(super) redraw: Arc<Redraw>,
     /// The layout of this one.
     pub(super) layout: Layout,
     /// How much runs at once.
@@ -92,7 +95,11 @@ impl Model {
         let redraw = move |to: &Layout| {
             to.check(of.config.spec.layers.len())?;
             let recipe = of.recipe(to);
-            of.room(to, recipe.scheduling.in_flight_max()).check_beside(&now, of.config.kv_blocks, of.free)?;
+            of.room(to, recipe.scheduling.in_flight_max()).check_beside(
+                &now,
+                of.config.kv_blocks,
+                of.free,
+            )?;
             Ok(recipe)
         };
         let of = self.clone();

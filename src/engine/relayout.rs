@@ -79,7 +79,7 @@ pub(super) struct Change {
 
 /// How far it is.
 pub(super) enum State {
-    Preparing(channel::Receiver<Result<Prepared>>),
+    Preparing(channel::Receiver<Result<Box<Prepared>>>),
     /// Nothing is planned since then.
     Draining(Box<Prepared>, Instant),
 }
@@ -121,13 +121,13 @@ impl Change {
         let (done, prepared) = channel::bounded(1);
         let (now, before, wanted) = (now.clone(), running.stock.clone(), layout.clone());
         let began = Instant::now();
-        let prepare = move || -> Result<Prepared> {
+        let prepare = move || -> Result<Box<Prepared>> {
             let recipe = (now.redraw)(&layout)?;
             let (wired, facts) = build(&*recipe.start, Some(before.clone()), Progress::untold())?;
             let moves = wired.stock.moves(&before, layout.layers());
             wired.stock.find_ways(&before, &moves)?;
             let report = report(&now, &layout, &moves, began.elapsed());
-            Ok(Prepared { recipe, wired, facts, moves, report })
+            Ok(Box::new(Prepared { recipe, wired, facts, moves, report }))
         };
         let panicked = |_| Err(Error::Engine("making stages ready panicked; this is a bug".into()));
         // One that nobody waits for any more is dropped, which takes its stages down.
@@ -138,7 +138,7 @@ impl Change {
     }
 
     /// What is waited for until the new stages are ready.
-    pub(super) fn to_come(&self) -> Option<&channel::Receiver<Result<Prepared>>> {
+    pub(super) fn to_come(&self) -> Option<&channel::Receiver<Result<Box<Prepared>>>> {
         match &self.state {
             State::Preparing(prepared) => Some(prepared),
             State::Draining(..) => None,
@@ -258,8 +258,7 @@ pub(super) fn parts(old: &Layout, new: &Layout) -> Vec<Vec<(usize, f64)>> {
     let common = |a: &Range<usize>, b: &Range<usize>| a.end.min(b.end).saturating_sub(a.start.max(b.start));
     let of = |new: &Range<usize>| {
         let stages = old.stages().iter().enumerate();
-        let shares =
-            stages.map(|(i, old)| (i, common(&old.layers, new) as f64 / old.layers.len() as f64));
+        let shares = stages.map(|(i, old)| (i, common(&old.layers, new) as f64 / old.layers.len() as f64));
         shares.filter(|(_, share)| *share > 0.0).collect()
     };
     new.stages().iter().map(|stage| of(&stage.layers)).collect()

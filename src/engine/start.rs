@@ -8,14 +8,14 @@ use std::{
 use crossbeam_channel as channel;
 
 use super::{
-    Engine, Facts, StageFacts,
+    Engine, Facts,
     balance::{Balancer, Pace},
     counts::Counts,
     meter::Meter,
     rebuild::Faults,
     recipe::Recipe,
     text,
-    timeline::Timeline,
+    timeline::{self, Timeline},
     wire::Wired,
     worker::{Open, Stages, Worker},
 };
@@ -45,9 +45,7 @@ pub(super) fn start(ready: Ready) -> Result<Engine> {
     let Ready { facts, recipe, mut wired, since, waiting, meter, timeline, balance } = ready;
     let stages = wired.loaded()?;
     let loading = since.elapsed();
-    let row =
-        |(i, stage): (usize, &StageFacts)| format!("stage {i}: {}, layers {}", stage.device, stage.layers);
-    let rows = stages.iter().enumerate().map(row).collect();
+    let rows = timeline::rows(&recipe.layout);
     let timeline = timeline.map(|timeline| timeline.start(&meter, rows)).transpose()?;
     let (stages, counts) = (Arc::new(Mutex::new(stages)), Arc::new(Counts::new(waiting)));
     let scheduler = recipe.scheduler();

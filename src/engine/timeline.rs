@@ -18,6 +18,7 @@ use super::meter::{Measurement, Meter};
 use crate::{
     batch::{SeqId, Step},
     error::{Error, Result},
+    layout::Layout,
     pipeline::{StageSpan, Work},
     schedule::SchedulerStats,
 };
@@ -87,6 +88,12 @@ fn write_all(
     file.write_all(trace.text.as_bytes())
 }
 
+/// What the rows of stages are called.
+pub(super) fn rows(layout: &Layout) -> Vec<String> {
+    let stages = layout.stages().iter().enumerate();
+    stages.map(|(i, stage)| format!("stage {i}: {}, layers {stage}", stage.device)).collect()
+}
+
 /// The text of a trace.
 struct Trace {
     text: String,
@@ -119,16 +126,31 @@ impl Trace {
         };
         trace.text += r#"
 {"ph":"M","pid":1,"tid":0,"name":"process_name","args":{"name":"pipeline-infer"}}"#;
+        trace.name_rows(stages);
+        trace
+    }
+
+    fn name_rows(&mut self, stages: &[String]) {
         for (stage, name) in stages.iter().enumerate() {
             let name = serde_json::Value::from(name.as_str());
-            trace.event(format_args!(
+            self.event(format_args!(
                 r#""ph":"M","pid":1,"tid":{stage},"name":"thread_name","args":{{"name":{name}}}"#
             ));
-            trace.event(format_args!(
+            self.event(format_args!(
                 r#""ph":"M","pid":1,"tid":{stage},"name":"thread_sort_index","args":{{"sort_index":{stage}}}"#
             ));
         }
-        trace
+    }
+
+    /// Rows are named after the stages of the latest layout.
+    fn relaid(&mut self, at: Duration, layout: &Layout) {
+        let ts = Micros(at);
+        self.event(format_args!(
+            r#""ph":"i","s":"p","pid":1,"tid":0,"ts":{ts},"name":"layout {layout}","cat":"layout""#
+        ));
+        self.name_rows(&rows(layout));
+        self.stages = layout.stages().len();
+        self.open.clear();
     }
 
     fn take(&mut self, measurement: Measurement) {
@@ -139,6 +161,7 @@ impl Trace {
             }
             Measurement::Applied { at, queues, .. } => self.curves(at, queues),
             Measurement::Span(span) => self.span(span),
+            Measurement::Relaid { at, layout } => self.relaid(at, &layout),
         }
     }
 

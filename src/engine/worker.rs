@@ -127,7 +127,7 @@ enum Came {
     Command(Command),
     Outcome(Outcome),
     Built(Result<Built>),
-    Prepared(Result<Prepared>),
+    Prepared(Result<Box<Prepared>>),
     Switched(Result<Box<Prepared>, Failed>),
 }
 

@@ -283,3 +283,27 @@ fn a_simulation_of_nonsense_is_one_line() {
     }
     assert!(error(&simulate(&["--costs", "no-such.json"]), 1).contains("no-such.json"));
 }
+
+#[test]
+fn a_relayout_is_measured_in_the_middle_of_a_run() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(PathBuf::from(model()).join("config.json"), dir.path().join("config.json")).unwrap();
+    let model = dir.path().to_str().unwrap();
+    let bench = |args: &[&str]| {
+        let of =
+            ["bench", "relayout", "--model", model, "--weights", "dummy", "--device", "cpu", "--stages", "2"];
+        run(&[&of[..], &["--requests", "4", "--input-len", "8", "--output-len", "20"], args].concat())
+    };
+    let figures = json(&bench(&["--to", "0,1-2,3", "--repeat", "3", "--format", "json"]));
+    let runs = figures["runs"].as_array().unwrap();
+    assert_eq!(runs.len(), 5);
+    assert!(runs.iter().all(|run| run["requests_different"] == 0), "{figures}");
+    let to: Vec<&str> = runs.iter().filter_map(|run| run["relayout"]["to"].as_str()).collect();
+    assert_eq!(to, ["0@cpu,1-2@cpu,3@cpu", "0-1@cpu,2-3@cpu", "0@cpu,1-2@cpu,3@cpu"]);
+    let table = good(&bench(&["--to", "0,1-3", "--repeat", "1"]));
+    assert!(table.contains("0@cpu,1-3@cpu") && table.contains("stall"), "{table}");
+    let refused = error(&bench(&["--to", "0-2"]), 2);
+    assert!(refused.contains("layer 3 is in no stage"), "{refused}");
+    let late = error(&bench(&["--to", "0-3", "--after", "20"]), 2);
+    assert!(late.contains("--after: each request has 20 new tokens"), "{late}");
+}

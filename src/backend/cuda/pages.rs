@@ -179,9 +179,9 @@ pub(super) fn read(cuda: &Cuda, from: &Kv, blocks: Range<usize>) -> Result<Vec<u
     let (pinned, stream) = (Pinned::new(cuda.context, 2 * bytes)?, Stream::new(cuda.context)?);
     // SAFETY: as many bytes on both sides, which live until the stream has been waited for.
     let copied = unsafe {
-        stream.copy(pinned.ptr(), from.keys().add(at), bytes).and_then(|()| {
-            stream.copy(pinned.ptr().add(bytes), from.values().add(at), bytes)
-        })
+        stream
+            .copy(pinned.ptr(), from.keys().add(at), bytes)
+            .and_then(|()| stream.copy(pinned.ptr().add(bytes), from.values().add(at), bytes))
     };
     copied.and(stream.synchronize())?;
     // SAFETY: the stream has ended.
@@ -201,9 +201,9 @@ pub(super) fn write(cuda: &Cuda, to: &mut Kv, blocks: Range<usize>, from: &[u8])
     unsafe { pinned.as_mut_slice()[..2 * bytes].copy_from_slice(from) };
     // SAFETY: as in `read`.
     let copied = unsafe {
-        stream.copy(to.keys().add(at), pinned.ptr(), bytes).and_then(|()| {
-            stream.copy(to.values().add(at), pinned.ptr().add(bytes), bytes)
-        })
+        stream
+            .copy(to.keys().add(at), pinned.ptr(), bytes)
+            .and_then(|()| stream.copy(to.values().add(at), pinned.ptr().add(bytes), bytes))
     };
     copied.and(stream.synchronize())
 }

@@ -114,6 +114,8 @@ impl Recorder {
                     }
                     self.record.tokens(at, &batch, &mut self.last);
                 }
+                // What was told of other stages says nothing of these.
+                Measurement::Relaid { .. } => self.record.spans.clear(),
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::{
     backend::mix,
     batch::KV_BLOCK,
     cli::{Subcommand, interrupt::Interrupt, loading::Loaded, setup::Setup},
-    engine::{Engine, Events, RUNNING_MAX},
+    engine::{Engine, EngineBuilder, Events, RUNNING_MAX},
     error::{Error, Result},
     request::{Event, Prompt, Request, Usage},
 };
@@ -131,51 +131,57 @@ fn run(matches: &ArgMatches) -> Result<u8> {
 }
 
 impl ThroughputArgs {
-    /// An engine with room for the workload, and the time that it took to load.
     fn start(&self) -> Result<(Engine, Loaded)> {
-        let Workload { requests, input_len, output_len, then_input_len, .. } = self.workload;
-        let mut builder = self.setup.builder()?;
-        builder = builder.expect(input_len as usize, output_len as usize);
-        if self.runs.exact {
-            builder = builder.measure_all();
-        }
-        if self.setup.max_context.is_none() {
-            builder = builder.max_context(self.workload.context());
-        }
-        let all = requests as usize + usize::from(then_input_len.is_some());
-        if self.setup.running.is_none() {
-            builder = builder.running(all.min(RUNNING_MAX));
-        }
-        if self.setup.waiting.is_none() {
-            builder = builder.waiting(all);
-        }
-        let asked = || match then_input_len {
-            Some(late) => {
-                format!("--input-len {input_len} --output-len {output_len} --then-input-len {late}")
-            }
-            None => format!("--input-len {input_len} --output-len {output_len}"),
-        };
-        let (engine, loading) =
-            self.setup.start_timed(builder, self.format == Format::Table).map_err(|error| match error {
-                Error::Usage { what, why } if what == "--max-context" && self.setup.max_context.is_none() => {
-                    Error::usage(asked(), why)
-                }
-                error => error,
-            })?;
-        if engine.context_max() < self.workload.context() {
-            let room = engine.context_max();
-            return Err(Error::usage(asked(), format!("a sequence has room for {room} tokens: --kv-memory")));
-        }
-        let wanted = self.workload.kv_tokens();
-        if engine.kv_tokens() < wanted && self.setup.running.is_none() {
-            tracing::warn!(
-                tokens = engine.kv_tokens(),
-                wanted,
-                "the KV cache does not hold all requests at once"
-            );
-        }
-        Ok((engine, loading))
+        let exact = |builder: EngineBuilder| if self.runs.exact { builder.measure_all() } else { builder };
+        start(&self.setup, &self.workload, self.format, exact)
     }
+}
+
+/// An engine with room for the workload, and the time that it took to load.
+pub(super) fn start(
+    setup: &Setup,
+    workload: &Workload,
+    format: Format,
+    with: impl FnOnce(EngineBuilder) -> EngineBuilder,
+) -> Result<(Engine, Loaded)> {
+    let Workload { requests, input_len, output_len, then_input_len, .. } = *workload;
+    let mut builder = with(setup.builder()?).expect(input_len as usize, output_len as usize);
+    if setup.max_context.is_none() {
+        builder = builder.max_context(workload.context());
+    }
+    let all = requests as usize + usize::from(then_input_len.is_some());
+    if setup.running.is_none() {
+        builder = builder.running(all.min(RUNNING_MAX));
+    }
+    if setup.waiting.is_none() {
+        builder = builder.waiting(all);
+    }
+    let asked = || match then_input_len {
+        Some(late) => {
+            format!("--input-len {input_len} --output-len {output_len} --then-input-len {late}")
+        }
+        None => format!("--input-len {input_len} --output-len {output_len}"),
+    };
+    let (engine, loading) =
+        setup.start_timed(builder, format == Format::Table).map_err(|error| match error {
+            Error::Usage { what, why } if what == "--max-context" && setup.max_context.is_none() => {
+                Error::usage(asked(), why)
+            }
+            error => error,
+        })?;
+    if engine.context_max() < workload.context() {
+        let room = engine.context_max();
+        return Err(Error::usage(asked(), format!("a sequence has room for {room} tokens: --kv-memory")));
+    }
+    let wanted = workload.kv_tokens();
+    if engine.kv_tokens() < wanted && setup.running.is_none() {
+        tracing::warn!(
+            tokens = engine.kv_tokens(),
+            wanted,
+            "the KV cache does not hold all requests at once"
+        );
+    }
+    Ok((engine, loading))
 }
 
 impl Workload {
@@ -192,7 +198,7 @@ impl Workload {
         self.requests as usize * each.next_multiple_of(KV_BLOCK) + late.next_multiple_of(KV_BLOCK)
     }
 
-    fn check(&self, max_context: Option<usize>) -> Result<()> {
+    pub(super) fn check(&self, max_context: Option<usize>) -> Result<()> {
         let Workload { requests, input_len, output_len, shared_prefix, then_input_len, .. } = *self;
         if let Some(max) = max_context.filter(|&max| max < self.context()) {
             let late = then_input_len.map_or(String::new(), |len| format!(" and --then-input-len {len}"));
@@ -214,7 +220,7 @@ impl Workload {
     }
 
     /// The requests of one run.
-    fn requests(&self, run: u64, vocab: usize) -> Vec<Request> {
+    pub(super) fn requests(&self, run: u64, vocab: usize) -> Vec<Request> {
         let shared = self.random(run, None).ids(self.shared_prefix, vocab);
         let request = |i: u32| {
             let own = self.random(run, Some(i)).ids(self.input_len - self.shared_prefix, vocab);
@@ -294,7 +300,7 @@ fn request(ids: Vec<u32>, output_len: u32) -> Request {
 }
 
 /// A request's next event. What the engine tells meanwhile is read.
-fn next(events: &mut Events, recorder: &mut Option<&mut Recorder>) -> Option<Event> {
+pub(super) fn next(events: &mut Events, recorder: &mut Option<&mut Recorder>) -> Option<Event> {
     loop {
         if let Some(recorder) = recorder {
             recorder.read();

@@ -33,10 +33,10 @@ impl Worker {
     }
 
     /// Stages of another layout have been made ready, or cannot be.
-    pub(super) fn prepared(&mut self, prepared: Result<Prepared>) {
+    pub(super) fn prepared(&mut self, prepared: Result<Box<Prepared>>) {
         let change = self.change.as_mut().expect("nobody wanted another layout; this is a bug");
         match prepared {
-            Ok(prepared) => change.state = State::Draining(Box::new(prepared), Instant::now()),
+            Ok(prepared) => change.state = State::Draining(prepared, Instant::now()),
             Err(error) => {
                 let Change { reply, layout, .. } = self.change.take().expect("it was there; this is a bug");
                 self.balancer.iter_mut().for_each(|balancer| balancer.refused(&layout));
@@ -85,8 +85,7 @@ impl Worker {
     fn install(&mut self, prepared: Prepared, switch: Switch) {
         let old = std::mem::replace(&mut self.recipe, prepared.recipe.clone()).layout;
         let layout = &self.recipe.layout;
-        // They are of the old stages.
-        self.meter.observations().for_each(drop);
+        self.meter.relaid(layout);
         let cost = self.scheduler.cost_model().of_parts(&parts(&old, layout));
         self.scheduler.set_cost_model(cost);
         self.scheduler.change_stages(self.recipe.scheduling.slots, self.recipe.scheduling.ahead);

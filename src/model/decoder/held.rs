@@ -113,12 +113,8 @@ impl<B: Backend> Decoder<B> {
         tell: &dyn Fn(usize, usize),
     ) -> Result<()> {
         let (heads, layers) = (self.spec.heads, self.layers.clone());
-        let shape = KvShape {
-            blocks: 1,
-            kv_heads: heads.kv_heads,
-            head_dim: heads.head_dim,
-            dtype: self.dtype,
-        };
+        let shape =
+            KvShape { blocks: 1, kv_heads: heads.kv_heads, head_dim: heads.head_dim, dtype: self.dtype };
         // What is tried goes to the first block alone.
         for layer in &mut self.layers {
             layer.kv = Arc::new(Mutex::new(backend.kv(shape)?));
