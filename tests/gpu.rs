@@ -12,6 +12,8 @@ mod device;
 mod linear;
 #[path = "gpu/load.rs"]
 mod load;
+#[path = "gpu/pages.rs"]
+mod pages;
 #[path = "gpu/rows.rs"]
 mod rows;
 #[path = "gpu/sample.rs"]

@@ -144,6 +144,8 @@ pub(crate) struct World {
     pub(crate) ended: Vec<u64>,
     /// Sequences in the order in which they got their first rows.
     pub(crate) started: Vec<u64>,
+    /// The next step is the first one on other devices.
+    changed: bool,
 }
 
 impl World {
@@ -157,6 +159,7 @@ impl World {
             done: VecDeque::new(),
             ended: Vec::new(),
             started: Vec::new(),
+            changed: false,
         }
     }
 
@@ -195,11 +198,18 @@ impl World {
         for start in &batch.starts {
             let client = self.clients.get_mut(&start.seq).expect("an ended sequence starts");
             assert_eq!(start.generated[..], client.tokens[client.prompt..client.prompt + client.got]);
-            client.fed = None;
+            // Those that go on after a change of devices go on where they were.
+            let elsewhere = |fed: (usize, usize)| {
+                batch.seqs.iter().any(|part| part.seq == start.seq && part.cached != fed.0)
+            };
+            if !self.changed || client.fed.is_some_and(elsewhere) {
+                client.fed = None;
+            }
             if !self.started.contains(&start.seq.0) {
                 self.started.push(start.seq.0);
             }
         }
+        self.changed = false;
         let mut row = 0;
         for part in &batch.seqs {
             assert_eq!(part.row, row, "rows without gap");
@@ -242,6 +252,24 @@ impl World {
                 assert!(*count <= 1 + usize::from(self.config.ahead), "too far ahead");
             }
         }
+    }
+
+    /// Everything in flight comes back, and another device goes on, with so many slots. It knows nobody, and has what the
+    /// scheduler says is of use of the blocks.
+    pub(crate) fn change_device(&mut self, slots: usize, ahead: bool) {
+        while self.in_flight().next().is_some() {
+            self.run();
+            self.read();
+        }
+        let mut kv = vec![u32::MAX - 1; self.device.kv.len()];
+        for run in self.scheduler.blocks_in_use(2) {
+            let places = run.start * KV_BLOCK..run.end * KV_BLOCK;
+            kv[places.clone()].copy_from_slice(&self.device.kv[places]);
+        }
+        self.device = Device { kv, seats: vec![None; self.config.running_max] };
+        (self.config.slots, self.config.ahead) = (slots, ahead);
+        self.scheduler.change_stages(slots, ahead);
+        self.changed = true;
     }
 
     /// The device carries out the oldest step.

@@ -150,3 +150,34 @@ pub(super) unsafe fn store_value<V: Vector>(dtype: DType, value: &[f32], head: *
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::DType;
+
+    #[test]
+    fn pages_on_the_host_have_tokens_outside_and_come_back_as_they_were() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let shape = KvShape { blocks: 5, kv_heads: 3, head_dim: 10, dtype };
+            let mut pages = Kv::new(shape).unwrap();
+            let half = shape.bytes() / 2;
+            let all: Vec<u8> = (0..2 * half).map(|i| (i * 7 % 251) as u8).collect();
+            pages.write(0..5, &all).unwrap();
+            assert_eq!(pages.read(0..5).unwrap(), all);
+            // Block 2, head 1, token 3, number 4 of a key: tokens are innermost in memory, and numbers on the host.
+            let (size, head) = (dtype.size(), pages.head_bytes());
+            let (here, there) = ((4 * KV_BLOCK + 3) * size, (3 * shape.head_dim + 4) * size);
+            let start = pages.start(2, 1);
+            assert_eq!(pages.keys[start + here..][..size], all[(2 * 3 + 1) * head + there..][..size]);
+            assert_eq!(pages.values[..half], all[half..]);
+            // A part of them.
+            let part = pages.read(1..3).unwrap();
+            let mut other = Kv::new(shape).unwrap();
+            other.write(1..3, &part).unwrap();
+            assert_eq!(other.read(1..3).unwrap(), part);
+            assert!(other.read(0..1).unwrap().iter().chain(&other.read(3..5).unwrap()).all(|b| *b == 0));
+            assert!(other.write(1..3, &part[1..]).is_err() && other.read(4..6).is_err());
+        }
+    }
+}
