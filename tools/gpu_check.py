@@ -14,6 +14,7 @@ compute-sanitizer. No Rust. The checks:
     attention  decode attention by itself (the ignored tests of tests/gpu.rs): its share of a copy's bytes per second
     late       four GPUs: what a prompt of 8,192 tokens does to the time between tokens of 128 others
     prefix-…   four GPUs: time to the first token of 64 requests that begin with the same 2,048 tokens, without and with reuse
+    relayout   four GPUs: how long 64 requests that run wait when a layer of 7b moves, and whether their tokens change
     boundary-… time per token of one request to 7b with so many stages: what a boundary adds to one stage's
 """
 import argparse, concurrent.futures, json, os, pathlib, re, shutil, signal, subprocess, sys, sysconfig, time
@@ -38,6 +39,8 @@ BENCHES = [
 BUBBLE_GOAL, BUBBLE_REQUESTS = 0.03, 256
 # Between others' tokens while a long prompt is worked on, the longest time in medians, at most.
 LATE_GOAL = 2.0
+# Milliseconds that requests wait when a layer moves, at most.
+RELAYOUT_GOAL = 300.0
 # Time to first token without reuse of a shared prefix over that with it, at least.
 PREFIX_GOAL = 5.0
 # Kernels of cublasLt: they synchronise by means that racecheck does not know.
@@ -136,6 +139,22 @@ def judge_late(code, text):
     late = figures["late_prompt"]
     ratio = late["gap_max_over_median"]
     return f"longest gap {late['gap_max_ms']:.1f} ms, {ratio:.2f} medians (goal {LATE_GOAL}); its token after {late['ttft_ms']:.0f} ms", ratio <= LATE_GOAL
+
+
+def judge_relayout(code, text):
+    figures = json_of(text)
+    if code != 0 or not figures:
+        return judge_tests(code, text)[0], False
+    plain, moved = figures["runs"][:2], figures["runs"][2:]
+    stall = 1e3 * max(seconds(run["relayout"]["stall"]) for run in moved)
+    gap, usual = max(run["gap_max_ms"] for run in moved), max(run["gap_max_ms"] for run in plain)
+    differ, noise = max(run["requests_different"] for run in moved), plain[1]["requests_different"]
+    return (f"stall {stall:.0f} ms (goal {RELAYOUT_GOAL:.0f}), longest gap {gap:.0f} ms, without {usual:.0f} ms; "
+            f"{differ} requests with other tokens, without {noise}"), stall <= RELAYOUT_GOAL and gap <= RELAYOUT_GOAL
+
+
+def seconds(duration):
+    return duration["secs"] + duration["nanos"] / 1e9
 
 
 def judge_prefix(reuse, times):
@@ -273,6 +292,12 @@ def plan(bundle, count, test_filter):
                  "--stages", count, "--format", "json", "--requests"]
         late = [*bench, 128, "--input-len", 512, "--output-len", 512, "--then-input-len", 8192]
         groups.append([Check("late", late, 120, judge=judge_late, log="benches")])
+        cuts = [",".join(f"{cut}@cuda:{i}" for i, cut in enumerate(of)) for of in
+                (("0-6", "7-14", "15-22", "23-27"), ("0-7", "8-14", "15-22", "23-27"))]
+        relayout = [programs / "pipeline-infer", "bench", "relayout", "--model", bundle / "models" / "7b", "--weights", "dummy",
+                    "--layout", cuts[0], "--to", cuts[1], "--slots", 4, "--chunk", 2048, "--requests", 64, "--input-len", 512,
+                    "--output-len", 256, "--format", "json"]
+        groups.append([Check("relayout", relayout, 180, judge=judge_relayout, log="benches")])
         prefix, times = [*bench, 64, "--input-len", 2112, "--shared-prefix", 2048, "--output-len", 16], {}
         for reuse, flags in ((False, ["--no-prefix-cache"]), (True, [])):
             name = f"prefix-{'on' if reuse else 'off'}"

@@ -61,6 +61,13 @@ pub(super) fn find_way(cuda: &Cuda, from: &Cuda) -> Result<()> {
     Ok(())
 }
 
+impl Cuda {
+    /// Lets pages from this GPU come through the host, whatever can be reached: for tests of what is done then.
+    pub fn stage_pages_from(&self, from: &Cuda) {
+        self.ways.lock().push((from.context.ordinal, Way::Staged));
+    }
+}
+
 /// Reads what has been written on the other GPU. Tells what is wrong.
 fn read_test(cuda: &Cuda, from: &Cuda) -> Result<Option<String>> {
     let mut wanted = Pinned::new(from.context, TEST_BYTES_ALL)?;

@@ -19,7 +19,7 @@ use crate::{
     },
     engine::{Engine, Relayout},
     error::{Error, Result},
-    layout::{Given, Layout},
+    layout::{Device, Given, Layout},
     request::Event,
 };
 
@@ -95,7 +95,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     if workload.then_input_len.is_some() {
         return Err(Error::usage("--then-input-len", "it is for bench throughput"));
     }
-    let to = Given::from_arg(&change.to)?.layout;
+    let Given { layout: to, placed } = Given::from_arg(&change.to)?;
     let after = change.after.unwrap_or(workload.output_len / 2).max(1);
     if after >= workload.output_len {
         let why = format!("each request has {} new tokens: --output-len", workload.output_len);
@@ -108,6 +108,9 @@ fn run(matches: &ArgMatches) -> Result<u8> {
         throughput::start(&setup, &workload, format, |builder| builder.movable(true).prefix_cache(false))?;
     to.check(engine.spec().layers.len())?;
     let from = engine.layout();
+    if !placed && from.stages().iter().any(|stage| stage.device != Device::Cpu) {
+        return Err(Error::usage("--to", "it names no devices, and stages run on GPUs"));
+    }
     let plain = || one(&engine, &workload, None);
     // The first one warms up.
     plain()?;
