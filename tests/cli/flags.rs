@@ -16,6 +16,7 @@ const FLAGS: &[&str] = &[
     "--slots",
     "--chunk",
     "--running",
+    "--balance",
     "--no-prefix-cache",
     "--waiting",
     "--threads",
