@@ -24,6 +24,7 @@ mod summary;
 mod sweep;
 mod tables;
 mod throughput;
+mod uses;
 mod workload;
 
 use clap::{ArgMatches, Command};

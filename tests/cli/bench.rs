@@ -159,10 +159,7 @@ fn throughput_as_tables_is_aligned_and_short() {
     ] {
         assert!(text.lines().any(|line| line.starts_with(start)), "{start}\n{text}");
     }
-    assert!(
-        !text.contains("TPOT") && !text.contains("ITL"),
-        "one token has no time between tokens\n{text}"
-    );
+    assert!(!text.contains("TPOT") && !text.contains("ITL"), "one token has no time between tokens\n{text}");
     assert!(text.lines().all(|line| line.len() < 120 && line == line.trim_end()), "{text}");
 }
 

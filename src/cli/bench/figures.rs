@@ -1,7 +1,5 @@
 //! What came of the runs: all figures, in the order of the JSON object.
 
-use std::collections::BTreeMap;
-
 use serde::Serialize;
 
 use super::{
@@ -14,6 +12,7 @@ use super::{
     results::Point,
     session::{Measured, Run, Session},
     spread::{Spread, median},
+    uses::{Energy, HostCpu, KvUse, Totals},
     workload::Workload,
 };
 use crate::{
@@ -21,12 +20,8 @@ use crate::{
     cli::{loading::Speed, setup::Setup, table::Shares},
     engine::{Engine, EngineStats, StageStats},
     layout::{Device, Layout},
-    request::Usage,
     schedule::StageCost,
 };
-
-/// Threads of less use are not told of.
-const CORES_MIN: f64 = 0.001;
 
 /// What was measured, as far as the runs do not tell.
 pub(super) struct Subject<'a> {
@@ -133,28 +128,6 @@ pub(super) struct Pipeline {
     whole: Option<Phase>,
 }
 
-/// Share of the KV cache that sequences had, over the steps.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub(super) struct KvUse {
-    pub(super) mean: f64,
-    pub(super) max: f64,
-}
-
-/// What the GPUs consumed, over all runs.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub(super) struct Energy {
-    pub(super) joules_per_output_token: f64,
-    pub(super) joules_per_token: f64,
-    pub(super) watts: f64,
-}
-
-/// Processor seconds a second, over all runs.
-#[derive(Debug, Serialize)]
-pub(super) struct HostCpu {
-    pub(super) cores: f64,
-    threads: BTreeMap<String, f64>,
-}
-
 /// Over all runs.
 #[derive(Debug, Serialize)]
 struct SchedulerFigures {
@@ -256,37 +229,6 @@ fn id(subject: &Subject<'_>, layout: &Layout) -> String {
     id += &setup.split.map_or(String::new(), |split| format!(".{}", split.name()));
     id += &setup.slots.map_or(String::new(), |slots| format!(".slots{slots}"));
     id + &setup.chunk.map_or(String::new(), |chunk| format!(".chunk{chunk}"))
-}
-
-/// Over runs that all have the same requests, but perhaps not answers of the same lengths.
-struct Totals {
-    /// Of a run, the mean.
-    requests: f64,
-    input: f64,
-    output: f64,
-    /// Of all runs together.
-    seconds: f64,
-    output_sum: f64,
-    input_sum: f64,
-}
-
-impl Totals {
-    fn of(runs: &[Run]) -> Totals {
-        let sum = |of: fn(&Usage) -> f64| {
-            runs.iter().flat_map(|run| run.usages.iter().chain(&run.late)).map(of).sum::<f64>()
-        };
-        let n = runs.len() as f64;
-        let (input_sum, output_sum) =
-            (sum(|usage| f64::from(usage.prompt_tokens)), sum(|usage| f64::from(usage.completion_tokens)));
-        Totals {
-            requests: sum(|_| 1.0) / n,
-            input: input_sum / n,
-            output: output_sum / n,
-            seconds: runs.iter().map(|run| run.seconds).sum(),
-            output_sum,
-            input_sum,
-        }
-    }
 }
 
 fn some(values: impl IntoIterator<Item = f64>) -> Spread {
@@ -392,36 +334,6 @@ impl Pipeline {
     }
 }
 
-impl KvUse {
-    fn of(runs: &[Run]) -> KvUse {
-        let queues = Queues::together(runs.iter().map(|run| run.record.queues));
-        KvUse { mean: queues.kv_use_mean(), max: queues.kv_use_max() }
-    }
-}
-
-impl Energy {
-    fn of(runs: &[Run], totals: &Totals) -> Option<Energy> {
-        let joules: f64 = runs.iter().map(|run| run.joules).sum::<Option<f64>>()?;
-        Some(Energy {
-            joules_per_output_token: joules / totals.output_sum,
-            joules_per_token: joules / (totals.input_sum + totals.output_sum),
-            watts: joules / totals.seconds,
-        })
-    }
-}
-
-impl HostCpu {
-    fn of(runs: &[Run], seconds: f64) -> HostCpu {
-        let mut threads: BTreeMap<String, f64> = BTreeMap::new();
-        for (name, spent) in runs.iter().flat_map(|run| &run.cpu) {
-            *threads.entry(name.clone()).or_insert(0.0) += spent / seconds;
-        }
-        let cores = threads.values().sum();
-        threads.retain(|_, cores| *cores >= CORES_MIN);
-        HostCpu { cores, threads }
-    }
-}
-
 impl SchedulerFigures {
     fn of(runs: &[Run], before: &EngineStats, after: &EngineStats) -> SchedulerFigures {
         let queues = Queues::together(runs.iter().map(|run| run.record.queues));
@@ -445,24 +357,7 @@ fn late_prompt(input_len: u32, runs: &[Run]) -> LatePrompt {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn run(seconds: f64, joules: Option<f64>) -> Run {
-        let usage = |prompt_tokens, completion_tokens, total_s| Usage {
-            prompt_tokens,
-            completion_tokens,
-            total_s,
-            first_token_s: 0.5,
-            ..Usage::default()
-        };
-        Run {
-            seconds,
-            usages: vec![usage(10, 5, 2.5), usage(30, 3, 1.5)],
-            late: Some(usage(100, 1, 0.7)),
-            record: Record::default(),
-            joules,
-            cpu: [("stage 0".to_owned(), 0.5 * seconds), ("idle".to_owned(), 0.0)].into(),
-        }
-    }
+    use crate::cli::bench::uses::tests::run;
 
     #[test]
     fn rates_are_of_the_median_and_of_the_best_run() {
@@ -472,16 +367,8 @@ mod tests {
     }
 
     #[test]
-    fn what_all_requests_had_is_counted() {
-        let runs = [run(2.0, Some(90.0)), run(4.0, Some(90.0))];
-        let totals = Totals::of(&runs);
-        assert_eq!((totals.requests, totals.input, totals.output, totals.seconds), (3.0, 140.0, 9.0, 6.0));
-        let energy = Energy::of(&runs, &totals).unwrap();
-        assert_eq!((energy.joules_per_output_token, energy.watts), (10.0, 30.0));
-        assert!(Energy::of(&[run(2.0, None)], &totals).is_none());
-        let host = HostCpu::of(&runs, totals.seconds);
-        assert!((host.cores - 0.5).abs() < 1e-12 && host.threads.len() == 1);
-        let one = RunFigures::of(&runs[0]);
+    fn a_run_has_medians_over_its_requests() {
+        let one = RunFigures::of(&run(2.0, None));
         assert_eq!((one.output_tokens_per_s, one.requests_per_s), (4.5, 1.5));
         // A request of 2.5 s, of which 2 s are for 4 tokens; one of 1.5 s, 1 s of it for 2.
         assert_eq!((one.tpot_ms, one.e2el_ms, one.ttft_ms), (Some(500.0), 2000.0, 500.0));

@@ -209,18 +209,20 @@ mod tests {
         }
     }
 
-    fn demands(cuts: &[std::ops::Range<usize>]) -> Demands {
+    /// So many stages of as many layers.
+    fn demands(stages: usize) -> Demands {
         let spec = shapes::find("7b").unwrap().unwrap();
         let devices = DeviceSpec::list("4xmine:mem=100g,bw=4t,bf16=700t").unwrap();
-        let stage = |(layers, device): (&std::ops::Range<usize>, DeviceSpec)| {
-            Demand::of(&spec, DType::BF16, layers, Some(device))
+        let each = spec.layers.len() / stages;
+        let stage = |(i, device): (usize, DeviceSpec)| {
+            Demand::of(&spec, DType::BF16, &(i * each..(i + 1) * each), Some(device))
         };
-        Demands { stages: cuts.iter().zip(devices).map(stage).collect() }
+        Demands { stages: devices.into_iter().take(stages).enumerate().map(stage).collect() }
     }
 
     #[test]
     fn one_row_reads_all_weights_and_many_rows_compute() {
-        let one = demands(&[0..28]);
+        let one = demands(1);
         let mut done = Vec::new();
         one.add(&batch(1, 1, 0), &mut done);
         // 28 layers of 466 MB, and a head of 1.09 GB.
@@ -237,7 +239,7 @@ mod tests {
 
     #[test]
     fn no_more_stages_work_at_once_than_there_are_requests() {
-        let four = demands(&[0..7, 7..14, 14..21, 21..28]);
+        let four = demands(4);
         let mut done = Vec::new();
         four.add(&batch(1, 1, 10), &mut done);
         let all: f64 = done.iter().map(|d| d.least_s).sum();

@@ -104,7 +104,10 @@ impl Workload {
             let asked = asked?;
             tokens += guess(&asked.content) as u64;
             if tokens > TOKENS_MAX {
-                return Err(Error::data(path, format!("its prompts have more than {TOKENS_MAX} tokens in all")));
+                return Err(Error::data(
+                    path,
+                    format!("its prompts have more than {TOKENS_MAX} tokens in all"),
+                ));
             }
             given.push(asked);
         }
@@ -194,6 +197,10 @@ impl Workload {
         for (i, asked) in self.given.iter().enumerate() {
             let wrong = |why: String| Error::data(&path, format!("prompt {}: {why}", i + 1));
             let ids = ids(engine, &asked.content).map_err(|e| wrong(e.to_string()))?;
+            let vocab = engine.spec().vocab;
+            if let Some((at, id)) = ids.iter().enumerate().find(|&(_, &id)| id as usize >= vocab) {
+                return Err(wrong(format!("token {at} is {id}; the model has {vocab}")));
+            }
             let mut request = request(ids, self.lengths.output_len);
             asked.choices.apply(&mut request);
             let (tokens, new) = (prompt_tokens(&request), request.stop.max_tokens.unwrap_or(0) as usize);

@@ -164,7 +164,7 @@ impl Axis {
 }
 
 /// The least of 1, 2 and 5 times a power of 10 that is as large.
-fn nice(step: f64) -> f64 {
+pub(super) fn nice(step: f64) -> f64 {
     let power = 10f64.powf(step.log10().floor());
     let found = [1.0, 2.0, 5.0].into_iter().find(|times| times * power >= step * 0.999_999);
     found.unwrap_or(10.0) * power

@@ -11,7 +11,7 @@ text{font:12px system-ui,sans-serif;fill:#24292f}.small{font-size:11px;fill:#576
 .bg{fill:#fff}.axis{stroke:#57606a;fill:none}.grid{stroke:#d8dee4;fill:none}.line{fill:none;stroke-width:2}.dash{stroke-dasharray:5 4}\
 .s0{stroke:#0969da;fill:#0969da}.s1{stroke:#bc4c00;fill:#bc4c00}.s2{stroke:#1a7f37;fill:#1a7f37}.s3{stroke:#8250df;fill:#8250df}\
 .s4{stroke:#9a6700;fill:#9a6700}.s5{stroke:#bf3989;fill:#bf3989}.s6{stroke:#1b7c83;fill:#1b7c83}.s7{stroke:#57606a;fill:#57606a}\
-.line{fill:none}.bar{stroke:none}\
+.line{fill:none}.bar{stroke:none;shape-rendering:crispEdges}\
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.small{fill:#9198a1}.bg{fill:#0d1117}.axis{stroke:#9198a1}.grid{stroke:#30363d}\
 .s0{stroke:#58a6ff;fill:#58a6ff}.s1{stroke:#f0883e;fill:#f0883e}.s2{stroke:#3fb950;fill:#3fb950}.s3{stroke:#bc8cff;fill:#bc8cff}\
 .s4{stroke:#d29922;fill:#d29922}.s5{stroke:#f778ba;fill:#f778ba}.s6{stroke:#56d4dd;fill:#56d4dd}.s7{stroke:#9198a1;fill:#9198a1}\

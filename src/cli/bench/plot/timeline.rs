@@ -1,6 +1,9 @@
 //! What stages do over time: their bars in a short while, and how busy they are over a whole run.
 
-use super::svg::{Anchor, Svg};
+use super::{
+    chart::nice,
+    svg::{Anchor, Svg},
+};
 use crate::{cli::bench::session::Measured, pipeline::StageSpan};
 
 const WIDTH: f64 = 1100.0;
@@ -14,6 +17,7 @@ const ABOVE: f64 = 30.0;
 const BELOW: f64 = 44.0;
 /// Bars of a stage in the short while.
 const BARS: usize = 40;
+const TICKS: f64 = 8.0;
 /// Parts of the whole run.
 const BINS: usize = 240;
 /// What bars are called, by their colour.
@@ -53,7 +57,7 @@ fn draw(title: &str, names: &[String], spans: &[StageSpan]) -> String {
         svg.rect(&class, (left, near.row(span.stage)), ((right - left).max(0.6), BAR), None);
     }
     let far = Frame { top: TITLE + part, from: first, to: last, zero: first };
-    far.axes(&mut svg, names, "the whole run: the darker, the busier; ms");
+    far.axes(&mut svg, names, "the whole run: the fuller the colour, the busier; ms");
     for (stage, _) in names.iter().enumerate() {
         for (bin, busy) in
             bins(spans, stage, (first, last)).into_iter().enumerate().filter(|(_, busy)| *busy > 0.0)
@@ -89,12 +93,14 @@ impl Frame {
         for (i, name) in names.iter().enumerate() {
             svg.text("", (LEFT - 10.0, self.row(i) + 15.0), Anchor::End, name);
         }
-        for i in 0..=8 {
-            let at = self.from + f64::from(i) / 8.0 * (self.to - self.from);
-            let x = self.x(at);
+        let step = nice(1e3 * (self.to - self.from) / TICKS);
+        let digits = if step < 1.0 { 2 } else { 0 };
+        let first = (1e3 * (self.from - self.zero) / step).ceil();
+        let ticks = (0..=2 * TICKS as u32).map(|i| (first + f64::from(i)) * step);
+        for (ms, x) in ticks.map(|ms| (ms, self.x(self.zero + ms / 1e3))).filter(|(_, x)| *x <= WIDTH - RIGHT)
+        {
             svg.line("grid", (x, self.row(0) - 4.0), (x, below));
-            let ms = format!("{:.2}", 1e3 * (at - self.zero));
-            svg.text("small", (x, below + 14.0), Anchor::Middle, &ms);
+            svg.text("small", (x, below + 14.0), Anchor::Middle, &format!("{ms:.digits$}"));
         }
         svg.line("axis", (LEFT, below), (WIDTH - RIGHT, below));
         svg.text("", ((LEFT + WIDTH - RIGHT) / 2.0, below + 32.0), Anchor::Middle, label);
