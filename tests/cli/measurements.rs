@@ -167,8 +167,8 @@ fn results_of_files_are_tables_plots_and_ratios() {
     let text = good(&run(&same));
     assert_eq!(text.matches("chat-llama/").count(), 4);
     assert!(text.contains("1.000") && text.contains("alike"), "{text}");
-    // Half as fast, in every run.
-    let slower: String = lines(&output).iter().map(|line| format!("{}\n", halved(line.clone()))).collect();
+    // A tenth as fast, in every run.
+    let slower: String = lines(&output).iter().map(|line| format!("{}\n", slowed(line.clone()))).collect();
     std::fs::write(path("b.json"), slower).unwrap();
     let compare = ["bench", "compare", &path("a.json"), &path("b.json"), "--format", "json"];
     let compared = json(&run(&compare));
@@ -184,7 +184,7 @@ fn results_of_files_are_tables_plots_and_ratios() {
 }
 
 /// With a tenth of its tokens a second.
-fn halved(mut line: Value) -> Value {
+fn slowed(mut line: Value) -> Value {
     let less = |value: &mut Value| *value = (value.as_f64().unwrap() / 10.0).into();
     less(&mut line["output_tokens_per_s"]["median"]);
     line["runs"].as_array_mut().unwrap().iter_mut().for_each(|run| less(&mut run["output_tokens_per_s"]));

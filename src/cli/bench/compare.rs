@@ -167,7 +167,7 @@ impl Comparison {
         for pair in &self.pairs {
             for (ratio, metric) in pair.figures.iter().filter_map(|ratio| Some((ratio, ratio.metric()?))) {
                 let by = 100.0 * if metric.more_is_better { 1.0 - ratio.ratio } else { ratio.ratio - 1.0 };
-                // A p99 of a few requests says little, and a single run nothing of how far others are apart.
+                // A p99 of a few requests says little. Of single runs nobody knows how far others would be apart: they count.
                 let judged = !metric.of_run.is_empty() && ratio.verdict != Verdict::Alike;
                 if judged && by > max {
                     self.regressions.push(format!("{}: {} by {by:.1}%", pair.id, ratio.name));
