@@ -11,7 +11,7 @@ use std::{
 
 use crossbeam_channel as channel;
 
-pub(super) use self::sites::{Either, On};
+pub(super) use self::sites::{Either, On, Ways};
 
 use self::sites::{Ends, Site, Sites, Size, sites};
 use super::{StageFacts, meter::Meter, progress::Progress};
@@ -26,7 +26,7 @@ use crate::{
     layout::{self, Device, Layout},
     model::decoder::{Decoder, DecoderConfig},
     pipeline::{self, Outcome, Stage, StageMetrics, StagesHandle, token_edge},
-    transport::{Host, Peer},
+    transport::{Host, Peer, Staged},
 };
 
 /// How long stages may take to end; then their threads are left behind.
@@ -91,7 +91,8 @@ pub(super) fn wire(
         None => Either::One(cpu.get_or_insert_with(|| Arc::new(Cpu::new(shared.threads))).clone()),
     };
     let backends = layout.stages().iter().map(backend).collect();
-    let on = On { backends, transports: (&Host, &Peer::default()), lost };
+    let ways = Ways { ones: &Host, twos: &Peer::default(), one_to_two: &Staged, two_to_one: &Staged };
+    let on = On { backends, ways, lost };
     wire_on(on, layout, config, shared, progress)
 }
 
