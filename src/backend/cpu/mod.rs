@@ -15,6 +15,7 @@ mod matrix;
 mod memory;
 mod norm;
 mod pool;
+mod probe;
 pub mod reference;
 mod rope;
 pub mod sample;
@@ -26,7 +27,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use facts::{CpuFacts, facts};
+pub use facts::{CpuFacts, facts, free_bytes, memory_bytes};
+pub use probe::{CpuSpeed, speed};
 pub use sample::Sampler;
 pub use simd::Simd;
 
