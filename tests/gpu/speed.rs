@@ -1,7 +1,7 @@
 //! How fast ops are by themselves: measurements, which `tools/gpu_check.py` runs and judges.
 
 use pipeline_infer::backend::{
-    AttentionShape, Backend, DType, HeadShape, KvShape, Limits,
+    AttentionShape, Backend, DType, HeadShape, KvShape, Limits, Rotation,
     cuda::{self, Cuda},
 };
 
@@ -27,7 +27,7 @@ fn decode_us(gpu: &Cuda, heads: HeadShape) -> f64 {
     let parts: Vec<(usize, usize)> = (0..SEQUENCES).map(|seq| (seq, 1)).collect();
     let mut micro = sequences.step(&parts as &Parts);
     ask(&mut micro, 0..SEQUENCES);
-    let mut batch = gpu.batch(limits, &vec![1.0; head_dim / 2], 1.0).unwrap();
+    let mut batch = gpu.batch(limits, Rotation::plain(&vec![1.0; head_dim / 2], 1.0)).unwrap();
     gpu.set_batch(&mut batch, &micro).unwrap();
     let mut qkv = gpu.working_buf(SEQUENCES * heads.qkv_dim()).unwrap();
     gpu.write(&mut qkv, &crate::numbers(1, SEQUENCES * heads.qkv_dim())).unwrap();

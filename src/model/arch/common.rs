@@ -53,10 +53,13 @@ pub(super) fn spec(config: &Config, arch: &'static str, defaults: Defaults) -> R
         layers: vec![LayerSpec { window: None }; size("num_hidden_layers", LAYERS_MAX)?],
         norm: Norm::Rms { eps: eps as f32 },
         rope: rope::read(config, heads.head_dim, context_max)?,
+        sections: None,
         bias: Biases::default(),
         qk_norm: false,
         tied: config.flag("tie_word_embeddings")?.unwrap_or(false),
         context_max,
+        vision: None,
+        pads: None,
     })
 }
 
