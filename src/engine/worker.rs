@@ -287,6 +287,7 @@ impl Open {
             let new = NewSequence {
                 seq,
                 prompt: prompt.clone(),
+                images: None,
                 // The last token is never fed, so it needs no room.
                 tokens_max: prompt.len() + ending.tokens_max - 1,
                 sampling: sampling.clone(),
