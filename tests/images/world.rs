@@ -277,6 +277,7 @@ impl World {
     pub(super) fn finish(&mut self) {
         let mut rounds = 0;
         while !self.clients.is_empty() || self.busy() {
+            self.plan_images();
             self.plan();
             self.plan_images();
             assert!(self.busy(), "{:?} wait for ever", self.clients.keys());

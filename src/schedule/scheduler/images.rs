@@ -23,6 +23,9 @@ impl Scheduler {
     /// Decides which images are encoded next; `None` if none can be now. Until [`Scheduler::apply_images`] says that they
     /// are in the store, no step reads them.
     ///
+    /// It is to be called before and after steps are planned: each of the two learns what can be found of a prompt, which
+    /// changes what the other one does.
+    ///
     /// The order is that in which prompts go on: those that have begun, then those that wait. Each keeps what it needs
     /// from those behind it, and nothing is given to these before it has what it needs. So the first of all gets its
     /// images one after another, however small the store is.
@@ -138,7 +141,7 @@ impl Scheduler {
             return true;
         }
         let missing = of.within(reach..usize::MAX).next().expect("an image is missing; this is a bug");
-        of.within(from..reach).next().is_some() && images.is_absent(missing.1.image)
+        from < reach && of.within(from..reach).next().is_some() && images.is_absent(missing.1.image)
     }
 
     /// Lays the prompt in hand aside if it waits for an image, and takes the first one back that does not any more.
