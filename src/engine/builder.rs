@@ -174,7 +174,7 @@ impl EngineBuilder {
 
     /// Bytes for the KV cache, all stages together. Default: on the CPU enough for 8 sequences of the longest context,
     /// or for as many as are said to run at once, at most a quarter of the free memory; on GPUs what weights and
-    /// buffers leave.
+    /// buffers leave, and on the CPU beside them half of that.
     pub fn kv_memory(mut self, bytes: usize) -> Self {
         self.kv_memory = Some(bytes);
         self
@@ -245,7 +245,7 @@ impl EngineBuilder {
     }
 
     /// The same, with stages that are started in this way, and of which it can be said whether they choose tokens after
-    /// their ops have returned; by default GPUs do.
+    /// their ops have returned, and hand them on by themselves; by default GPUs do.
     pub(super) fn build_on(mut self, ahead: Option<bool>, wire: Arc<Wire>) -> Result<Engine> {
         within("--slots", self.slots, SLOTS_MAX)?;
         within("--chunk", self.chunk, CHUNK_MAX)?;
@@ -284,7 +284,11 @@ impl EngineBuilder {
         let dtype = self.dtype.unwrap_or(model.dtype);
         let context = self.plan_context(&spec)?;
         let layout = self.plan_layout(&spec, dtype, context)?;
-        let gpus = layout.stages().iter().any(|stage| stage.device != Device::Cpu);
+        let on_gpu = |stage: &Stage| stage.device != Device::Cpu;
+        // Beside GPUs it is the processor whose time counts.
+        let gpus = layout.stages().iter().all(on_gpu);
+        // Tokens that the host does not know must be known where they are embedded.
+        let hands_on = [layout.stages().first(), layout.stages().last()].into_iter().flatten().all(on_gpu);
         let running = self.running.unwrap_or(if gpus { RUNNING_GPU } else { RUNNING_CPU });
         // Several short prompts share a chunk; more than all sequences together hold never comes.
         let chunk = self.chunk.unwrap_or(if gpus { CHUNK_GPU } else { CHUNK_CPU });
@@ -299,7 +303,7 @@ impl EngineBuilder {
             chunk,
             chunk_min,
             running_max: running,
-            ahead: ahead.unwrap_or(gpus),
+            ahead: ahead.unwrap_or(hands_on),
             prefix_reuse: !self.no_prefix_cache,
         };
         let limits = |scheduling: SchedulerConfig, context_max| Limits {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     backend::{
-        DType, Limits,
+        DType, Limits, cpu,
         cuda::{self, DeviceFacts},
     },
     batch::KV_BLOCK,
@@ -201,31 +201,42 @@ pub(super) struct Room<'a> {
 }
 
 impl Room<'_> {
-    /// KV blocks that fit. On the CPU no more than `wanted`, and a quarter of the free memory; on GPUs all that weights
-    /// and buffers leave.
+    /// KV blocks that fit on the tightest device: on GPUs all that weights and buffers leave, on the CPU beside them half
+    /// of it. On the CPU alone no more than `wanted`, and a quarter of the free memory.
     pub(super) fn blocks(&self, wanted: usize) -> Result<usize> {
+        let by_device = self.by_device();
+        let alone = by_device.len() == 1;
         let mut least = usize::MAX;
-        for (device, stages) in self.by_device() {
+        for (device, stages) in by_device {
+            let each = self.block_bytes(&stages);
             let blocks = match device {
-                None => wanted.min(memory_free() / 4 / self.block_bytes(&stages)),
-                Some(gpu) => self.left(gpu, &stages)? / self.block_bytes(&stages),
+                None if alone => wanted.min(cpu::free_bytes() / 4 / each),
+                // Others want some of the host's memory too.
+                None => self.left_on_host(&stages)? / each / 2,
+                Some(gpu) => self.left(gpu, &stages)? / each,
             };
             least = least.min(blocks);
         }
         Ok(least)
     }
 
-    /// An error if so many KV blocks are more than a GPU has room for. The CPU takes memory as it is used.
+    /// An error if so many KV blocks are more than a device has room for. The CPU alone takes memory as it is used.
     pub(super) fn check(&self, blocks: usize) -> Result<()> {
-        for (device, stages) in self.by_device() {
-            let Some(gpu) = device else { continue };
-            let (need, left) = (blocks.saturating_mul(self.block_bytes(&stages)), self.left(gpu, &stages)?);
+        let by_device = self.by_device();
+        let alone = by_device.len() == 1;
+        for (device, stages) in by_device {
+            let (device, left) = match device {
+                None if alone => continue,
+                None => ("cpu".into(), self.left_on_host(&stages)?),
+                Some(gpu) => (format!("cuda:{gpu}"), self.left(gpu, &stages)?),
+            };
+            let need = blocks.saturating_mul(self.block_bytes(&stages));
             if need > left {
                 let (need, left) = (need >> 20, left >> 20);
                 let why = format!(
                     "the KV cache needs {need} MiB of its memory, and weights and buffers leave {left} MiB"
                 );
-                return Err(Error::Device { device: format!("cuda:{gpu}"), why });
+                return Err(Error::Device { device, why });
             }
         }
         Ok(())
@@ -242,11 +253,21 @@ impl Room<'_> {
         let layers: usize = stages.iter().map(|i| self.layout.stages()[*i].layers.len()).sum();
         let taken: usize = stages.iter().map(|&i| self.bytes(i)).sum();
         let need = taken + cuda::kv_waste(layers) + RESERVE_BYTES;
-        let free = cuda::free_bytes(gpu)?;
+        self.rest(Device::Cuda(gpu), cuda::free_bytes(gpu)?, need, stages)
+    }
+
+    /// The same of the host's memory, for stages beside GPUs: weights that have no room there would be read from the disk
+    /// in every pass.
+    fn left_on_host(&self, stages: &[usize]) -> Result<usize> {
+        let need = stages.iter().map(|&i| self.host_bytes(i)).sum();
+        self.rest(Device::Cpu, cpu::free_bytes(), need, stages)
+    }
+
+    fn rest(&self, device: Device, free: usize, need: usize, stages: &[usize]) -> Result<usize> {
         if need + self.block_bytes(stages) > free {
             let (need, free) = (need >> 20, free >> 20);
             let why = format!("weights and buffers need {need} MiB of its memory, and {free} MiB are free");
-            return Err(Error::Device { device: format!("cuda:{gpu}"), why });
+            return Err(Error::Device { device: device.to_string(), why });
         }
         Ok(free - need)
     }
@@ -262,6 +283,16 @@ impl Room<'_> {
             by.entry(gpu).or_default().push(i);
         }
         by
+    }
+
+    /// Weights, in the mapped file or not, and buffers of a stage on the CPU.
+    fn host_bytes(&self, i: usize) -> usize {
+        let (spec, stages) = (self.spec, self.layout.stages());
+        let Limits { rows_max, outputs_max, .. } = self.limits;
+        let outputs = (i + 1 == stages.len()).then_some(outputs_max);
+        let buffers = buffer_sizes(spec, DType::F32, rows_max, outputs).into_iter().sum::<usize>();
+        let boundary = if i > 0 { ring_bytes(self.in_flight, rows_max * spec.dim) } else { 0 };
+        weight_sizes(spec, self.dtype, &stages[i].layers).into_iter().sum::<usize>() + buffers + boundary
     }
 
     /// Weights and buffers of a stage on a GPU, as the driver counts them.
@@ -280,12 +311,4 @@ impl Room<'_> {
         let own = cuda::StageNeeds { limits: self.limits, dim, head_dim, vocab };
         sizes.into_iter().map(cuda::allocated).sum::<usize>() + cuda::stage_bytes(&own)
     }
-}
-
-/// Bytes that the system says are available; a guess of 4 GiB where it does not say.
-fn memory_free() -> usize {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<usize>().ok());
-    kib.map_or(4 << 30, |kib| kib << 10)
 }

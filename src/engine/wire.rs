@@ -1,5 +1,7 @@
 //! From a layout to running threads.
 
+mod sites;
+
 use std::{
     cell::Cell,
     sync::{Arc, Mutex},
@@ -9,6 +11,9 @@ use std::{
 
 use crossbeam_channel as channel;
 
+pub(super) use self::sites::{Either, On};
+
+use self::sites::{Ends, Site, Sites, Size, sites};
 use super::{StageFacts, meter::Meter, progress::Progress};
 use crate::{
     backend::{
@@ -18,12 +23,10 @@ use crate::{
     },
     batch::{KV_BLOCK, Step},
     error::{Error, Result},
-    layout::{Device, Layout},
+    layout::{self, Device, Layout},
     model::decoder::{Decoder, DecoderConfig},
-    pipeline::{
-        self, Collecting, Input, Outcome, Output, Probe, Stage, StageMetrics, StagesHandle, token_edge,
-    },
-    transport::{Host, Peer, Transport},
+    pipeline::{self, Outcome, Stage, StageMetrics, StagesHandle, token_edge},
+    transport::{Host, Peer},
 };
 
 /// How long stages may take to end; then their threads are left behind.
@@ -36,8 +39,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// Stages' threads that have been started, and the channels to them.
 pub(super) struct Wired {
     pub(super) stages: Vec<(Vec<StageFacts>, StagesHandle)>,
-    /// Reads what they measure; it ends after them.
-    pub(super) collector: Option<JoinHandle<()>>,
+    /// They read what stages measure, one for each kind of devices, and end after them.
+    pub(super) collectors: Vec<JoinHandle<()>>,
     /// To the first stage, with room for every step that may be in flight. `None` once they have been told to end.
     pub(super) steps: Option<channel::Sender<Step>>,
     pub(super) results: channel::Receiver<Outcome>,
@@ -68,99 +71,114 @@ pub(super) fn wire(
     shared: &Shared,
     progress: Progress,
 ) -> Result<Wired> {
-    let gpu = |device| match device {
+    let gpu = |stage: &layout::Stage| match stage.device {
         Device::Cpu => None,
         Device::Cuda(i) => Some(i),
     };
-    let gpus: Vec<usize> = layout.stages().iter().filter_map(|stage| gpu(stage.device)).collect();
-    if gpus.is_empty() {
-        let cpu = Arc::new(Cpu::new(shared.threads));
-        let on = On { backends: &vec![cpu; layout.stages().len()], transport: &Host, lost: || false };
-        return wire_on(on, layout, config, shared, progress);
-    }
-    if gpus.len() < layout.stages().len() {
-        let why = "stages on the processor and on GPUs in one pipeline are not possible yet";
-        return Err(Error::usage(format!("--layout {layout}"), why));
-    }
+    let gpus: Vec<usize> = layout.stages().iter().filter_map(gpu).collect();
     let facts = PipelineFacts {
         dtype: config.dtype,
         head_dim: config.spec.heads.head_dim,
         seats: config.limits.seqs_max,
         in_flight: shared.in_flight,
     };
-    let on =
-        On { backends: &Cuda::pipeline(&gpus, facts)?, transport: &Peer::default(), lost: cuda::any_lost };
+    let lost = if gpus.is_empty() { || false } else { cuda::any_lost };
+    // Views of the GPUs know of each other: they are made together, in the order of their stages.
+    let mut cuda = Cuda::pipeline(&gpus, facts)?.into_iter();
+    let mut cpu: Option<Arc<Cpu>> = None;
+    let backend = |stage: &layout::Stage| match gpu(stage) {
+        Some(_) => Either::Two(cuda.next().expect("a view for each stage on a GPU; this is a bug")),
+        None => Either::One(cpu.get_or_insert_with(|| Arc::new(Cpu::new(shared.threads))).clone()),
+    };
+    let backends = layout.stages().iter().map(backend).collect();
+    let on = On { backends, transports: (&Host, &Peer::default()), lost };
     wire_on(on, layout, config, shared, progress)
 }
 
-/// What stages run on.
-pub(super) struct On<'a, B: Backend> {
-    /// One a stage.
-    pub(super) backends: &'a [Arc<B>],
-    /// Between neighbours.
-    pub(super) transport: &'a dyn Transport<B>,
-    /// Whether one of them is lost to the process.
-    pub(super) lost: fn() -> bool,
-}
-
 /// The same, on these devices, whatever the layout says.
-pub(super) fn wire_on<B: Backend>(
-    on: On<'_, B>,
+pub(super) fn wire_on<A: Backend, B: Backend>(
+    on: On<'_, A, B>,
     layout: &Layout,
     config: &DecoderConfig,
     shared: &Shared,
     progress: Progress,
 ) -> Result<Wired> {
-    let On { backends, transport, lost } = on;
     let in_flight = shared.in_flight;
     let (steps, steps_out) = channel::bounded(in_flight);
     let (enqueued, await_enqueued) = token_edge();
     let (results_in, results) = channel::unbounded();
-    let hidden_max = config.limits.rows_max * config.spec.dim;
-    let layer_kv_bytes = config.kv_blocks * KV_BLOCK * config.spec.kv_bytes_per_token(config.dtype);
-    let (mut inputs, mut outputs) = (vec![Input::Steps(steps_out, await_enqueued)], Vec::new());
-    for pair in backends.windows(2) {
-        let (sender, receiver) =
-            transport.connect(pair[0].clone(), pair[1].clone(), in_flight, hidden_max)?;
-        outputs.push(Output::Boundary(sender));
-        inputs.push(Input::Boundary(receiver));
-    }
-    outputs.push(Output::Results(enqueued));
-    let (measured, collector) = measure(backends, shared)?;
-    let mut ends = inputs.into_iter().zip(outputs).zip(backends).zip(measured).enumerate();
-    let turn = Arc::new(Mutex::new(()));
-    let (patience, collector) = (shared.patience, Some(collector));
-    let (stages, steps) = (Vec::new(), Some(steps));
-    let mut wired = Wired { stages, collector, steps, results, patience, lost };
+    let size = Size { depth: in_flight, len_max: config.limits.rows_max * config.spec.dim };
+    let ends = Ends { steps: (steps_out, await_enqueued), results: enqueued };
+    let lost = on.lost;
+    let Sites { all, collectors } = sites(on, ends, size, shared)?;
+    let mut wired = Wired {
+        stages: Vec::new(),
+        collectors,
+        steps: Some(steps),
+        results,
+        patience: shared.patience,
+        lost,
+    };
+    let start = Start { config, shared, progress, results: results_in, turn: Arc::default() };
+    let mut sites = all.into_iter();
     // Stages on the processor cannot overlap. Others have a thread each, and their device shares itself out.
     for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {
-        let (mut facts, mut run_stages) = (Vec::new(), Vec::new());
-        for (stage, (index, (((input, output), backend), probe))) in run.iter().zip(&mut ends) {
-            let metrics = shared.metrics[index].clone();
-            let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
-            let progress = progress.clone();
-            let load = move |backend: &B| load_stage(index, backend, &own, &progress);
-            run_stages.push(Stage {
-                index,
-                backend: backend.clone(),
-                load: Box::new(load),
-                input,
-                output,
-                results: results_in.clone(),
-                turn: if B::ASYNC { Arc::default() } else { turn.clone() },
-                metrics: metrics.clone(),
-                probe,
+        let (mut facts, mut ones, mut twos) = (Vec::new(), Vec::new(), Vec::new());
+        for (stage, site) in run.iter().zip(&mut sites) {
+            facts.push(match site {
+                Either::One(site) => start.stage(stage, site, &mut ones),
+                Either::Two(site) => start.stage(stage, site, &mut twos),
             });
-            let (device, layers) = (stage.device.to_string(), stage.to_string());
-            let kv_bytes = stage.layers.len() * layer_kv_bytes;
-            // Whoever asks must not keep the device's memory from being given back.
-            let of = Arc::downgrade(backend);
-            let memory = Box::new(move || of.upgrade()?.memory());
-            facts.push(StageFacts { device, layers, weight_bytes: 0, kv_bytes, memory, metrics });
         }
-        wired.stages.push((facts, pipeline::spawn(run_stages)?));
+        assert!(ones.is_empty() || twos.is_empty(), "a thread for two kinds of devices; this is a bug");
+        let handle = if twos.is_empty() { pipeline::spawn(ones) } else { pipeline::spawn(twos) };
+        wired.stages.push((facts, handle?));
     }
     Ok(wired)
+}
+
+/// What stages start with.
+struct Start<'a> {
+    config: &'a DecoderConfig,
+    shared: &'a Shared,
+    progress: Progress,
+    results: channel::Sender<Outcome>,
+    /// Of those that share the processor.
+    turn: Arc<Mutex<()>>,
+}
+
+impl Start<'_> {
+    /// Adds the stage at this site to those of its thread. What can be said of it before it has loaded.
+    fn stage<B: Backend>(
+        &self,
+        stage: &layout::Stage,
+        site: Site<B>,
+        thread: &mut Vec<Stage<B>>,
+    ) -> StageFacts {
+        let Site { index, backend, input, output, probe } = site;
+        let metrics = self.shared.metrics[index].clone();
+        let own = DecoderConfig { layers: stage.layers.clone(), ..self.config.clone() };
+        let layer_kv_bytes = own.kv_blocks * KV_BLOCK * own.spec.kv_bytes_per_token(own.dtype);
+        let kv_bytes = stage.layers.len() * layer_kv_bytes;
+        let (device, layers) = (stage.device.to_string(), stage.to_string());
+        // Whoever asks must not keep the device's memory from being given back.
+        let of = Arc::downgrade(&backend);
+        let memory = Box::new(move || of.upgrade()?.memory());
+        let progress = self.progress.clone();
+        let unconnected = "a site that is not connected; this is a bug";
+        thread.push(Stage {
+            index,
+            backend,
+            load: Box::new(move |backend: &B| load_stage(index, backend, &own, &progress)),
+            input: input.expect(unconnected),
+            output: output.expect(unconnected),
+            results: self.results.clone(),
+            turn: if B::ASYNC { Arc::default() } else { self.turn.clone() },
+            metrics: metrics.clone(),
+            probe,
+        });
+        StageFacts { device, layers, weight_bytes: 0, kv_bytes, memory, metrics }
+    }
 }
 
 /// Loads a stage's units, and lets its device try what it will be asked for.
@@ -179,19 +197,6 @@ fn load_stage<B: Backend>(
     let (device, ms) = (backend.name(), began.elapsed().as_millis() as u64);
     tracing::info!(stage = index, device, passes = passes.get(), ms, "warmed up");
     Ok(decoder)
-}
-
-/// A probe for each stage, and the thread that tells what they measure.
-fn measure<B: Backend>(backends: &[Arc<B>], shared: &Shared) -> Result<(Vec<Probe<B>>, JoinHandle<()>)> {
-    let (meter, metrics) = (&shared.meter, shared.metrics.iter().cloned());
-    let of = meter.clone();
-    pipeline::collect(Collecting {
-        stages: backends.iter().cloned().zip(metrics).collect(),
-        start: meter.start(),
-        every: meter.every(),
-        dropped: meter.dropped().clone(),
-        tell: Box::new(move |span| of.span(span)),
-    })
 }
 
 impl Wired {
@@ -224,9 +229,11 @@ impl Wired {
             drop(loaded);
             late.extend(limit.join(thread));
         }
-        // It would wait for stages that are left behind.
-        if let Some(collector) = self.collector.take().filter(|_| late.is_empty()) {
-            late.extend(limit.join(collector));
+        for collector in self.collectors.drain(..) {
+            // It would wait for stages that are left behind.
+            if late.is_empty() {
+                late.extend(limit.join(collector));
+            }
         }
         match &late[..] {
             [] => Ok(()),

@@ -26,7 +26,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use facts::{CpuFacts, facts};
+pub use facts::{CpuFacts, facts, free_bytes, memory_bytes};
 pub use sample::Sampler;
 pub use simd::Simd;
 

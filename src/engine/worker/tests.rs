@@ -39,7 +39,7 @@ fn stages(in_flight: usize) -> (Wired, channel::Receiver<Step>, channel::Sender<
     let patience = Duration::from_secs(5);
     let wired = Wired {
         stages: Vec::new(),
-        collector: None,
+        collectors: Vec::new(),
         steps: Some(steps_in),
         results: results_out,
         patience,
