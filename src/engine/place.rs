@@ -10,7 +10,7 @@ use crate::{
     batch::KV_BLOCK,
     error::{Error, Result},
     layout::{
-        Device, DeviceSpec, Layout, Planner, Stage, Workload,
+        Device, DeviceSpec, Layout, Planner, Stage, VisionStage, Workload,
         planner::{Scratch, Split},
         profile::{self, Profile},
     },
@@ -99,7 +99,10 @@ impl Unplaced<'_> {
             _ => Device::Cuda(gpus[i]),
         };
         let cut = layout.stages().iter().enumerate();
-        Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())
+        let placed = Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())?;
+        // Nobody has said where they go either.
+        let first = |stage: &VisionStage| VisionStage { device: on(0), ..stage.clone() };
+        placed.with_vision(layout.vision().iter().map(first).collect())
     }
 
     fn planned(&self, gpus: &[usize], plan: impl Fn(&Planner) -> Result<Layout>) -> Result<Layout> {
