@@ -1,5 +1,9 @@
 //! What goes in and what comes out of the engine: plain data.
 
+mod media;
+
+pub use media::{Inset, Media, Part};
+
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -32,12 +36,27 @@ pub struct Message {
     pub role: String,
     /// The text.
     pub content: String,
+    /// Images and videos within it, in their order.
+    #[serde(skip)]
+    pub media: Vec<Inset>,
 }
 
 impl Message {
     /// A message of the given role.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Message { role: role.into(), content: content.into() }
+        Message { role: role.into(), content: content.into(), media: Vec::new() }
+    }
+
+    /// A message of text, images and videos, in this order.
+    pub fn of_parts(role: impl Into<String>, parts: impl IntoIterator<Item = Part>) -> Self {
+        let mut message = Message::new(role, "");
+        for part in parts {
+            match part {
+                Part::Text(text) => message.content.push_str(&text),
+                Part::Media(media) => message.media.push(Inset { at: message.content.len(), media }),
+            }
+        }
+        message
     }
 }
 
@@ -46,6 +65,8 @@ impl Message {
 pub struct Request {
     /// What to complete.
     pub prompt: Prompt,
+    /// Images and videos of a prompt that is no conversation: one for each placeholder in it, in their order.
+    pub media: Vec<Media>,
     /// How to choose tokens.
     pub sampling: SamplingParams,
     /// When to stop.
@@ -60,7 +81,7 @@ impl Request {
     /// A request with default sampling (greedy) and stopping.
     pub fn new(prompt: Prompt) -> Self {
         let (sampling, stop) = Default::default();
-        Request { prompt, sampling, stop, n: 1, priority: 0 }
+        Request { prompt, media: Vec::new(), sampling, stop, n: 1, priority: 0 }
     }
 }
 
