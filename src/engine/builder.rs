@@ -4,13 +4,14 @@ use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use super::{
     Engine, Facts,
+    images::{self, Images},
     meter::Meter,
     place::{Count, Place, Room, Unplaced},
     progress::{LoadProgress, Observer, Progress},
     rebuild::Recipe,
     start::{Ready, start},
     timeline::Timeline,
-    wire::{PATIENCE, Shared, Wired, wire},
+    wire::{PATIENCE, Shared, VisionConfig, Wired, wire},
 };
 use crate::{
     backend::{DType, Limits},
@@ -23,7 +24,7 @@ use crate::{
         open_model,
         spec::ModelSpec,
     },
-    schedule::{BlockPool, Scheduler, SchedulerConfig},
+    schedule::{BlockPool, ImageConfig, Scheduler, SchedulerConfig},
     text::{Template, Tokenizer},
 };
 
@@ -51,6 +52,14 @@ const WAITING_MAX: usize = 1 << 24;
 const SLOTS_MAX: usize = 1024;
 const CHUNK_MAX: usize = 65_536;
 const THREADS_MAX: usize = 1024;
+/// Patches of a pass of the vision tower: a single image, or a video, may have so many.
+const PATCHES_MAX: usize = 32_768;
+/// The same, for several images: more of them gain nothing, and the first would wait for the last.
+const PATCHES_TOGETHER: usize = 8192;
+/// Rows of the image store, and the fewest that an image of all patches needs.
+const IMAGE_ROWS: usize = 16_384;
+const PATCHES_FLAG_MAX: usize = 1 << 20;
+const IMAGE_ROWS_FLAG_MAX: usize = 1 << 24;
 
 /// Where weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -85,6 +94,9 @@ pub struct EngineBuilder {
     observer: Option<Observer>,
     timeline: Option<PathBuf>,
     measure_all: bool,
+    pixels: (Option<u64>, Option<u64>),
+    image_patches: Option<usize>,
+    image_rows: Option<usize>,
 }
 
 /// How stages are started.
@@ -94,6 +106,7 @@ pub(super) type Wire = dyn Fn(&Layout, &DecoderConfig, &Shared, Progress) -> Res
 struct Plan {
     layout: Layout,
     scheduling: SchedulerConfig,
+    images: Option<ImageConfig>,
     config: DecoderConfig,
     shared: Shared,
 }
@@ -239,6 +252,26 @@ impl EngineBuilder {
         self
     }
 
+    /// How many pixels an image, or a frame of a video, may have once it is resized: at least, and at most. Default: what the
+    /// model's folder says.
+    pub fn pixels(mut self, min: Option<u64>, max: Option<u64>) -> Self {
+        self.pixels = (min, max);
+        self
+    }
+
+    /// Patches of an image or a video at most, which buffers of the vision tower are made for. Default: 32,768.
+    pub fn image_patches(mut self, patches: usize) -> Self {
+        self.image_patches = Some(patches);
+        self
+    }
+
+    /// Tokens of images that are kept beside the embedding, for prompts that wait and for images that come again.
+    /// Default: 16,384.
+    pub fn image_rows(mut self, rows: usize) -> Self {
+        self.image_rows = Some(rows);
+        self
+    }
+
     /// Loads the model and starts the stages.
     pub fn build(self) -> Result<Engine> {
         self.build_on(None, Arc::new(wire))
@@ -252,11 +285,14 @@ impl EngineBuilder {
         within("--running", self.running, RUNNING_MAX)?;
         within("--waiting", self.waiting, WAITING_MAX)?;
         within("--threads", self.threads, THREADS_MAX)?;
+        within("--image-patches", self.image_patches, PATCHES_FLAG_MAX)?;
+        within("--image-rows", self.image_rows, IMAGE_ROWS_FLAG_MAX)?;
         let timeline = self.timeline.take().map(Timeline::open).transpose()?;
         let meter = Meter::new(self.measure_all || timeline.is_some());
         let model = open_model(&self.model, self.weights == WeightSource::Dummy)?;
         let generation = model.generation.clone();
-        let Plan { layout, scheduling, config, shared } = self.plan(model, ahead, meter.clone())?;
+        let Plan { layout, scheduling, images, config, shared } = self.plan(model, ahead, meter.clone())?;
+        let read = self.open_images(&config.spec)?;
         let weights = |stage: &Stage| weight_bytes(&config.spec, config.dtype, &stage.layers);
         let progress = Progress::new(self.observer.take(), layout.stages().iter().map(weights).sum());
         let (spec, dtype, blocks) = (config.spec.clone(), config.dtype, config.kv_blocks);
@@ -264,7 +300,10 @@ impl EngineBuilder {
         let (since, patience, of) = (Instant::now(), shared.patience, layout.clone());
         let recipe = Recipe {
             wire: Arc::new(move |progress| wire(&of, &config, &shared, progress)),
-            scheduler: Box::new(move || Scheduler::new(scheduling, BlockPool::new(blocks))),
+            scheduler: Box::new(move || {
+                let scheduler = Scheduler::new(scheduling, BlockPool::new(blocks));
+                images.into_iter().fold(scheduler, Scheduler::with_images)
+            }),
             patience,
         };
         let wired = (recipe.wire)(progress)?;
@@ -274,7 +313,9 @@ impl EngineBuilder {
             Some(tokenizer) => Template::open(&self.model, tokenizer)?,
             None => None,
         };
-        let facts = Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens };
+        let images = read;
+        let facts =
+            Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens, images };
         let waiting = self.waiting.unwrap_or(WAITING_DEFAULT);
         start(Ready { facts, recipe, wired, since, waiting, meter, timeline })
     }
@@ -327,8 +368,48 @@ impl EngineBuilder {
             kv_blocks: blocks,
         };
         let metrics = layout.stages().iter().map(|_| Arc::default()).collect();
-        let shared = Shared { in_flight, threads: self.threads, meter, metrics, patience: PATIENCE };
-        Ok(Plan { layout, scheduling, config, shared })
+        let vision = self.plan_vision(&layout, &config)?;
+        let images = vision.as_ref().map(|vision| ImageConfig {
+            rows: vision.rows,
+            patches: vision.patches_max.min(PATCHES_TOGETHER),
+            passes: vision.passes,
+        });
+        let shared = Shared { in_flight, threads: self.threads, meter, metrics, patience: PATIENCE, vision };
+        Ok(Plan { layout, scheduling, images, config, shared })
+    }
+
+    /// Where the vision tower goes, and how much room it has; `None` for a model without one.
+    fn plan_vision(&self, layout: &Layout, config: &DecoderConfig) -> Result<Option<VisionConfig>> {
+        let tower = config.spec.vision.as_ref();
+        let stages = layout.tower(tower.map(|tower| tower.full.len()))?;
+        let (Some(spec), Some(read)) = (tower, self.open_images(&config.spec)?) else { return Ok(None) };
+        let room = self.image_room();
+        Ok(Some(VisionConfig {
+            // A pass for each stage, and one whose patches are cut, or whose tokens are on their way.
+            passes: stages.len() + 1,
+            metrics: stages.iter().map(|_| Arc::default()).collect(),
+            stages,
+            spec: spec.clone(),
+            weights: config.weights.clone(),
+            dtype: config.dtype,
+            patches_max: room.patches.next_multiple_of(spec.cell_rows()),
+            rows: room.rows,
+            preprocessor: read.preprocessor,
+        }))
+    }
+
+    fn image_room(&self) -> images::Room {
+        images::Room {
+            patches: self.image_patches.unwrap_or(PATCHES_MAX),
+            rows: self.image_rows.unwrap_or(IMAGE_ROWS),
+        }
+    }
+
+    fn open_images(&self, spec: &ModelSpec) -> Result<Option<Images>> {
+        let Some(mut read) = Images::open(&self.model, spec, self.image_room())? else { return Ok(None) };
+        let (min, max) = self.pixels;
+        read.preprocessor = read.preprocessor.with_pixels(min, max)?;
+        Ok(Some(read))
     }
 
     fn plan_layout(&self, spec: &ModelSpec, dtype: DType, context: usize) -> Result<Layout> {

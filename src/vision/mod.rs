@@ -63,6 +63,17 @@ impl Preprocessor {
         Ok(Preprocessor { image, video, limits: Limits::default() })
     }
 
+    /// The same, and what is usual where the folder does not say.
+    pub fn read_or_usual(dir: &Path) -> Result<Preprocessor> {
+        let (path, usual) = (dir.join("preprocessor_config.json"), Path::new("usual"));
+        let image = match Recipe::read(&path, IMAGE_BOUNDS)? {
+            Some(_) => return Preprocessor::read(dir),
+            None => Recipe::parse(usual, b"{}", IMAGE_BOUNDS)?,
+        };
+        let video = Recipe::parse(usual, b"{}", VIDEO_BOUNDS)?;
+        Ok(Preprocessor { image, video, limits: Limits::default() })
+    }
+
     /// With other bounds of pixels for images and frames. One that is given wins over the other's default.
     pub fn with_pixels(mut self, min: Option<u64>, max: Option<u64>) -> Result<Preprocessor> {
         for recipe in [&mut self.image, &mut self.video] {
