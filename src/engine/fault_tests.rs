@@ -80,14 +80,15 @@ impl Mode {
 fn wire(mode: Mode, plan: Arc<Plan>, patience: Duration) -> Arc<Wire> {
     Arc::new(move |_, config, shared, progress| {
         let (meter, metrics) = (shared.meter.clone(), shared.metrics.clone());
-        let shared = Shared { meter, metrics, patience, ..*shared };
+        let Shared { in_flight, threads, .. } = *shared;
+        let shared = Shared { in_flight, threads, meter, metrics, patience, vision: shared.vision.clone() };
         let kinds = Faulty::<false>::pipeline(3, &plan).into_iter().zip(Faulty::<true>::pipeline(3, &plan));
         let backend = |(stage, (one, two))| match mode.early(stage) {
             false => Either::One(one),
             true => Either::Two(two),
         };
         let backends = kinds.enumerate().map(backend).collect();
-        let on = On { backends, transports: (&Host, &Host), lost: || false };
+        let on = On { backends, transports: (&Host, &Host), lost: || false, vision: None };
         wire_on(on, &mode.layout(), config, &shared, progress)
     })
 }

@@ -1,6 +1,8 @@
 //! The processor as a device that fails when it is told to, and that can pose as one whose ops return before they are
 //! done: its tokens are known to the device alone until they are collected.
 
+mod vision;
+
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex},
