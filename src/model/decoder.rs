@@ -364,6 +364,6 @@ impl<B: Backend> Loader<'_, B> {
 
     fn tensor(&self, role: Role) -> Result<Tensor> {
         let DecoderConfig { arch, spec, weights, .. } = self.config;
-        weights.tensor(&arch.tensor(role), &spec.shape(role))
+        arch.load(weights, spec, role)
     }
 }
