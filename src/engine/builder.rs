@@ -1,17 +1,19 @@
 //! From a description to running threads.
 
+mod vision;
+
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use super::{
     Engine, Facts,
-    images::{self, Images},
     meter::Meter,
     place::{Count, Place, Room, Unplaced},
     progress::{LoadProgress, Observer, Progress},
     rebuild::Recipe,
     start::{Ready, start},
     timeline::Timeline,
-    wire::{PATIENCE, Shared, VisionConfig, Wired, wire},
+    vision::VisionConfig,
+    wire::{PATIENCE, Shared, Wired, wire},
 };
 use crate::{
     backend::{DType, Limits},
@@ -52,14 +54,6 @@ const WAITING_MAX: usize = 1 << 24;
 const SLOTS_MAX: usize = 1024;
 const CHUNK_MAX: usize = 65_536;
 const THREADS_MAX: usize = 1024;
-/// Patches of a pass of the vision tower: a single image, or a video, may have so many.
-const PATCHES_MAX: usize = 32_768;
-/// The same, for several images: more of them gain nothing, and the first would wait for the last.
-const PATCHES_TOGETHER: usize = 8192;
-/// Rows of the image store, and the fewest that an image of all patches needs.
-const IMAGE_ROWS: usize = 16_384;
-const PATCHES_FLAG_MAX: usize = 1 << 20;
-const IMAGE_ROWS_FLAG_MAX: usize = 1 << 24;
 
 /// Where weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -252,26 +246,6 @@ impl EngineBuilder {
         self
     }
 
-    /// How many pixels an image, or a frame of a video, may have once it is resized: at least, and at most. Default: what the
-    /// model's folder says.
-    pub fn pixels(mut self, min: Option<u64>, max: Option<u64>) -> Self {
-        self.pixels = (min, max);
-        self
-    }
-
-    /// Patches of an image or a video at most, which buffers of the vision tower are made for. Default: 32,768.
-    pub fn image_patches(mut self, patches: usize) -> Self {
-        self.image_patches = Some(patches);
-        self
-    }
-
-    /// Tokens of images that are kept beside the embedding, for prompts that wait and for images that come again.
-    /// Default: 16,384.
-    pub fn image_rows(mut self, rows: usize) -> Self {
-        self.image_rows = Some(rows);
-        self
-    }
-
     /// Loads the model and starts the stages.
     pub fn build(self) -> Result<Engine> {
         self.build_on(None, Arc::new(wire))
@@ -285,8 +259,7 @@ impl EngineBuilder {
         within("--running", self.running, RUNNING_MAX)?;
         within("--waiting", self.waiting, WAITING_MAX)?;
         within("--threads", self.threads, THREADS_MAX)?;
-        within("--image-patches", self.image_patches, PATCHES_FLAG_MAX)?;
-        within("--image-rows", self.image_rows, IMAGE_ROWS_FLAG_MAX)?;
+        self.check_image_room()?;
         let timeline = self.timeline.take().map(Timeline::open).transpose()?;
         let meter = Meter::new(self.measure_all || timeline.is_some());
         let model = open_model(&self.model, self.weights == WeightSource::Dummy)?;
@@ -324,7 +297,9 @@ impl EngineBuilder {
         let spec = Arc::new(model.spec);
         let dtype = self.dtype.unwrap_or(model.dtype);
         let context = self.plan_context(&spec)?;
-        let layout = self.plan_layout(&spec, dtype, context)?;
+        let layout = self.place_tower(self.plan_layout(&spec, dtype, context)?, &spec)?;
+        let weights = Arc::new(model.weights);
+        let vision = self.plan_vision(&layout, &spec, (&weights, dtype))?;
         let on_gpu = |stage: &Stage| stage.device != Device::Cpu;
         // Beside GPUs it is the processor whose time counts.
         let gpus = layout.stages().iter().all(on_gpu);
@@ -354,62 +329,29 @@ impl EngineBuilder {
             context_max,
         };
         let in_flight = scheduling.in_flight_max();
-        let room =
-            Room { layout: &layout, spec: &spec, dtype, limits: limits(scheduling, context), in_flight };
+        let room = Room {
+            layout: &layout,
+            spec: &spec,
+            dtype,
+            limits: limits(scheduling, context),
+            in_flight,
+            vision: vision.as_ref().map(|vision| vision.gpu_bytes(layout.stages()[0].device)),
+        };
         let (context_max, blocks) = self.plan_kv(&room, context)?;
         scheduling.running_max = scheduling.running_max.min(blocks);
         let config = DecoderConfig {
             layers: 0..spec.layers.len(),
             spec,
             arch: model.arch,
-            weights: Arc::new(model.weights),
+            weights,
             dtype,
             limits: limits(scheduling, context_max),
             kv_blocks: blocks,
         };
         let metrics = layout.stages().iter().map(|_| Arc::default()).collect();
-        let vision = self.plan_vision(&layout, &config)?;
-        let images = vision.as_ref().map(|vision| ImageConfig {
-            rows: vision.rows,
-            patches: vision.patches_max.min(PATCHES_TOGETHER),
-            passes: vision.passes,
-        });
+        let images = vision.as_ref().map(VisionConfig::scheduling);
         let shared = Shared { in_flight, threads: self.threads, meter, metrics, patience: PATIENCE, vision };
         Ok(Plan { layout, scheduling, images, config, shared })
-    }
-
-    /// Where the vision tower goes, and how much room it has; `None` for a model without one.
-    fn plan_vision(&self, layout: &Layout, config: &DecoderConfig) -> Result<Option<VisionConfig>> {
-        let tower = config.spec.vision.as_ref();
-        let stages = layout.tower(tower.map(|tower| tower.full.len()))?;
-        let (Some(spec), Some(read)) = (tower, self.open_images(&config.spec)?) else { return Ok(None) };
-        let room = self.image_room();
-        Ok(Some(VisionConfig {
-            // A pass for each stage, and one whose patches are cut, or whose tokens are on their way.
-            passes: stages.len() + 1,
-            metrics: stages.iter().map(|_| Arc::default()).collect(),
-            stages,
-            spec: spec.clone(),
-            weights: config.weights.clone(),
-            dtype: config.dtype,
-            patches_max: room.patches.next_multiple_of(spec.cell_rows()),
-            rows: room.rows,
-            preprocessor: read.preprocessor,
-        }))
-    }
-
-    fn image_room(&self) -> images::Room {
-        images::Room {
-            patches: self.image_patches.unwrap_or(PATCHES_MAX),
-            rows: self.image_rows.unwrap_or(IMAGE_ROWS),
-        }
-    }
-
-    fn open_images(&self, spec: &ModelSpec) -> Result<Option<Images>> {
-        let Some(mut read) = Images::open(&self.model, spec, self.image_room())? else { return Ok(None) };
-        let (min, max) = self.pixels;
-        read.preprocessor = read.preprocessor.with_pixels(min, max)?;
-        Ok(Some(read))
     }
 
     fn plan_layout(&self, spec: &ModelSpec, dtype: DType, context: usize) -> Result<Layout> {

@@ -201,6 +201,8 @@ pub(super) struct Room<'a> {
     pub(super) dtype: DType,
     pub(super) limits: Limits,
     pub(super) in_flight: usize,
+    /// What the vision tower and the image store take of each GPU.
+    pub(super) vision: Option<BTreeMap<usize, usize>>,
 }
 
 impl Room<'_> {
@@ -255,7 +257,8 @@ impl Room<'_> {
     fn left(&self, gpu: usize, stages: &[usize]) -> Result<usize> {
         let layers: usize = stages.iter().map(|i| self.layout.stages()[*i].layers.len()).sum();
         let taken: usize = stages.iter().map(|&i| self.bytes(i)).sum();
-        let need = taken + cuda::kv_waste(layers) + RESERVE_BYTES;
+        let vision = self.vision.as_ref().and_then(|vision| vision.get(&gpu)).copied().unwrap_or(0);
+        let need = taken + vision + cuda::kv_waste(layers) + RESERVE_BYTES;
         self.rest(Device::Cuda(gpu), cuda::free_bytes(gpu)?, need, stages)
     }
 

@@ -3,6 +3,7 @@
 //! A thread cuts patches; each stage of the tower has one; the last one brings tokens to the store, on the device of the
 //! embedding, and waits until they are there. So no stage of the decoder waits for an image, and none is waited for.
 
+mod needs;
 mod stage;
 
 use std::{
@@ -21,11 +22,7 @@ use crate::{
     error::{Error, Result, quiet_panic},
     grid::Grid,
     layout::{Device, VisionStage},
-    model::{
-        decoder::ImageStore,
-        vision::{TowerConfig, VisionSpec},
-        weights::Weights,
-    },
+    model::{decoder::ImageStore, vision::VisionSpec, weights::Weights},
     pipeline::StageMetrics,
     request::Media,
     transport::{Host, Transport},
@@ -44,6 +41,8 @@ pub(super) struct VisionConfig {
     pub(super) patches_max: usize,
     /// Passes in flight.
     pub(super) passes: usize,
+    /// Passes that have room at a boundary.
+    pub(super) depth: usize,
     /// Rows of the store.
     pub(super) rows: usize,
     pub(super) preprocessor: Preprocessor,
@@ -119,7 +118,7 @@ pub(super) fn start<A: VisionOps, B: VisionOps>(
         let to = if last { &on.keeper } else { &on.backends[index + 1] };
         let link = Link { config, index, blocks: blocks.clone(), last, works, results: arrived_in.clone() };
         let numbers = link.numbers();
-        let depth = config.passes;
+        let depth = config.depth;
         input = match (&on.backends[index], to) {
             (Either::One(a), Either::One(b)) => {
                 let (sender, receiver) = transports.0.connect(a.clone(), b.clone(), depth, numbers)?;
@@ -184,15 +183,9 @@ impl Link<'_> {
         output: Box<dyn crate::transport::Sender<B>>,
     ) -> Result<()> {
         let Link { config, index, blocks, works, results, .. } = self;
-        let VisionConfig { stages, spec, weights, dtype, patches_max, metrics, .. } = config;
+        let VisionConfig { stages, metrics, .. } = config;
         let (device, metrics) = (stages[index].0, metrics[index].clone());
-        let tower = TowerConfig {
-            spec: spec.clone(),
-            weights: weights.clone(),
-            blocks: blocks.clone(),
-            dtype: *dtype,
-            rows_max: *patches_max,
-        };
+        let tower = config.part(blocks.clone());
         let of = Arc::downgrade(backend);
         let facts = StageFacts {
             device: device.to_string(),
@@ -265,18 +258,6 @@ impl Vision {
         };
         self.loading.drain(..).map(stage).collect()
     }
-}
-
-/// Bytes of the weights of a part of the tower.
-fn weight_bytes(tower: &TowerConfig) -> usize {
-    let (spec, blocks, wide) = (&tower.spec, &tower.blocks, DType::F32.size());
-    let matrix = |n: usize, k: usize| n * k * tower.dtype.size() + n * wide;
-    let (dim, ffn, cell) = (spec.dim, spec.ffn, spec.cell_rows() * spec.dim);
-    let block =
-        matrix(3 * dim, dim) + matrix(dim, dim) + matrix(2 * ffn, dim) + matrix(dim, ffn) + 2 * dim * wide;
-    let embed = if blocks.start == 0 { dim * spec.patch_dim() * tower.dtype.size() } else { 0 };
-    let merger = dim * wide + matrix(cell, cell) + matrix(spec.out, cell);
-    blocks.len() * block + embed + if blocks.end == spec.full.len() { merger } else { 0 }
 }
 
 /// The store: nothing is in it.

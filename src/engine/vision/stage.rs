@@ -9,7 +9,7 @@ use std::{
 
 use crossbeam_channel as channel;
 
-use super::{Arrived, Cut, VisionConfig, guard, packet, spawn, weight_bytes};
+use super::{Arrived, Cut, VisionConfig, guard, needs::weight_bytes, packet, spawn};
 use crate::{
     backend::vision::{RowRun, VisionOps},
     error::{Error, Result},

@@ -15,6 +15,7 @@ impl<const ASYNC: bool> VisionOps for Faulty<ASYNC> {
     type Images = <Cpu as VisionOps>::Images;
 
     fn images(&self, rows_max: usize, inv_freq: &[f32]) -> Result<Self::Images> {
+        self.at(Point::Load)?;
         self.cpu.images(rows_max, inv_freq)
     }
 
