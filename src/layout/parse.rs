@@ -166,18 +166,15 @@ impl Layout {
     }
 }
 
-/// Blocks of the vision tower, and their device.
-type Tower = (Option<Range<usize>>, Option<Device>);
-
 /// Those that name no device are where the embedding is.
-fn with_towers(layout: Layout, towers: Vec<Tower>) -> Result<Layout> {
+fn with_towers(layout: Layout, towers: Vec<vision::Named>) -> Result<Layout> {
     let first = layout.stages()[0].device;
-    let stage = |(blocks, device): Tower| VisionStage { device: device.unwrap_or(first), blocks };
+    let stage = |(blocks, device): vision::Named| VisionStage { device: device.unwrap_or(first), blocks };
     layout.with_vision(towers.into_iter().map(stage).collect())
 }
 
 /// Whether stages name devices, or else the first that does not where others name GPUs.
-fn placed(stages: &[(Range<usize>, Option<Device>)], towers: &[Tower]) -> Result<bool, usize> {
+fn placed(stages: &[(Range<usize>, Option<Device>)], towers: &[vision::Named]) -> Result<bool, usize> {
     let without = stages.iter().position(|(_, device)| device.is_none());
     let gpu = |device| device != Device::Cpu;
     let on_gpu = |(_, device): &(_, Option<Device>)| device.is_some_and(gpu);

@@ -77,8 +77,11 @@ impl fmt::Display for VisionStage {
     }
 }
 
-/// A vision stage of the short form, if it is one, and the device if it names one.
-pub(super) fn parse(text: &str) -> Option<Result<(Option<Range<usize>>, Option<Device>), String>> {
+/// A vision stage as it is written: its blocks, `None` for all, and its device if it names one.
+pub(super) type Named = (Option<Range<usize>>, Option<Device>);
+
+/// A vision stage of the short form, if it is one.
+pub(super) fn parse(text: &str) -> Option<Result<Named, String>> {
     let rest = text.trim().strip_prefix('v')?;
     let (run, device) = match rest.split_once('@') {
         Some((run, device)) => match device.trim().parse::<Device>() {

@@ -294,7 +294,7 @@ mod tests {
         let mut images = Images::new(ImageConfig { rows: 10, patches: 100, passes: 1 });
         let [a, b, c, d] = [image(1, 4), image(2, 3), image(3, 3), image(4, 4)];
         assert_eq!(give(&mut images, &[a.clone(), b.clone(), c.clone()], 0), [Some(0), Some(4), Some(7)]);
-        assert_eq!(give(&mut images, &[a.clone()], 0), [Some(0)]);
+        assert_eq!(give(&mut images, std::slice::from_ref(&a), 0), [Some(0)]);
         // Of b and c, both unused for as long, the room of two is needed.
         assert_eq!(give(&mut images, std::slice::from_ref(&d), 0), [Some(4)]);
         assert!(images.is_absent(b.image) && images.is_absent(c.image) && !images.is_absent(a.image));
