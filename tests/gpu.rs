@@ -22,6 +22,8 @@ mod speed;
 mod tokens;
 #[path = "gpu/transport.rs"]
 mod transport;
+#[path = "gpu/turns.rs"]
+mod turns;
 
 use common::numbers;
 use pipeline_infer::{
