@@ -162,6 +162,14 @@ fn samples_share_their_prompt_and_a_later_turn_finds_the_answer_too() {
 }
 
 #[test]
+fn blocks_are_kept_free_for_those_alone_that_may_need_more() {
+    // One block is all that each ever holds, and there are as many as sequences.
+    let all: Vec<Wanted> = (0..8).map(|i| Wanted::new(i, KV_BLOCK, 1, 0)).collect();
+    let (_, steps, _) = served(config(1, 8 * KV_BLOCK, 8), 8, &all);
+    assert_eq!(steps, 1, "all at once");
+}
+
+#[test]
 fn cached_blocks_go_when_others_need_them() {
     let mut world = World::new(config(1, 64, 4), 20);
     for id in 0..30 {

@@ -143,6 +143,12 @@ impl Trace {
     }
 
     fn planned(&mut self, step: &Step) {
+        if step.step == 0 {
+            // Stages that have been built anew count from there again, and what was in the old ones never comes.
+            self.open.clear();
+            self.left.clear();
+            self.tokens.clear();
+        }
         let batch = &step.batch;
         batch.ends.iter().for_each(|seq| _ = self.tokens.remove(seq));
         let after = batch.seqs.iter().filter_map(|rows| self.tokens.get(&rows.seq)).max().copied();
@@ -261,5 +267,51 @@ impl std::fmt::Display for Micros {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let ns = self.0.as_nanos();
         write!(f, "{}.{:03}", ns / 1000, ns % 1000)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::batch::{MicroBatch, OutputRow, SeqRows};
+
+    /// A single step of a sequence; whether it comes through both stages.
+    fn run(trace: &mut Trace, number: u64, seq: u64, comes: bool) {
+        let seq = SeqId(seq);
+        let mut batch = MicroBatch::default();
+        batch.seqs.push(SeqRows { seq, seat: 0, row: 0, len: 1, cached: 9, blocks: [0].into() });
+        batch.outputs.push(OutputRow { row: 0, seq, seat: 0 });
+        trace.planned(&Step { step: number, after: None, batch: Arc::new(batch) });
+        for stage in (0..2).filter(|_| comes) {
+            let at = |ms: u64| Duration::from_millis(10 * number + 3 * stage as u64 + ms);
+            trace.span(StageSpan {
+                stage,
+                step: number,
+                began: at(0),
+                computed: at(2),
+                ended: at(2),
+                copy: Duration::ZERO,
+                wait_output: Duration::ZERO,
+                wait_input: None,
+                weight: 1.0,
+                work: Work { rows: 1, outputs: 1, sequences: 1, ..Work::default() },
+            });
+        }
+    }
+
+    #[test]
+    fn stages_that_are_built_anew_have_arrows_again() {
+        let mut trace = Trace::new(&["stage 0".into(), "stage 1".into()]);
+        let steps = STEPS_MAX as u64 + 9;
+        (0..steps).for_each(|number| run(&mut trace, number, 1, true));
+        run(&mut trace, steps, 1, false);
+        trace.text.clear();
+        (0..3).for_each(|number| run(&mut trace, number, 2, true));
+        let arrows = |name: &str| trace.text.matches(&format!(r#""name":"{name}""#)).count();
+        // Each has a beginning and an end.
+        assert_eq!((arrows("rows"), arrows("tokens")), (2 * 3, 2 * 2));
+        assert_eq!((trace.open.len(), trace.tokens.len()), (0, 1), "nothing is left of the old ones");
     }
 }

@@ -103,6 +103,8 @@ pub struct Scheduler {
     prompt: Option<u32>,
     /// Those that hold blocks.
     running: BTreeMap<Rank, u32>,
+    /// How many of them may need more.
+    growing: usize,
     /// Those that have lost theirs and will wait again: nobody after them begins meanwhile.
     returning: BTreeSet<Rank>,
     /// Those of them with the whole prompt planned: ready or in flight.
@@ -159,6 +161,7 @@ impl Scheduler {
             waiting: Waiting::default(),
             prompt: None,
             running: BTreeMap::new(),
+            growing: 0,
             returning: BTreeSet::new(),
             decoding: 0,
             seats: (0..config.running_max as u32).rev().collect(),

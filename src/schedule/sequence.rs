@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{prefix::BlockKey, queue::Rank};
+use super::{BlockPool, prefix::BlockKey, queue::Rank};
 use crate::{
     batch::{KV_BLOCK, SeqId, SeqStart},
     request::SamplingParams,
@@ -120,6 +120,11 @@ impl Sequence {
     /// Past the prompt: whether a single step may be planned, now or when it is due.
     pub(super) fn may_be_planned(&self, ahead: bool) -> bool {
         self.unknown == 0 || (ahead && self.unknown == 1 && self.planned < self.new.tokens_max)
+    }
+
+    /// Whether its answer may need more blocks than it holds.
+    pub(super) fn may_grow(&self) -> bool {
+        self.blocks.len() < BlockPool::blocks_for(self.new.tokens_max)
     }
 
     /// Whether a step has rows of it.

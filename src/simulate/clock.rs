@@ -231,6 +231,11 @@ impl<'a, W: World> Run<'a, W> {
         run
     }
 
+    /// The clock ends after 584 years and stays there: what outside things say may take longer.
+    fn after(&mut self, time: Nanos, event: Event) {
+        self.at(self.now.saturating_add(time), event);
+    }
+
     fn at(&mut self, moment: Nanos, event: Event) {
         self.events.push(Reverse((moment, self.foreseen, event)));
         self.foreseen += 1;
@@ -283,7 +288,7 @@ impl<'a, W: World> Run<'a, W> {
                 self.trace.steps.push(StepTrace { sent: 0, rows: shape.rows, passes: Vec::new() });
                 self.flights.push_back(Flight { step, shape, sampled: Vec::new() });
                 self.host_busy = true;
-                return self.at(self.now + self.machine.planning, Event::Sent(number));
+                return self.after(self.machine.planning, Event::Sent(number));
             }
             let Some(Message::Result(step)) = self.inbox.pop_front() else {
                 self.host_busy = false;
@@ -354,7 +359,7 @@ impl<'a, W: World> Run<'a, W> {
         if stage == 0 {
             flight.sampled = self.world.run(&flight.step);
         }
-        let end = self.now + nanos(self.machine.stages[stage].cost.seconds(&flight.shape));
+        let end = self.now.saturating_add(nanos(self.machine.stages[stage].cost.seconds(&flight.shape)));
         self.trace.steps[step as usize].passes.push((self.now, end));
         self.at(end, Event::Pass(stage, step));
     }
@@ -370,10 +375,10 @@ impl<'a, W: World> Run<'a, W> {
         // What stays on its device needs no copy.
         let way = if stages[stage].device == stages[next].device { 0 } else { self.machine.boundary };
         if next > 0 {
-            self.at(self.now + way, Event::Input(next, step));
+            self.after(way, Event::Input(next, step));
         } else {
-            self.at(self.now + way, Event::Tokens(step));
-            self.at(self.now + self.machine.results, Event::Message(Message::Result(step)));
+            self.after(way, Event::Tokens(step));
+            self.after(self.machine.results, Event::Message(Message::Result(step)));
         }
         self.device_busy[stages[stage].device] = false;
         self.begin(self.machine.stages[stage].device);

@@ -236,6 +236,12 @@ fn a_simulation_needs_no_model_and_its_figures_agree() {
     std::fs::write(&path, "[{}]").unwrap();
     let told = error(&simulate(&["--costs", path.to_str().unwrap()]), 1);
     assert!(told.contains("costs.json: costs: stage 0"), "{told}");
+    std::fs::write(&path, r#"[{"base": 1e300}]"#).unwrap();
+    let told = error(&simulate(&["--costs", path.to_str().unwrap()]), 2);
+    assert!(told.contains("584 years"), "{told}");
+    std::fs::write(&path, " ".repeat((4 << 20) + 1)).unwrap();
+    let told = error(&simulate(&["--costs", path.to_str().unwrap()]), 1);
+    assert!(told.contains("costs.json: it is larger than"), "{told}");
 }
 
 #[test]
@@ -262,6 +268,11 @@ fn a_simulation_of_nonsense_is_one_line() {
         (&["--layer-us", "0", "--row-us", "0", "--attended-us", "0", "--read-us", "0"], "--layer-us 0"),
         (&["--kv-tokens", "100"], "--kv-tokens: a request needs 640 tokens"),
         (&["--arrivals", "0"], "--arrivals"),
+        (
+            &["--arrivals", "1e-6", "--requests", "30000", "--input-len", "1", "--output-len", "1"],
+            "584 years",
+        ),
+        (&["--shared-prefix", "513"], "--shared-prefix: 513 tokens are more than --input-len 512"),
         (&["--requests", "1000000", "--input-len", "100000000"], "--requests: "),
         (&["--costs", "x.json", "--layers", "3"], "--costs"),
         (&["--model", "x"], "--model"),

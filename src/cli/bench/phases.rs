@@ -47,9 +47,10 @@ struct Sums {
 }
 
 impl Phase {
-    /// Runs are given with their seconds. All requests run and none has ended: from the first step after the last prompt's to the first one that a sequence
+    /// All requests run and none has ended: from the first step after the last prompt's to the first one that a sequence
     /// ended with. Where each request has one token alone: from when all stages have begun until the first one has
-    /// nothing more to do. `None` if there was no such time, or nothing was measured in it.
+    /// nothing more to do. `None` if there was no such time, or nothing was measured in it. Runs are given with their
+    /// seconds.
     pub(super) fn steady(runs: &[(&Record, f64)], stages: usize, decodes: bool) -> Option<Phase> {
         let mut sums = vec![Sums::default(); stages];
         for &(record, _) in runs {

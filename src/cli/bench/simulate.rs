@@ -1,6 +1,10 @@
 //! `pipeline-infer bench simulate`: the scheduler under a virtual clock, for pipelines that are not there.
 
-use std::path::PathBuf;
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use clap::{ArgMatches, Args, Command, FromArgMatches, value_parser};
 use serde::Serialize;
@@ -15,7 +19,7 @@ use crate::{
     error::{Error, Result},
     layout::{Device, Layout},
     schedule::{SchedulerConfig, StageCost},
-    simulate::{Blank, Machine, Percentiles, Report, Simulation, Workload, nanos, read_costs},
+    simulate::{Blank, Machine, Nanos, Percentiles, Report, Simulation, Workload, nanos, read_costs},
 };
 
 pub(super) const SUBCOMMAND: Subcommand =
@@ -24,6 +28,8 @@ pub(super) const SUBCOMMAND: Subcommand =
 /// Tokens of all requests, times stages, at most: what the trace has room for.
 const TRACE_MAX: u64 = 1 << 30;
 const STAGES_MAX: i64 = 64;
+/// Bytes of a file with costs, at most.
+const COSTS_BYTES_MAX: u64 = 4 << 20;
 
 #[derive(Debug, Clone, Args)]
 struct SimulateArgs {
@@ -165,6 +171,12 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     let work = args.work.workload().arrivals(|| random.next());
     let trace = simulation.run(&work, &mut Blank);
     assert!(trace.answers.iter().all(|a| a.end.is_some()), "a request never ends; this is a bug");
+    if trace.answers.iter().any(|a| a.end.is_some_and(|(at, _)| at == Nanos::MAX)) {
+        return Err(Error::usage(
+            "bench simulate",
+            "it would take more than 584 years, where the clock ends",
+        ));
+    }
     let figures = Figures::new(&args, &simulation, Report::of(&trace));
     let text = match args.format {
         Format::Table => figures.table(),
@@ -178,6 +190,18 @@ fn time(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(us) if (0.0..=1e9).contains(&us) => Ok(us),
         _ => Err("it is not a time from 0 to 1e9".into()),
+    }
+}
+
+/// A file with costs. One that has no end is refused.
+fn read_text(path: &Path) -> Result<String> {
+    let failed = |e| Error::io(path, &e);
+    let mut text = String::new();
+    let file = File::open(path).map_err(failed)?;
+    file.take(COSTS_BYTES_MAX + 1).read_to_string(&mut text).map_err(failed)?;
+    match text.len() as u64 > COSTS_BYTES_MAX {
+        true => Err(Error::data(path, format!("it is larger than {COSTS_BYTES_MAX} bytes"))),
+        false => Ok(text),
     }
 }
 
@@ -216,8 +240,8 @@ impl Pipeline {
 
     fn costs(&self) -> Result<Vec<StageCost>> {
         if let Some(path) = &self.costs {
-            let json = std::fs::read_to_string(path).map_err(|e| Error::io(path, &e))?;
-            let costs = read_costs(&json).map_err(|why| Error::Data { path: path.clone(), why })?;
+            let costs =
+                read_costs(&read_text(path)?).map_err(|why| Error::Data { path: path.clone(), why })?;
             return match self.stages.filter(|&n| n as usize != costs.len()) {
                 Some(n) => {
                     Err(Error::usage("--stages", format!("{n}, and {} has {}", path.display(), costs.len())))
@@ -287,6 +311,10 @@ impl Work {
     }
 
     fn check(&self, stages: usize) -> Result<()> {
+        if self.shared_prefix > self.input_len {
+            let why = format!("{} tokens are more than --input-len {}", self.shared_prefix, self.input_len);
+            return Err(Error::usage("--shared-prefix", why));
+        }
         let tokens = u64::from(self.requests) * self.context() as u64;
         match tokens.saturating_mul(stages as u64) > TRACE_MAX {
             true => {

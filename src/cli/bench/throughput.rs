@@ -89,13 +89,18 @@ pub(super) enum Format {
 }
 
 fn flags(command: Command) -> Command {
-    // These two have defaults of their own here.
+    // These have defaults of their own here.
     ThroughputArgs::augment_args(command)
         .mut_arg("max_context", |arg| {
             arg.help("The longest sequence, prompt and answer together [default: as long as they are]")
         })
         .mut_arg("running", |arg| {
             arg.help("Sequences that run at once at most; others wait [default: all requests]")
+        })
+        .mut_arg("waiting", |arg| {
+            arg.help(
+                "Requests that wait for their first step at most; more are refused [default: all requests]",
+            )
         })
 }
 

@@ -70,6 +70,8 @@ impl Scheduler {
         let more = more.min(BlockPool::blocks_for(sequence.new.tokens_max) - before);
         let taken: Vec<u32> = std::iter::from_fn(|| self.pool.take()).take(more).collect();
         sequence.blocks = sequence.blocks.iter().chain(&taken).copied().collect();
+        // It could, or it would not have asked.
+        self.growing -= usize::from(!sequence.may_grow());
         sequence.blocks.len() > before
     }
 
@@ -110,6 +112,7 @@ impl Scheduler {
             _ => unreachable!("a sequence that does not run is stopped; this is a bug"),
         }
         self.running.remove(&sequence.rank);
+        self.growing -= usize::from(sequence.may_grow());
         // The tail first: a chain of cached blocks is of use as far as it is whole from its beginning.
         let blocks = std::mem::take(&mut sequence.blocks);
         blocks.iter().rev().for_each(|&block| self.pool.give_back(block));
@@ -158,7 +161,7 @@ impl Scheduler {
     }
 
     /// Gives a waiting sequence blocks for all its known tokens and the next one; false if there are too few. Those of
-    /// lower priority give theirs. Others keep a block each to grow into.
+    /// lower priority give theirs. Others that may need more keep a block each to grow into.
     pub(super) fn take_blocks(&mut self, slot: u32, prefix: &[u32]) -> bool {
         let sequence = &self.sequences[slot];
         let rank = sequence.rank;
@@ -166,7 +169,7 @@ impl Scheduler {
         let new = all - prefix.len();
         loop {
             let woken = prefix.iter().filter(|&&block| self.pool.is_cached(block)).count();
-            if new + woken + self.running.len() <= self.pool.available() {
+            if new + woken + self.growing <= self.pool.available() {
                 break;
             }
             let victim = self.last_running().filter(|&victim| rank.outranks(self.sequences[victim].rank));
@@ -181,6 +184,7 @@ impl Scheduler {
         sequence.published = prefix.len();
         sequence.last_key = prefix.len().checked_sub(1).map(|last| sequence.keys[last]);
         sequence.planned = prefix.len() * KV_BLOCK;
+        self.growing += usize::from(sequence.may_grow());
         self.running.insert(rank, slot);
         true
     }
