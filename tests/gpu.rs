@@ -16,10 +16,16 @@ mod load;
 mod rows;
 #[path = "gpu/sample.rs"]
 mod sample;
+#[path = "gpu/segments.rs"]
+mod segments;
 #[path = "gpu/speed.rs"]
 mod speed;
 #[path = "gpu/tokens.rs"]
 mod tokens;
+#[path = "gpu/tower.rs"]
+mod tower;
+#[path = "gpu/tower_time.rs"]
+mod tower_time;
 #[path = "gpu/transport.rs"]
 mod transport;
 #[path = "gpu/turns.rs"]

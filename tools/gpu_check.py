@@ -12,6 +12,7 @@ compute-sanitizer. No Rust. The checks:
     racecheck  the same: no race in shared memory
     7b-…       tokens per second of random weights, with the goal for as many GPUs
     attention  decode attention by itself (the ignored tests of tests/gpu.rs): its share of a copy's bytes per second
+    tower      the 7b's vision tower, whole and op by op: images per second, and its share of a large product's rate
     late       four GPUs: what a prompt of 8,192 tokens does to the time between tokens of 128 others
     prefix-…   four GPUs: time to the first token of 64 requests that begin with the same 2,048 tokens, without and with reuse
     boundary-… time per token of one request to 7b with so many stages: what a boundary adds to one stage's
@@ -44,6 +45,9 @@ PREFIX_GOAL = 5.0
 NOT_OURS = ("nvjet", "cutlass", "sm80_xmma", "sm90_xmma", "ampere_")
 # Of a copy's rate, what decode attention should reach at least.
 ATTENTION_GOAL = 0.80
+# Of a large product's rate, what the vision tower should reach at least with one image of 1024x1024, and its attention to a
+# whole frame by itself.
+TOWER_GOAL = 0.50
 # Stages whose time per token is compared with one stage's, and microseconds that each boundary may add to it.
 BOUNDARY_STAGES, BOUNDARY_GOAL = (1, 2, 4), 15.0
 
@@ -157,6 +161,18 @@ def judge_attention(code, text):
         return judge_tests(code, text)[0], False
     shown = "; ".join(f"{heads} heads {us} us, {rate} GB/s, {share} of a copy" for heads, us, rate, share in found)
     return f"{shown} (goal {ATTENTION_GOAL:.2f})", all(float(share) >= ATTENTION_GOAL for *_, share in found)
+
+
+def judge_tower(code, text):
+    product = re.search(r"^8192x8192x8192: (\d+) TFLOP/s", text, re.M)
+    towers = re.findall(r"^tower (\S+): \d+ us, ([\d.]+) images/s, (\d+) TFLOP/s, ([\d.]+) of", text, re.M)
+    frame = re.search(r"^op frame: .*, (\d+) TFLOP/s", text, re.M)
+    if code != 0 or not (product and towers and frame):
+        return judge_tests(code, text)[0], False
+    attention = int(frame[1]) / int(product[1])
+    shown = "; ".join(f"{size} {images} images/s, {share} of a product" for size, images, _, share in towers)
+    ok = float(towers[0][3]) >= TOWER_GOAL and attention >= TOWER_GOAL
+    return f"{shown}; attention to a frame {attention:.2f} (goals {TOWER_GOAL:.2f})", ok
 
 
 def judge_boundary(stages, times):
@@ -280,6 +296,8 @@ def plan(bundle, count, test_filter):
     if not test_filter:
         command = [programs / "gpu", "--ignored", "--nocapture", "--test-threads=1", "speed::"]
         groups.append([Check("attention", command, 120, judge=judge_attention)])
+        command = [programs / "gpu", "--ignored", "--nocapture", "--test-threads=1", "tower_time::"]
+        groups.append([Check("tower", command, 180, judge=judge_tower)])
         times = {}
         for stages in BOUNDARY_STAGES:
             command = [programs / "pipeline-infer", "bench", "throughput", "--model", bundle / "models" / "7b", "--weights", "dummy",

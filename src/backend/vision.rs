@@ -90,6 +90,8 @@ pub trait VisionOps: Backend {
     /// Brings places to the device.
     fn set_images(&self, images: &mut Self::Images, from: &Places) -> Result<()>;
 
+    /// How long rows of `len` numbers between two products should be made, with zeros, so that the products are quick.
+    fn row_width(&self, len: usize) -> usize;
     /// `out = x · wᵀ + bias`, for `rows` rows, each as long as those of `w`.
     fn linear(&self, out: &mut Self::Buf, x: &Self::Buf, w: &Self::Matrix, rows: usize) -> Result<()>;
     /// `out = norm(x)`.

@@ -59,6 +59,10 @@ impl VisionOps for Cpu {
         Ok(())
     }
 
+    fn row_width(&self, len: usize) -> usize {
+        len
+    }
+
     fn linear(&self, out: &mut Self::Buf, x: &Self::Buf, w: &Self::Matrix, rows: usize) -> Result<()> {
         linear::linear(self, linear::Out::Set(out), x, w, rows)
     }

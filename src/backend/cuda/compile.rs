@@ -31,12 +31,16 @@ const SOURCES: &[(&str, &str)] = &[
     ("norm.cu", include_str!("../../../kernels/norm.cu")),
     ("rope.cu", include_str!("../../../kernels/rope.cu")),
     ("sample.cu", include_str!("../../../kernels/sample.cu")),
+    ("segment_attention.cu", include_str!("../../../kernels/segment_attention.cu")),
+    ("segment_attention_plain.cu", include_str!("../../../kernels/segment_attention_plain.cu")),
+    ("segments.cu", include_str!("../../../kernels/segments.cu")),
 ];
 const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
     ("attention_pages.cuh", include_str!("../../../kernels/attention_pages.cuh")),
     ("attention_parts.cuh", include_str!("../../../kernels/attention_parts.cuh")),
     ("attention_share.cuh", include_str!("../../../kernels/attention_share.cuh")),
+    ("attention_tiles.cuh", include_str!("../../../kernels/attention_tiles.cuh")),
     ("batch.cuh", include_str!("../../../kernels/batch.cuh")),
     ("bulk.cuh", include_str!("../../../kernels/bulk.cuh")),
     ("cluster.cuh", include_str!("../../../kernels/cluster.cuh")),

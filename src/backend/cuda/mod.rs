@@ -30,6 +30,7 @@ mod peer;
 mod probe;
 mod rope;
 mod sample;
+mod segments;
 mod tokens;
 mod tune;
 mod warm_up;
@@ -49,6 +50,7 @@ pub use matrix::Matrix;
 pub use memory::Event;
 pub use probe::{Gpu, Link, LinkKind, Probe, probe};
 pub use sample::{Pending, Sampler};
+pub use segments::Images;
 
 pub(crate) use memory::{DevicePtr, Stream};
 pub(crate) use peer::Ring;
