@@ -9,6 +9,8 @@ mod device;
 mod faults;
 #[path = "gpu_model/goldens.rs"]
 mod goldens;
+#[path = "gpu_model/seen.rs"]
+mod seen;
 #[path = "gpu_model/stages.rs"]
 mod stages;
 #[path = "gpu_model/tokens.rs"]

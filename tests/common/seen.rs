@@ -154,6 +154,9 @@ pub(crate) fn encode<B: VisionOps>(
     Arc::new(Mutex::new(store))
 }
 
+/// A sequence, its next tokens, and what they turn by.
+pub(crate) type Part<'a> = (usize, &'a [u32], &'a [[u32; 3]]);
+
 /// Decoders, one a run of layers, and sequences that have been through them.
 pub(crate) struct Stages<'a, B: Backend> {
     backend: &'a B,
@@ -200,7 +203,7 @@ impl<'a, B: Backend> Stages<'a, B> {
     }
 
     /// The logits of all rows of a micro-batch with these sequences' next tokens and what they turn by.
-    pub(crate) fn pass(&mut self, parts: &[(usize, &[u32], &[[u32; 3]])]) -> Vec<f32> {
+    pub(crate) fn pass(&mut self, parts: &[Part<'_>]) -> Vec<f32> {
         let batch = self.micro_batch(parts);
         let (rows, mut hidden) = (batch.rows(), Vec::new());
         for decoder in &mut self.decoders {
@@ -217,7 +220,7 @@ impl<'a, B: Backend> Stages<'a, B> {
         logits
     }
 
-    fn micro_batch(&mut self, parts: &[(usize, &[u32], &[[u32; 3]])]) -> MicroBatch {
+    fn micro_batch(&mut self, parts: &[Part<'_>]) -> MicroBatch {
         let mut batch = MicroBatch::default();
         for &(i, ids, turns) in parts {
             let (seq, seat, row, cached) = (SeqId(i as u64), i as u32, batch.rows(), self.cached[i]);
