@@ -9,6 +9,8 @@ mod device;
 mod faults;
 #[path = "gpu_model/goldens.rs"]
 mod goldens;
+#[path = "gpu_model/images.rs"]
+mod images;
 #[path = "gpu_model/seen.rs"]
 mod seen;
 #[path = "gpu_model/stages.rs"]

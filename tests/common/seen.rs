@@ -46,15 +46,15 @@ pub(crate) struct SeenPrompt {
     pub(crate) rows: Vec<[u32; 3]>,
     pub(crate) delta: i64,
     #[serde(default)]
-    images: Vec<String>,
+    pub(crate) images: Vec<String>,
     #[serde(default)]
-    videos: Vec<SeenVideo>,
+    pub(crate) videos: Vec<SeenVideo>,
 }
 
 #[derive(serde::Deserialize)]
-struct SeenVideo {
-    frames: Vec<String>,
-    fps: f64,
+pub(crate) struct SeenVideo {
+    pub(crate) frames: Vec<String>,
+    pub(crate) fps: f64,
 }
 
 pub(crate) fn seen_golden() -> SeenGolden {

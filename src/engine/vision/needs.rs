@@ -9,20 +9,14 @@ use crate::{
         cuda::{self, StageNeeds},
     },
     layout::Device,
-    model::vision::TowerConfig,
+    model::vision::{TowerConfig, vision_buffer_sizes, vision_units},
     transport::ring_bytes,
 };
 
 /// Bytes of the weights of a part of the tower.
 pub(super) fn weight_bytes(tower: &TowerConfig) -> usize {
-    let (spec, blocks, wide) = (&tower.spec, &tower.blocks, DType::F32.size());
-    let matrix = |n: usize, k: usize| n * k * tower.dtype.size() + n * wide;
-    let (dim, ffn, cell) = (spec.dim, spec.ffn, spec.cell_rows() * spec.dim);
-    let block =
-        matrix(3 * dim, dim) + matrix(dim, dim) + matrix(2 * ffn, dim) + matrix(dim, ffn) + 2 * dim * wide;
-    let embed = if blocks.start == 0 { dim * spec.patch_dim() * tower.dtype.size() } else { 0 };
-    let merger = dim * wide + matrix(cell, cell) + matrix(spec.out, cell);
-    blocks.len() * block + embed + if blocks.end == spec.full.len() { merger } else { 0 }
+    let units = vision_units(&tower.spec, &tower.blocks);
+    units.into_iter().map(|unit| unit.weight_bytes(&tower.spec, tower.dtype)).sum()
 }
 
 impl VisionConfig {
@@ -55,24 +49,17 @@ impl VisionConfig {
     }
 
     fn stage_bytes(&self, i: usize, blocks: &Range<usize>) -> usize {
-        let (spec, narrow, wide) = (&self.spec, self.dtype.size(), DType::F32.size());
-        let (rows, last) = (cuda::rows_room(self.patches_max), i + 1 == self.stages.len());
-        let cells = rows / spec.cell_rows();
+        let (spec, rows) = (&self.spec, cuda::rows_room(self.patches_max));
         // Rows between two products are made a little longer.
-        let ffn = spec.ffn.next_multiple_of(16);
-        let working = [spec.dim, spec.heads.qkv_dim(), spec.dim, 2 * ffn, ffn];
-        let mut sizes: Vec<usize> = working.iter().map(|dim| rows * dim * narrow).collect();
-        // Rotations and segments beside the hidden rows.
-        sizes.extend([rows * spec.dim * wide, rows * spec.heads.head_dim * 4, rows * 16]);
-        match i {
-            0 => sizes.push(rows * spec.patch_dim() * narrow),
-            _ => sizes.push(ring_bytes(self.depth, self.patches_max * spec.dim)),
-        }
-        if last {
-            sizes.extend([rows * spec.dim * narrow, cells * spec.out * wide, cells * spec.out * wide]);
+        let width = spec.ffn.next_multiple_of(16);
+        let mut sizes = vision_buffer_sizes(spec, self.dtype, blocks, (rows, width));
+        // Rotations and segments.
+        sizes.extend([rows * spec.heads.head_dim * 4, rows * 16]);
+        if i > 0 {
+            sizes.push(ring_bytes(self.depth, self.patches_max * spec.dim));
         }
         let weights = weight_bytes(&self.part(blocks.clone()));
-        // Vectors take a page of memory's smallest part each, and narrow matrices are made wider.
+        // Vectors take a smallest part of memory each, and narrow matrices are made wider.
         weights + weights / 16 + sizes.into_iter().map(cuda::allocated).sum::<usize>() + self.view_bytes(rows)
     }
 

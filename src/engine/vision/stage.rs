@@ -22,6 +22,9 @@ use crate::{
     transport::{Closed, Receiver, Sender},
 };
 
+/// Rows of a pass that stages on GPUs have tried before they say that they are loaded, at most.
+const WARM_ROWS: usize = 16_384;
+
 /// Where a stage's images come from.
 pub(super) enum Feed<B: VisionOps> {
     /// Patches, on the host.
@@ -81,13 +84,22 @@ impl<B: VisionOps> Part<B> {
     fn load(&self) -> Result<Tower<B>> {
         let mut tower = Tower::load(&*self.backend, &self.tower)?;
         if B::ASYNC {
-            // What the device compiles or chooses when it first sees it.
-            let merge = self.tower.spec.merge as u32;
-            tower.set(&*self.backend, &[Grid { t: 1, h: merge, w: merge }])?;
-            tower.forward(&*self.backend)?;
-            self.backend.loaded()?;
+            self.warm_up(&mut tower)?;
         }
         Ok(tower)
+    }
+
+    /// What the device compiles or chooses when it first sees a number of rows.
+    fn warm_up(&self, tower: &mut Tower<B>) -> Result<()> {
+        let side = self.tower.spec.merge as u32;
+        let (mut grid, mut down) = (Grid { t: 1, h: side, w: side }, false);
+        while grid.patches() <= self.tower.rows_max.min(WARM_ROWS) {
+            tower.set(&*self.backend, &[grid])?;
+            tower.forward(&*self.backend)?;
+            *(if down { &mut grid.h } else { &mut grid.w }) *= 2;
+            down = !down;
+        }
+        self.backend.loaded()
     }
 }
 
