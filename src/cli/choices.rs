@@ -110,7 +110,8 @@ impl Choices {
         request
     }
 
-    fn apply(&self, request: &mut Request) {
+    /// Changes a request in what is chosen.
+    pub(super) fn apply(&self, request: &mut Request) {
         fn set<T: Clone>(to: &mut T, from: &Option<T>) {
             if let Some(value) = from {
                 to.clone_from(value);

@@ -34,6 +34,8 @@ use crate::{
 
 /// Wrong usage: an unknown flag, a value that cannot be used, a request that cannot be served.
 const EXIT_USAGE: u8 = 2;
+/// Something is worse than it was.
+const EXIT_WORSE: u8 = 3;
 /// A signal ended it.
 const EXIT_INTERRUPTED: u8 = 130;
 

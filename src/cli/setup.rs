@@ -1,6 +1,10 @@
 //! The flags that make an engine: the model, where its stages run, and how much they may use.
 
-use std::{path::PathBuf, str::FromStr, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Instant,
+};
 
 use clap::{Args, ValueEnum};
 
@@ -19,18 +23,18 @@ use crate::{
 pub(super) struct Setup {
     /// A folder with config.json and safetensors, or OWNER/NAME[@REVISION] on the Hugging Face hub
     #[arg(long, value_name = "DIR")]
-    model: String,
+    pub(super) model: String,
     /// Cuts the layers into N stages, or into as many as are worth it (auto: at most one a GPU) [default: 1]
     #[arg(long, value_name = "N|auto", conflicts_with = "layout")]
-    stages: Option<Stages>,
+    pub(super) stages: Option<Stages>,
     /// How they are cut: even (near-equal lengths) or planned (the slowest stage as fast as can be) [default:
     /// planned on several GPUs, else even]
     #[arg(long, value_name = "SPLIT", conflicts_with = "layout")]
-    split: Option<Cut>,
+    pub(super) split: Option<Cut>,
     /// Which layers make each stage, and on which device: 0-9,10-29 or 0-9@cuda:0,10-29@cuda:1, or a file that
     /// ends in .toml
     #[arg(long, value_name = "STAGES")]
-    layout: Option<String>,
+    pub(super) layout: Option<String>,
     /// Where the stages run: auto (GPUs if there are any), cpu, cuda (successive GPUs) or cuda:N; a layout names devices itself
     #[arg(long, value_name = "DEVICE", default_value = "auto", conflicts_with = "layout")]
     device: String,
@@ -50,11 +54,11 @@ pub(super) struct Setup {
     kv_memory: Option<usize>,
     /// Micro-batches in flight at most [default: the number of devices]
     #[arg(long, value_name = "N")]
-    slots: Option<usize>,
-    /// Prompt tokens in each micro-batch [default: up to 256 on the CPU and 2048 on GPUs, fewer where few wait and where
-    /// answers that are under way would notice]
+    pub(super) slots: Option<usize>,
+    /// Prompt tokens in each micro-batch [default: up to 256 on the CPU, and on GPUs 8192 over the number of stages, at
+    /// least 2048; fewer where few wait and where answers that are under way would notice]
     #[arg(long, value_name = "TOKENS")]
-    chunk: Option<usize>,
+    pub(super) chunk: Option<usize>,
     /// Sequences that run at once at most; others wait [default: 64 on the CPU, 256 on GPUs]
     #[arg(long, value_name = "N")]
     pub(super) running: Option<usize>,
@@ -97,6 +101,16 @@ pub(super) enum Cut {
     Planned,
 }
 
+impl Cut {
+    /// As in the flag.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Cut::Even => "even",
+            Cut::Planned => "planned",
+        }
+    }
+}
+
 impl From<Cut> for Split {
     fn from(cut: Cut) -> Split {
         match cut {
@@ -134,6 +148,21 @@ pub(super) enum Source {
 }
 
 impl Setup {
+    /// The model's own name: its folder's, or its name on the hub.
+    pub(super) fn model_name(&self) -> String {
+        let path = Path::new(&self.model);
+        // Of `.` and the like, what they stand for.
+        let path = match path.file_name() {
+            Some(_) => path.to_path_buf(),
+            None => path.canonicalize().unwrap_or_default(),
+        };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        match name.split('@').next().unwrap_or_default() {
+            "" => "model".into(),
+            name => name.replace(char::is_whitespace, "-"),
+        }
+    }
+
     /// The engine's description, with what can be checked before a file is opened.
     pub(super) fn builder(&self) -> Result<EngineBuilder> {
         let mut builder = Engine::builder().prefix_cache(!self.no_prefix_cache).weights(match self.weights {

@@ -110,7 +110,7 @@ impl Pass {
     }
 
     /// Tokens whose keys and values are read.
-    fn cached(self, window: Option<usize>) -> f64 {
+    pub fn cached(self, window: Option<usize>) -> f64 {
         let window = window.unwrap_or(usize::MAX);
         match self {
             Pass::Decode { rows, context } => rows as f64 * context.min(window) as f64,

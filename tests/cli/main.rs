@@ -1,16 +1,17 @@
-//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), `bench`, `plan` and
-//! `devices`, signals and terminals (`terminal`).
+//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), `bench` (its other
+//! measurements than throughput in `measurements`), `plan` and `devices`, signals and terminals (`terminal`).
 
 mod answers;
 mod bench;
 mod devices;
 mod flags;
+mod measurements;
 mod plan;
 mod terminal;
 
 use std::{
     io::Write,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
 

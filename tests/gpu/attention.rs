@@ -292,6 +292,32 @@ fn few_rows_after_many_tokens() {
     }
 }
 
+/// There is work for all multiprocessors: tiles of rows see several tiles of tokens, all or some of them.
+#[test]
+fn many_rows_after_many_tokens() {
+    let steps: &[&Parts] = &[
+        &[(0, 600)],
+        &[(0, 600)],
+        &[(1, 640)],
+        &[(0, 320), (1, 320)],
+        &[(0, 129), (1, 255), (2, 200), (3, 2)],
+        &[(0, 1), (1, 400), (3, 127), (2, 64), (4, 1)],
+    ];
+    for (head_dim, window) in [(64, Some(500)), (64, None), (128, None), (128, Some(130))] {
+        for dtype in [DType::BF16, DType::F16] {
+            let Some(gpu) = gpu(dtype, head_dim) else { return };
+            let heads = HeadShape { heads: 56, kv_heads: 4, head_dim };
+            let (case, cpu) = (Case { heads, dtype, window, norm: false }, cpu());
+            let mut sequences = Sequences::new(5, 2048);
+            let mut trial = Trial::new(case, &gpu, &cpu, sequences.blocks());
+            for (i, parts) in steps.iter().take(if quick() { 1 } else { steps.len() }).enumerate() {
+                let micro = sequences.step(parts);
+                trial.step(&format!("step {i} {parts:?}"), &micro);
+            }
+        }
+    }
+}
+
 /// A block comes to a sequence with what an earlier one left in it: that must not show, whatever it is.
 #[test]
 fn does_not_see_what_others_left_in_a_block() {

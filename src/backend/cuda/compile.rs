@@ -23,6 +23,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("attention_decode.cu", include_str!("../../../kernels/attention_decode.cu")),
     ("attention_generic.cu", include_str!("../../../kernels/attention_generic.cu")),
     ("attention_prefill.cu", include_str!("../../../kernels/attention_prefill.cu")),
+    ("attention_prefill_wgmma.cu", include_str!("../../../kernels/attention_prefill_wgmma.cu")),
     ("copy.cu", include_str!("../../../kernels/copy.cu")),
     ("dummy.cu", include_str!("../../../kernels/dummy.cu")),
     ("embed.cu", include_str!("../../../kernels/embed.cu")),
@@ -47,6 +48,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("gemv.cuh", include_str!("../../../kernels/gemv.cuh")),
     ("sample.cuh", include_str!("../../../kernels/sample.cuh")),
+    ("wgmma.cuh", include_str!("../../../kernels/wgmma.cuh")),
 ];
 
 const MAGIC: &[u8; 8] = b"PIcubin1";

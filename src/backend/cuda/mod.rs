@@ -15,6 +15,7 @@ mod copy;
 mod driver;
 mod dummy;
 mod embed;
+mod energy;
 mod gemv;
 mod graph;
 mod kv;
@@ -44,6 +45,7 @@ pub use account::{StageNeeds, allocated, free_bytes, kv_waste, rows_room, stage_
 pub use batch::Batch;
 pub use compile::{cache_folder, write_aside};
 pub use driver::{DeviceFacts, devices, driver_present};
+pub use energy::Energy;
 pub use kv::Kv;
 pub use lost::any as any_lost;
 pub use matrix::Matrix;

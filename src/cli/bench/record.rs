@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use super::limits::{Demands, Done};
 use crate::{
     batch::{MicroBatch, SeqId},
     engine::{Engine, Measurement, Measurements},
@@ -19,6 +20,7 @@ const LATE: Duration = Duration::from_millis(20);
 /// Listens to an engine.
 pub(super) struct Recorder {
     measurements: Measurements,
+    demands: Demands,
     requests: usize,
     record: Record,
     /// Steps that have not come back.
@@ -45,6 +47,8 @@ pub(super) struct Record {
     /// When each sequence's first token came.
     pub(super) first_tokens: HashMap<SeqId, Duration>,
     pub(super) queues: Queues,
+    /// What each stage had to do.
+    pub(super) done: Vec<Done>,
     /// What the steps were that spans may come for.
     pub(super) shapes: HashMap<u64, PassShape>,
     /// What the stages' times are made of.
@@ -71,12 +75,15 @@ pub(super) struct Queues {
     running_max: usize,
     kv_blocks_total: usize,
     kv_blocks_used_max: usize,
+    #[serde(skip)]
+    kv_blocks_used_sum: u64,
 }
 
 impl Recorder {
-    pub(super) fn new(engine: &Engine) -> Recorder {
+    pub(super) fn new(engine: &Engine, demands: Demands) -> Recorder {
         Recorder {
             measurements: engine.measurements(ROOM),
+            demands,
             requests: 0,
             record: Record::default(),
             open: HashMap::new(),
@@ -103,6 +110,7 @@ impl Recorder {
                 Measurement::Span(span) => self.record.span(span),
                 Measurement::Planned { at, step, queues } => {
                     self.record.planned(at, step.step, &step.batch, &queues);
+                    self.demands.add(&step.batch, &mut self.record.done);
                     self.open.insert(step.step, step.batch);
                 }
                 Measurement::Applied { at, step, ended, .. } => {
@@ -191,6 +199,7 @@ impl Queues {
         self.kv_blocks_total = now.kv_blocks_total;
         let used = now.kv_blocks_total - now.kv_blocks_free - now.kv_blocks_cached;
         self.kv_blocks_used_max = self.kv_blocks_used_max.max(used);
+        self.kv_blocks_used_sum += used as u64;
     }
 
     /// Of several runs.
@@ -203,6 +212,7 @@ impl Queues {
             running_max: a.running_max.max(b.running_max),
             kv_blocks_total: a.kv_blocks_total.max(b.kv_blocks_total),
             kv_blocks_used_max: a.kv_blocks_used_max.max(b.kv_blocks_used_max),
+            kv_blocks_used_sum: a.kv_blocks_used_sum + b.kv_blocks_used_sum,
         };
         runs.into_iter().fold(Queues::default(), join)
     }
@@ -210,5 +220,15 @@ impl Queues {
     /// Steps in flight, the mean over the steps that were planned.
     pub(super) fn in_flight_mean(&self) -> f64 {
         self.in_flight_sum as f64 / self.planned.max(1) as f64
+    }
+
+    /// Share of the KV blocks that sequences have, the mean over the steps that were planned.
+    pub(super) fn kv_use_mean(&self) -> f64 {
+        self.kv_blocks_used_sum as f64 / (self.planned * self.kv_blocks_total as u64).max(1) as f64
+    }
+
+    /// The same, at most.
+    pub(super) fn kv_use_max(&self) -> f64 {
+        self.kv_blocks_used_max as f64 / self.kv_blocks_total.max(1) as f64
     }
 }
