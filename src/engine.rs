@@ -29,7 +29,7 @@ use crossbeam_channel as channel;
 
 pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
 pub use meter::{Measurement, Measurements};
-pub use place::{gpus, profiles, scratch};
+pub use place::{cpu_scratch, device_specs, gpus, profiles, scratch};
 pub use progress::LoadProgress;
 
 use self::{

@@ -11,6 +11,8 @@ mod faults;
 mod goldens;
 #[path = "gpu_model/images.rs"]
 mod images;
+#[path = "gpu_model/mixed.rs"]
+mod mixed;
 #[path = "gpu_model/seen.rs"]
 mod seen;
 #[path = "gpu_model/stages.rs"]

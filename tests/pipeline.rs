@@ -176,7 +176,7 @@ fn dropping_the_engine_ends_open_requests_with_an_error() {
 #[test]
 fn every_transport_brings_what_was_sent_in_order_and_waits_for_room() {
     let cpu = Arc::new(Cpu::new(Some(1)));
-    for transport in transports::<Cpu>() {
+    for transport in transports::<Cpu, Cpu>() {
         crossing::brings_what_was_sent_in_order(transport, &cpu, &cpu);
         crossing::tells_a_sender_without_a_receiver(transport, &cpu, &cpu);
     }

@@ -30,8 +30,13 @@ const RANKS: &[(&str, u32)] = &[
 /// Pairs of the same rank that are meant.
 const ALLOWED: &[(&str, &str)] = &[("batch", "request"), ("layout", "model")];
 
-const UNSAFE_ROOMS: &[&str] =
-    &["src/backend/cpu/", "src/backend/cuda/", "src/transport/peer", "src/model/mapped.rs"];
+const UNSAFE_ROOMS: &[&str] = &[
+    "src/backend/cpu/",
+    "src/backend/cuda/",
+    "src/transport/peer",
+    "src/transport/pinned.rs",
+    "src/model/mapped.rs",
+];
 
 fn sources(folder: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();

@@ -12,7 +12,7 @@ use super::{
     Subcommand,
     interrupt::Interrupt,
     print,
-    setup::{Cut, Kept, Source, Stages},
+    setup::{Cut, Kept, Source, Stages, named_devices},
 };
 use crate::{
     backend::DType,
@@ -50,7 +50,8 @@ struct PlanArgs {
     /// In any order of the devices, where they differ
     #[arg(long, conflicts_with = "layout")]
     any_order: bool,
-    /// 8xh100-80g,4xl4, or NAME:mem=24g,bw=900g,bf16=150t (also free=, f16=, f32=, link=) [default: this machine's GPUs]
+    /// 8xh100-80g,4xl4, or NAME:mem=24g,bw=900g,bf16=150t (also free=, f16=, f32=, link=); cpu, cuda and cuda:N are this
+    /// machine's [default: this machine's GPUs]
     #[arg(long, value_name = "DEVICES")]
     devices: Option<String>,
     /// The type that weights, keys and values are kept in; auto is the checkpoint's
@@ -128,6 +129,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     planner.workload = args.asked.workload();
     planner.kv_tokens = args.kv_tokens.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
     planner.scratch = engine::scratch(&spec, dtype, planner.workload, CONTEXT_MAX.min(spec.context_max));
+    planner.cpu_scratch = engine::cpu_scratch(&spec, planner.workload);
     planner.profiles = engine::profiles(&spec, dtype, &devices);
     let given = match given {
         Some(Given { layout, placed: false }) => Some(planner.place(&layout)?),
@@ -157,8 +159,13 @@ fn run(matches: &ArgMatches) -> Result<u8> {
 
 impl PlanArgs {
     fn devices(&self) -> Result<Vec<DeviceSpec>> {
-        if let Some(text) = &self.devices {
-            return DeviceSpec::list(text);
+        let here = |part: &str| part == "cpu" || part == "cuda" || part.starts_with("cuda:");
+        match &self.devices {
+            Some(text) if text.split(',').all(|part| here(part.trim())) => {
+                return engine::device_specs(&named_devices(text)?, None);
+            }
+            Some(text) => return DeviceSpec::list(text),
+            None => (),
         }
         engine::gpus().map_err(|error| match error {
             Error::Device { why, .. } => Error::usage(

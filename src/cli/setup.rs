@@ -11,8 +11,8 @@ use clap::{Args, ValueEnum};
 use super::loading::{Loaded, Meter, Speed};
 use crate::{
     backend::DType,
-    engine::{Engine, EngineBuilder, WeightSource},
-    error::{Error, Result},
+    engine::{self, Engine, EngineBuilder, WeightSource},
+    error::{Error, Result, shown},
     layout::{Device, Given, planner::Split},
     model::hub,
 };
@@ -38,6 +38,10 @@ pub(super) struct Setup {
     /// Where the stages run: auto (GPUs if there are any), cpu, cuda (successive GPUs) or cuda:N; a layout names devices itself
     #[arg(long, value_name = "DEVICE", default_value = "auto", conflicts_with = "layout")]
     device: String,
+    /// Which devices the stages may be on, in as many stages as are worth it unless --stages says: cuda:0,cuda:1 or, for a model
+    /// larger than all GPUs, cuda,cpu (cuda: all GPUs; cpu: what has no room there)
+    #[arg(long, value_name = "DEVICES", conflicts_with_all = ["layout", "device"])]
+    devices: Option<String>,
     /// The type that weights, keys and values are kept in; auto is the checkpoint's
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     dtype: Kept,
@@ -181,6 +185,9 @@ impl Setup {
                 Error::usage(format!("--device {text}"), "it is none of auto, cpu, cuda and cuda:N")
             })?),
         };
+        if let Some(text) = &self.devices {
+            builder = builder.devices(named_devices(text)?);
+        }
         if let Some(dtype) = self.dtype.dtype() {
             builder = builder.dtype(dtype);
         }
@@ -248,6 +255,20 @@ impl Setup {
         );
         Ok((engine, Loaded { took, weights }))
     }
+}
+
+/// `cuda:0,cuda:1,cpu`, or `cuda,cpu` with all GPUs that can be used.
+pub(super) fn named_devices(text: &str) -> Result<Vec<Device>> {
+    let mut devices = Vec::new();
+    for part in text.split(',').map(str::trim) {
+        match part {
+            "cuda" => devices.extend(engine::gpus()?.into_iter().map(|gpu| gpu.device)),
+            _ => devices.push(part.parse::<Device>().map_err(|_| {
+                Error::usage(format!("--devices {}", shown(part)), "it is none of cpu, cuda and cuda:N")
+            })?),
+        }
+    }
+    Ok(devices)
 }
 
 /// `512`, `1.5G`, `64MiB`.

@@ -156,6 +156,13 @@ impl EngineBuilder {
         self
     }
 
+    /// On any of these devices, when no layout is given, and by default in as many stages as are worth it. With the CPU among
+    /// them, it gets the layers that have no room on the GPUs.
+    pub fn devices(mut self, devices: impl Into<Vec<Device>>) -> Self {
+        self.place = Place::Among(devices.into());
+        self
+    }
+
     /// On successive GPUs, when no layout is given. It is an error if there are none.
     pub fn gpus(mut self) -> Self {
         self.place = Place::Gpus;
@@ -188,8 +195,8 @@ impl EngineBuilder {
     }
 
     /// Bytes for the KV cache, all stages together. Default: on the CPU enough for 8 sequences of the longest context,
-    /// or for as many as are said to run at once, at most a quarter of the free memory; on GPUs what weights and
-    /// buffers leave, and on the CPU beside them half of that.
+    /// or for as many as are said to run at once, at most a quarter of the free memory; on GPUs, and on the CPU beside
+    /// them, what weights and buffers leave.
     pub fn kv_memory(mut self, bytes: usize) -> Self {
         self.kv_memory = Some(bytes);
         self
@@ -375,30 +382,36 @@ impl EngineBuilder {
         if let Some(layout) = &self.layout {
             return Ok(layout.clone());
         }
-        let usual = Workload::default();
-        let running = self.running.unwrap_or(RUNNING_GPU);
-        // Sequences with a third of them new, as usual, where contexts are short.
-        let short = (usual.prompt.min(context * 2 / 3), usual.new.min(context / 3).max(1));
-        let (prompt, new) = self.expected.unwrap_or(short);
-        let stages = self.stages.unwrap_or(Count::Of(1));
-        let most = match stages {
-            Count::Of(n) => chunk_gpu(n),
-            Count::Auto => CHUNK_GPU,
+        let chunk = match self.stages {
+            Some(Count::Of(n)) => chunk_gpu(n),
+            Some(Count::Auto) | None => CHUNK_GPU,
         };
-        let chunk = self.chunk.unwrap_or(most).min(context.saturating_mul(running));
         let all_layers = spec.kv_bytes_per_token(dtype) * layers;
         let unplaced = Unplaced {
             spec,
             dtype,
-            place: self.place,
-            workload: Workload { running, prompt, new, chunk },
+            place: &self.place,
+            workload: self.workload(context, RUNNING_GPU, chunk),
+            workload_mixed: self.workload(context, RUNNING_CPU, CHUNK_CPU),
             kv_tokens: self.kv_memory.map(|bytes| bytes / all_layers),
             context,
+            threads: self.threads,
         };
         match &self.cuts {
             Some(layout) => unplaced.cuts(layout),
-            None => unplaced.stages(stages, self.split),
+            None => unplaced.stages(self.stages, self.split),
         }
+    }
+
+    /// What a layout is planned for, with what runs at once by default.
+    fn workload(&self, context: usize, running: usize, chunk: usize) -> Workload {
+        let usual = Workload::default();
+        let running = self.running.unwrap_or(running);
+        // Sequences with a third of them new, as usual, where contexts are short.
+        let short = (usual.prompt.min(context * 2 / 3), usual.new.min(context / 3).max(1));
+        let (prompt, new) = self.expected.unwrap_or(short);
+        let chunk = self.chunk.unwrap_or(chunk).min(context.saturating_mul(running));
+        Workload { running, prompt, new, chunk }
     }
 
     /// The longest sequence and the number of KV blocks.

@@ -15,7 +15,7 @@ use self::faulty::Faulty;
 use super::{
     Engine, EngineBuilder, Events,
     builder::Wire,
-    wire::{Either, On, Shared, wire_on},
+    wire::{Either, On, Shared, Ways, wire_on},
 };
 use crate::{
     backend::mix,
@@ -89,7 +89,8 @@ fn wire(mode: Mode, plan: Arc<Plan>, patience: Duration) -> Arc<Wire> {
             true => Either::Two(two),
         };
         let backends = kinds.enumerate().map(backend).collect();
-        let on = On { backends, transports: (&Host, &Host), lost: || false, vision: None };
+        let ways = Ways { ones: &Host, twos: &Host, one_to_two: &Host, two_to_one: &Host };
+        let on = On { backends, ways, lost: || false, vision: None };
         wire_on(on, &mode.layout(), config, &shared, progress)
     })
 }

@@ -15,7 +15,7 @@ use crate::{
         profile::{self, Profile},
     },
     model::{
-        decoder::{buffer_sizes, weight_sizes},
+        decoder::{buffer_sizes, weight_bytes, weight_sizes},
         spec::ModelSpec,
         units::Unit,
     },
@@ -30,7 +30,7 @@ const RESERVE_BYTES: usize = 640 << 20;
 const SLOTS_PLANNED: usize = 8;
 
 /// Where stages go that no layout places.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub(super) enum Place {
     /// On successive GPUs, or on the CPU if there are none.
     #[default]
@@ -39,6 +39,8 @@ pub(super) enum Place {
     Gpus,
     /// On one device.
     One(Device),
+    /// On any of these. The CPU gets what has no room on the others.
+    Among(Vec<Device>),
 }
 
 /// How many stages, where no layout says.
@@ -54,96 +56,180 @@ pub(super) enum Count {
 pub(super) struct Unplaced<'a> {
     pub(super) spec: &'a ModelSpec,
     pub(super) dtype: DType,
-    pub(super) place: Place,
+    pub(super) place: &'a Place,
     pub(super) workload: Workload,
+    /// What for if stages are on the CPU and on GPUs.
+    pub(super) workload_mixed: Workload,
     /// Tokens whose keys and values must have room, if it is said how many.
     pub(super) kv_tokens: Option<usize>,
     pub(super) context: usize,
+    /// CPU threads, if it is said how many.
+    pub(super) threads: Option<usize>,
 }
 
 impl Unplaced<'_> {
-    /// Stages of near-equal length, or, on several GPUs and unless asked otherwise, planned ones.
-    pub(super) fn stages(&self, count: Count, split: Option<Split>) -> Result<Layout> {
-        let gpus = gpus_of(self.place)?;
-        let several = if let Count::Of(n) = count { n > 1 && gpus.len() > 1 } else { gpus.len() > 1 };
+    /// Stages of near-equal length, or, on several devices and unless asked otherwise, planned ones. By default one, or as
+    /// many as are worth it on devices that are named.
+    pub(super) fn stages(&self, count: Option<Count>, split: Option<Split>) -> Result<Layout> {
+        let devices = devices_of(self.place)?;
+        let by_default = if let Place::Among(_) = self.place { Count::Auto } else { Count::Of(1) };
+        let count = count.unwrap_or(by_default);
         let layers = self.spec.layers.len();
         match count {
-            Count::Of(n) if !several || split == Some(Split::Even) => {
-                self.place_on(&gpus, &Layout::even(n, layers, Device::Cpu)?)
+            Count::Of(n) if n == 1 || devices.len() == 1 || split == Some(Split::Even) => {
+                place_on(&devices, &Layout::even(n, layers, Device::Cpu)?)
             }
-            Count::Auto if !several => self.place_on(&gpus, &Layout::even(1, layers, Device::Cpu)?),
-            Count::Of(n) => self.planned(&gpus, |planner| planner.plan(n)),
-            Count::Auto => self.planned(&gpus, |planner| match planner.plan_auto()? {
-                layout if split == Some(Split::Even) => planner.even(layout.stages().len()),
-                layout => Ok(layout),
+            Count::Auto if devices.len() == 1 => place_on(&devices, &Layout::even(1, layers, Device::Cpu)?),
+            _ if devices.contains(&Device::Cpu) => self.beside_cpu(&devices, count, split),
+            _ => self.planned(&device_specs(&devices, None)?, self.workload, count, split).map_err(|error| {
+                match error {
+                    Error::Device { device, why } => {
+                        Error::Device { device, why: why + beside_cpu_helps(self.spec, self.dtype) }
+                    }
+                    other => other,
+                }
             }),
         }
     }
 
     /// These cuts, on the devices that as many stages would be on.
     pub(super) fn cuts(&self, layout: &Layout) -> Result<Layout> {
-        self.place_on(&gpus_of(self.place)?, layout)
+        place_on(&devices_of(self.place)?, layout)
     }
 
-    /// Stages on successive GPUs, or on the one device if there are none.
-    fn place_on(&self, gpus: &[usize], layout: &Layout) -> Result<Layout> {
-        let one = match self.place {
-            Place::One(device) => device,
-            Place::Auto | Place::Gpus => Device::Cpu,
-        };
-        let stages = layout.stages().len();
-        // Neighbours share a GPU where there are fewer GPUs than stages.
-        let on = |i: usize| match gpus.len() {
-            0 => one,
-            n if stages > n => Device::Cuda(gpus[i * n / stages]),
-            _ => Device::Cuda(gpus[i]),
-        };
-        let cut = layout.stages().iter().enumerate();
-        let placed = Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())?;
-        // Nobody has said where they go either.
-        let first = |stage: &VisionStage| VisionStage { device: on(0), ..stage.clone() };
-        placed.with_vision(layout.vision().iter().map(first).collect())
+    /// On the GPUs among these devices if they have room for it, and for a request; else with as little as can be on the CPU.
+    fn beside_cpu(&self, devices: &[Device], count: Count, split: Option<Split>) -> Result<Layout> {
+        let gpus: Vec<Device> = devices.iter().copied().filter(|device| *device != Device::Cpu).collect();
+        let request = self.workload.prompt + self.workload.new;
+        let alone = Unplaced { kv_tokens: self.kv_tokens.or(Some(request)), ..*self };
+        let fits = alone.planned(&device_specs(&gpus, None)?, self.workload, count, split);
+        if let Err(Error::Device { .. }) = fits {
+            let layout =
+                self.planned(&device_specs(devices, self.threads)?, self.workload_mixed, count, split)?;
+            tracing::warn!("the model does not fit the GPUs: {}", halves(&layout));
+            return Ok(layout);
+        }
+        // Without a bound on keys and values, which it was only asked for to see whether there is any room.
+        self.planned(&device_specs(&gpus, None)?, self.workload, count, split)
     }
 
-    fn planned(&self, gpus: &[usize], plan: impl Fn(&Planner) -> Result<Layout>) -> Result<Layout> {
-        let devices = specs(gpus)?;
-        let mut planner = Planner::new(self.spec, self.dtype, &devices);
-        planner.workload = self.workload;
+    fn planned(
+        &self,
+        devices: &[DeviceSpec],
+        workload: Workload,
+        count: Count,
+        split: Option<Split>,
+    ) -> Result<Layout> {
+        let mut planner = Planner::new(self.spec, self.dtype, devices);
+        planner.workload = workload;
         planner.kv_tokens = self.kv_tokens;
-        planner.scratch = scratch(self.spec, self.dtype, self.workload, self.context);
-        planner.profiles = profiles(self.spec, self.dtype, &devices);
-        let layout = plan(&planner)?;
+        planner.scratch = scratch(self.spec, self.dtype, workload, self.context);
+        planner.cpu_scratch = cpu_scratch(self.spec, workload);
+        planner.profiles = profiles(self.spec, self.dtype, devices);
+        let differ = devices.iter().any(|device| device.device == Device::Cpu);
+        let layout = match count {
+            Count::Of(n) if differ => planner.plan_any_order(n)?,
+            Count::Of(n) => planner.plan(n)?,
+            Count::Auto => match planner.plan_auto()? {
+                layout if split == Some(Split::Even) => planner.even(layout.stages().len())?,
+                layout => layout,
+            },
+        };
         tracing::debug!(%layout, measured = planner.profiles.iter().flatten().count(), "planned");
         Ok(layout)
     }
 }
 
-/// The usable GPUs' numbers; none where stages go to one device, or to the CPU.
-fn gpus_of(place: Place) -> Result<Vec<usize>> {
+/// `layers 0-3 are on the processor, which is far slower, and 4-27 on cuda:0`.
+fn halves(layout: &Layout) -> String {
+    let layers = |on_cpu: bool| {
+        let stages = layout.stages().iter().filter(|stage| (stage.device == Device::Cpu) == on_cpu);
+        let text = |stage: &Stage| match on_cpu {
+            true => stage.to_string(),
+            false => format!("{stage} on {}", stage.device),
+        };
+        stages.map(text).collect::<Vec<_>>().join(", ")
+    };
+    match &*layers(false) {
+        "" => "all layers are on the processor, which is far slower".into(),
+        gpus => format!("layers {} are on the processor, which is far slower, and {gpus}", layers(true)),
+    }
+}
+
+/// What is added to an error that says that a GPU has too little room, if the host has enough.
+fn beside_cpu_helps(spec: &ModelSpec, dtype: DType) -> &'static str {
+    match weight_bytes(spec, dtype, &(0..spec.layers.len())) < DeviceSpec::cpu_free() {
+        true => {
+            "; --devices cuda,cpu puts on the processor, which is far slower, what has no room on the GPUs"
+        }
+        false => "",
+    }
+}
+
+/// A layout's cuts on these devices, of which neighbours share each where there are fewer than stages.
+fn place_on(devices: &[Device], layout: &Layout) -> Result<Layout> {
+    let (stages, n) = (layout.stages().len(), devices.len());
+    let on = |i: usize| if stages > n { devices[i * n / stages] } else { devices[i] };
+    let cut = layout.stages().iter().enumerate();
+    let placed = Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())?;
+    // Nobody has said where they go either.
+    let first = |stage: &VisionStage| VisionStage { device: on(0), ..stage.clone() };
+    placed.with_vision(layout.vision().iter().map(first).collect())
+}
+
+/// The devices that stages can be on, at least one.
+fn devices_of(place: &Place) -> Result<Vec<Device>> {
     let gpus = match place {
-        Place::One(_) => return Ok(Vec::new()),
+        Place::One(device) => return Ok(vec![*device]),
+        Place::Among(devices) => return named(devices),
         Place::Gpus => usable(cuda::devices()?),
         Place::Auto => cuda::devices().map_or_else(cpu_instead, usable),
     };
-    if gpus.is_empty() && place == Place::Gpus {
+    if gpus.is_empty() && *place == Place::Gpus {
         let why = "none of the GPUs is new enough: compute capability 8.0 is needed".into();
         return Err(Error::Device { device: "cuda".into(), why });
     }
-    Ok(gpus)
+    Ok(if gpus.is_empty() { vec![Device::Cpu] } else { gpus })
+}
+
+/// Devices that a user names, if they are there.
+fn named(devices: &[Device]) -> Result<Vec<Device>> {
+    let gpus = match devices.iter().all(|device| *device == Device::Cpu) {
+        true => Vec::new(),
+        false => usable(cuda::devices()?),
+    };
+    for (i, device) in devices.iter().enumerate() {
+        if devices[..i].contains(device) {
+            return Err(Error::usage("--devices", format!("{device} is named twice")));
+        }
+        if *device != Device::Cpu && !gpus.contains(device) {
+            let why = format!("there is no such GPU that can be used: {} found", gpus.len());
+            return Err(Error::Device { device: device.to_string(), why });
+        }
+    }
+    match devices {
+        [] => Err(Error::usage("--devices", "there are none")),
+        devices => Ok(devices.to_vec()),
+    }
 }
 
 /// The usable GPUs of this machine, as plans see them, with what is free on them now.
 pub fn gpus() -> Result<Vec<DeviceSpec>> {
-    specs(&gpus_of(Place::Gpus)?)
+    device_specs(&devices_of(&Place::Gpus)?, None)
 }
 
-fn specs(gpus: &[usize]) -> Result<Vec<DeviceSpec>> {
-    let spec = |gpu: &DeviceFacts| {
+/// These devices of this machine, as plans see them, with what is free on them now. Processors are measured, on so many
+/// threads.
+pub fn device_specs(devices: &[Device], threads: Option<usize>) -> Result<Vec<DeviceSpec>> {
+    let spec = |device: &Device| {
+        let Device::Cuda(ordinal) = *device else { return DeviceSpec::of_cpu(threads) };
+        let missing = || Error::Device { device: device.to_string(), why: "there is no such GPU".into() };
+        let gpu = cuda::devices()?.iter().find(|gpu| gpu.ordinal == ordinal).ok_or_else(missing)?;
         let free = cuda::free_bytes(gpu.ordinal)?.saturating_sub(RESERVE_BYTES);
         let spec = DeviceSpec::of_gpu(&gpu.name, gpu.multiprocessors, gpu.memory_bytes);
-        Ok(DeviceSpec { device: Device::Cuda(gpu.ordinal), free, ..spec })
+        Ok(DeviceSpec { device: *device, free, ..spec })
     };
-    cuda::devices()?.iter().filter(|gpu| gpus.contains(&gpu.ordinal)).map(spec).collect()
+    devices.iter().map(spec).collect()
 }
 
 /// What has been measured of a model on each of these devices.
@@ -181,13 +267,28 @@ pub fn scratch(spec: &ModelSpec, dtype: DType, workload: Workload, context_max: 
     Scratch { stage, head, layer: cuda::kv_waste(1) + lost(Unit::Layer(0)) }
 }
 
-/// The numbers of the GPUs that kernels can be compiled for.
-fn usable(all: &[DeviceFacts]) -> Vec<usize> {
-    all.iter().filter(|gpu| gpu.usable()).map(|gpu| gpu.ordinal).collect()
+/// What stages on the CPU take beside weights, keys and values for such a workload, at most.
+pub fn cpu_scratch(spec: &ModelSpec, workload: Workload) -> Scratch {
+    let Workload { running, chunk, .. } = workload;
+    let scheduling = SchedulerConfig { slots: SLOTS_PLANNED, ahead: true, ..SchedulerConfig::default() };
+    let rows_max = Scheduler::rows_max(SchedulerConfig { chunk, running_max: running, ..scheduling });
+    let of = |outputs| cpu_bytes(spec, rows_max, outputs);
+    let stage = of(None) + ring_bytes(scheduling.in_flight_max(), rows_max * spec.dim);
+    Scratch { stage, head: of(Some(running)) - of(None), layer: 0 }
+}
+
+/// Bytes of a stage's buffers on the CPU, where what matrix products read is f32.
+fn cpu_bytes(spec: &ModelSpec, rows: usize, outputs: Option<usize>) -> usize {
+    buffer_sizes(spec, DType::F32, rows, outputs).into_iter().sum()
+}
+
+/// The GPUs that kernels can be compiled for.
+fn usable(all: &[DeviceFacts]) -> Vec<Device> {
+    all.iter().filter(|gpu| gpu.usable()).map(|gpu| Device::Cuda(gpu.ordinal)).collect()
 }
 
 /// No GPUs; with a driver that is worth a word.
-fn cpu_instead(error: Error) -> Vec<usize> {
+fn cpu_instead(error: Error) -> Vec<Device> {
     if cuda::driver_present() {
         tracing::warn!(%error, "the GPUs cannot be used: stages run on the CPU");
     }
@@ -206,8 +307,8 @@ pub(super) struct Room<'a> {
 }
 
 impl Room<'_> {
-    /// KV blocks that fit on the tightest device: on GPUs all that weights and buffers leave, on the CPU beside them half
-    /// of it. On the CPU alone no more than `wanted`, and a quarter of the free memory.
+    /// KV blocks that fit on the tightest device: all that weights and buffers leave. On the CPU alone no more than `wanted`,
+    /// and a quarter of the free memory.
     pub(super) fn blocks(&self, wanted: usize) -> Result<usize> {
         let by_device = self.by_device();
         let alone = by_device.len() == 1;
@@ -216,8 +317,7 @@ impl Room<'_> {
             let each = self.block_bytes(&stages);
             let blocks = match device {
                 None if alone => wanted.min(cpu::free_bytes() / 4 / each),
-                // Others want some of the host's memory too.
-                None => self.left_on_host(&stages)? / each / 2,
+                None => self.left_on_host(&stages)? / each,
                 Some(gpu) => self.left(gpu, &stages)? / each,
             };
             least = least.min(blocks);
@@ -266,13 +366,18 @@ impl Room<'_> {
     /// in every pass.
     fn left_on_host(&self, stages: &[usize]) -> Result<usize> {
         let need = stages.iter().map(|&i| self.host_bytes(i)).sum();
-        self.rest(Device::Cpu, cpu::free_bytes(), need, stages)
+        self.rest(Device::Cpu, DeviceSpec::cpu_free(), need, stages)
     }
 
     fn rest(&self, device: Device, free: usize, need: usize, stages: &[usize]) -> Result<usize> {
         if need + self.block_bytes(stages) > free {
             let (need, free) = (need >> 20, free >> 20);
-            let why = format!("weights and buffers need {need} MiB of its memory, and {free} MiB are free");
+            let way = match device {
+                Device::Cuda(_) if self.by_device().len() == 1 => beside_cpu_helps(self.spec, self.dtype),
+                _ => "",
+            };
+            let why =
+                format!("weights and buffers need {need} MiB of its memory, and {free} MiB are free{way}");
             return Err(Error::Device { device: device.to_string(), why });
         }
         Ok(free - need)
@@ -296,7 +401,7 @@ impl Room<'_> {
         let (spec, stages) = (self.spec, self.layout.stages());
         let Limits { rows_max, outputs_max, .. } = self.limits;
         let outputs = (i + 1 == stages.len()).then_some(outputs_max);
-        let buffers = buffer_sizes(spec, DType::F32, rows_max, outputs).into_iter().sum::<usize>();
+        let buffers = cpu_bytes(spec, rows_max, outputs);
         let boundary = if i > 0 { ring_bytes(self.in_flight, rows_max * spec.dim) } else { 0 };
         weight_sizes(spec, self.dtype, &stages[i].layers).into_iter().sum::<usize>() + buffers + boundary
     }

@@ -15,7 +15,11 @@ use std::{
 use crossbeam_channel as channel;
 
 use self::stage::{Feed, Keeper, Part};
-use super::{StageFacts, images::cut, wire::Either};
+use super::{
+    StageFacts,
+    images::cut,
+    wire::{Either, Ways},
+};
 use crate::{
     backend::{DType, vision::VisionOps},
     batch::{MicroBatch, Step},
@@ -25,7 +29,6 @@ use crate::{
     model::{decoder::ImageStore, vision::VisionSpec, weights::Weights},
     pipeline::StageMetrics,
     request::Media,
-    transport::{Host, Transport},
     vision::Preprocessor,
 };
 
@@ -102,7 +105,7 @@ enum AnyInput<A: VisionOps, B: VisionOps> {
 /// Starts the threads.
 pub(super) fn start<A: VisionOps, B: VisionOps>(
     on: VisionOn<A, B>,
-    transports: (&dyn Transport<A>, &dyn Transport<B>),
+    ways: &Ways<'_, A, B>,
     config: &VisionConfig,
     store: AnyStore<A, B>,
 ) -> Result<Vision> {
@@ -121,22 +124,22 @@ pub(super) fn start<A: VisionOps, B: VisionOps>(
         let depth = config.depth;
         input = match (&on.backends[index], to) {
             (Either::One(a), Either::One(b)) => {
-                let (sender, receiver) = transports.0.connect(a.clone(), b.clone(), depth, numbers)?;
+                let (sender, receiver) = ways.ones.connect(a.clone(), b.clone(), depth, numbers)?;
                 link.start(&mut vision, a, input.one(), sender)?;
                 AnyInput::One(receiver, works_out)
             }
             (Either::Two(a), Either::Two(b)) => {
-                let (sender, receiver) = transports.1.connect(a.clone(), b.clone(), depth, numbers)?;
+                let (sender, receiver) = ways.twos.connect(a.clone(), b.clone(), depth, numbers)?;
                 link.start(&mut vision, a, input.two(), sender)?;
                 AnyInput::Two(receiver, works_out)
             }
             (Either::One(a), Either::Two(b)) => {
-                let (sender, receiver) = Host::between(a.clone(), b.clone(), depth, numbers)?;
+                let (sender, receiver) = ways.one_to_two.connect(a.clone(), b.clone(), depth, numbers)?;
                 link.start(&mut vision, a, input.one(), sender)?;
                 AnyInput::Two(receiver, works_out)
             }
             (Either::Two(a), Either::One(b)) => {
-                let (sender, receiver) = Host::between(a.clone(), b.clone(), depth, numbers)?;
+                let (sender, receiver) = ways.two_to_one.connect(a.clone(), b.clone(), depth, numbers)?;
                 link.start(&mut vision, a, input.two(), sender)?;
                 AnyInput::One(receiver, works_out)
             }

@@ -11,8 +11,9 @@ use std::{
 
 use crossbeam_channel as channel;
 
-pub(super) use self::sites::{Either, On};
 pub(super) use super::vision::{VisionConfig, VisionOn};
+
+pub(super) use self::sites::{Either, On, Ways};
 
 use self::sites::{Ends, Site, Sites, Size, sites};
 use super::{
@@ -33,7 +34,7 @@ use crate::{
     layout::{self, Device, Layout},
     model::decoder::{Decoder, DecoderConfig, ImageStore},
     pipeline::{self, Outcome, Stage, StageMetrics, StagesHandle, token_edge},
-    transport::{Host, Peer},
+    transport::{Host, Peer, Staged},
 };
 
 /// How long stages may take to end; then their threads are left behind.
@@ -103,7 +104,8 @@ pub(super) fn wire(
     };
     let backends: Vec<_> = layout.stages().iter().map(backend).collect();
     let vision = shared.vision.as_ref().map(|config| vision_on(config, &backends[0], facts, shared.threads));
-    let on = On { backends, transports: (&Host, &Peer::default()), lost, vision: vision.transpose()? };
+    let ways = Ways { ones: &Host, twos: &Peer::default(), one_to_two: &Staged, two_to_one: &Staged };
+    let on = On { backends, ways, lost, vision: vision.transpose()? };
     wire_on(on, layout, config, shared, progress)
 }
 
@@ -153,11 +155,19 @@ pub(super) fn wire_on<A: VisionOps, B: VisionOps>(
     let size = Size { depth: in_flight, len_max: config.limits.rows_max * config.spec.dim };
     let ends = Ends { steps: (steps_out, await_enqueued), results: enqueued };
     let lost = on.lost;
-    let (transports, on_vision) = (on.transports, on.vision.take());
+    let store = match (&shared.vision, on.backends.first()) {
+        (Some(config), Some(Either::One(first))) => Some(Either::One(vision::store(&**first, config)?)),
+        (Some(config), Some(Either::Two(first))) => Some(Either::Two(vision::store(&**first, config)?)),
+        _ => None,
+    };
+    let vision = match (&shared.vision, on.vision.take(), &store) {
+        (Some(config), Some(of), Some(store)) => Some(vision::start(of, &on.ways, config, store.clone())?),
+        _ => None,
+    };
     let Sites { all, collectors } = sites(on, ends, size, shared)?;
     let mut wired = Wired {
         stages: Vec::new(),
-        vision: None,
+        vision,
         collectors,
         steps: Some(steps),
         results,
@@ -165,14 +175,6 @@ pub(super) fn wire_on<A: VisionOps, B: VisionOps>(
         lost,
     };
     let start = Start { config, shared, progress, results: results_in, turn: Arc::default() };
-    let store = match (&shared.vision, all.first()) {
-        (Some(config), Some(Either::One(site))) => Some(Either::One(vision::store(&*site.backend, config)?)),
-        (Some(config), Some(Either::Two(site))) => Some(Either::Two(vision::store(&*site.backend, config)?)),
-        _ => None,
-    };
-    if let (Some(config), Some(on), Some(store)) = (&shared.vision, on_vision, &store) {
-        wired.vision = Some(vision::start(on, transports, config, store.clone())?);
-    }
     let mut sites = all.into_iter();
     // Stages on the processor cannot overlap. Others have a thread each, and their device shares itself out.
     for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {

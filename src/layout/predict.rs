@@ -176,8 +176,9 @@ impl<'a> Pipeline<'a> {
     /// Seconds of a stage's pass, until its rows have left it.
     pub(super) fn seconds(&self, stage: usize, pass: Pass) -> f64 {
         let costs = self.planner.costs(self.places[stage]);
-        let last = stage + 1 == self.places.len();
-        self.units_seconds(stage, pass) + costs.pass() + if last { 0.0 } else { costs.boundary(pass) }
+        let next = self.places.get(stage + 1).map(|&place| &self.planner.devices[place]);
+        let boundary = next.map_or(0.0, |next| costs.boundary(next, pass));
+        self.units_seconds(stage, pass) + costs.pass() + boundary
     }
 
     /// Of them, those of its units.
@@ -266,7 +267,7 @@ impl<'a> Pipeline<'a> {
     }
 
     fn scratch_bytes(&self, stage: usize) -> usize {
-        let scratch = self.planner.scratch;
+        let scratch = self.planner.scratch_of(self.places[stage]);
         let head = if stage + 1 == self.places.len() { scratch.head } else { 0 };
         scratch.stage + head + scratch.layer * self.layout.stages()[stage].layers.len()
     }

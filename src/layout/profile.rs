@@ -216,7 +216,7 @@ fn points(costs: &Costs<'_>, layout: &Layout, times: &[StageTime], pass: Pass) -
     for time in times.iter().filter(|t| t.pass == pass) {
         let Some(stage) = layout.stages().get(time.stage) else { continue };
         let has_head = time.stage + 1 == layout.stages().len();
-        let beside = costs.pass() + if has_head { 0.0 } else { costs.boundary(pass) };
+        let beside = costs.pass() + if has_head { 0.0 } else { costs.boundary(costs.device, pass) };
         let units = units_of(costs.spec, &stage.layers);
         let of_units = (time.seconds - beside).max(0.0);
         if has_head {
@@ -271,7 +271,7 @@ mod tests {
             for (stage, own) in layout.stages().iter().enumerate() {
                 let unit = |unit| costs.roofline(unit, pass) * if unit == Unit::Head { head } else { layer };
                 let last = stage + 1 == layout.stages().len();
-                let beside = costs.pass() + if last { 0.0 } else { costs.boundary(pass) };
+                let beside = costs.pass() + if last { 0.0 } else { costs.boundary(device, pass) };
                 let seconds = units_of(&spec, &own.layers).into_iter().map(unit).sum::<f64>() + beside;
                 times.push(StageTime { stage, pass, seconds });
             }

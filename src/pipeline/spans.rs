@@ -214,8 +214,7 @@ fn weights(every: bool, number: u64) -> (f64, f64) {
 
 /// What stages are to be measured, and how.
 pub struct Collecting<B: Backend> {
-    /// Stages by their places in the pipeline, each with its device and its counters, which the spans are added to where
-    /// the host's time says nothing.
+    /// Stages' places, devices, and counters, which the spans are added to where the host's time says nothing.
     pub stages: Vec<(usize, Arc<B>, Arc<StageMetrics>)>,
     /// The moment that spans count from.
     pub start: Instant,

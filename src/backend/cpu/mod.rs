@@ -15,6 +15,7 @@ mod matrix;
 mod memory;
 mod norm;
 mod pool;
+mod probe;
 pub mod reference;
 mod rope;
 pub mod sample;
@@ -27,6 +28,7 @@ use std::{
 };
 
 pub use facts::{CpuFacts, facts, free_bytes, memory_bytes};
+pub use probe::{CpuSpeed, speed};
 pub use sample::Sampler;
 pub use simd::Simd;
 

@@ -25,7 +25,8 @@ fn wire(plan: Arc<Plan>) -> Arc<Wire> {
         let (backends, tower) = (take(2), take(2));
         let keeper = take(1).pop().unwrap();
         let vision = Some(VisionOn { backends: tower, keeper });
-        let on = On { backends, transports: (&Host, &Host), lost: || false, vision };
+        let ways = Ways { ones: &Host, twos: &Host, one_to_two: &Host, two_to_one: &Host };
+        let on = On { backends, ways, lost: || false, vision };
         wire_on(on, layout, config, shared, progress)
     })
 }

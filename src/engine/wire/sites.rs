@@ -10,7 +10,7 @@ use crate::{
     batch::Step,
     error::Result,
     pipeline::{self, AwaitEnqueued, Collecting, Enqueued, Input, Output, Probe},
-    transport::{EndsBetween, Host, Transport},
+    transport::{EndsBetween, Transport},
 };
 
 /// One of two kinds.
@@ -24,8 +24,7 @@ pub(in crate::engine) enum Either<A, B> {
 pub(in crate::engine) struct On<'a, A: VisionOps, B: VisionOps> {
     /// One a stage.
     pub(in crate::engine) backends: Vec<Either<Arc<A>, Arc<B>>>,
-    /// Between neighbours of each kind. Between the kinds packets go through the host.
-    pub(in crate::engine) transports: (&'a dyn Transport<A>, &'a dyn Transport<B>),
+    pub(in crate::engine) ways: Ways<'a, A, B>,
     /// Whether a device is lost to the process.
     pub(in crate::engine) lost: fn() -> bool,
     /// What the vision tower runs on, if there is one.
@@ -46,6 +45,14 @@ impl<A, B> Either<A, B> {
             Either::One(_) => None,
         }
     }
+}
+
+/// The ways across boundaries.
+pub(in crate::engine) struct Ways<'a, A: Backend, B: Backend> {
+    pub(in crate::engine) ones: &'a dyn Transport<A>,
+    pub(in crate::engine) twos: &'a dyn Transport<B>,
+    pub(in crate::engine) one_to_two: &'a dyn Transport<A, B>,
+    pub(in crate::engine) two_to_one: &'a dyn Transport<B, A>,
 }
 
 /// A stage's device, and what goes in and out there.
@@ -103,7 +110,7 @@ pub(super) fn sites<A: VisionOps, B: VisionOps>(
         Either::Two(_) => twos.next().map(Either::Two),
     };
     let mut all: Vec<AnySite<A, B>> = on.backends.iter().filter_map(site).collect();
-    connect(&mut all, on.transports, size)?;
+    connect(&mut all, on.ways, size)?;
     let Ends { steps: (steps, enqueued), results } = ends;
     match all.first_mut() {
         Some(Either::One(site)) => site.input = Some(Input::Steps(steps, enqueued)),
@@ -121,7 +128,7 @@ pub(super) fn sites<A: VisionOps, B: VisionOps>(
 /// Makes the boundaries.
 fn connect<A: Backend, B: Backend>(
     sites: &mut [AnySite<A, B>],
-    (ones, twos): (&dyn Transport<A>, &dyn Transport<B>),
+    Ways { ones, twos, one_to_two, two_to_one }: Ways<'_, A, B>,
     Size { depth, len_max }: Size,
 ) -> Result<()> {
     for next in 1..sites.len() {
@@ -134,10 +141,10 @@ fn connect<A: Backend, B: Backend>(
                 join(a, b, twos.connect(a.backend.clone(), b.backend.clone(), depth, len_max)?);
             }
             (Either::One(a), Either::Two(b)) => {
-                join(a, b, Host::between(a.backend.clone(), b.backend.clone(), depth, len_max)?);
+                join(a, b, one_to_two.connect(a.backend.clone(), b.backend.clone(), depth, len_max)?);
             }
             (Either::Two(a), Either::One(b)) => {
-                join(a, b, Host::between(a.backend.clone(), b.backend.clone(), depth, len_max)?);
+                join(a, b, two_to_one.connect(a.backend.clone(), b.backend.clone(), depth, len_max)?);
             }
         }
     }
