@@ -45,7 +45,15 @@ impl Running {
             let prompt: Arc<[u32]> = (0..context as u32).map(|place| id << 16 | place).collect();
             let seq = SeqId(u64::from(id));
             let sampling = sampling.clone();
-            scheduler.add(NewSequence { seq, prompt, tokens_max, sampling, seed: 0, priority: 0 });
+            scheduler.add(NewSequence {
+                seq,
+                prompt,
+                images: None,
+                tokens_max,
+                sampling,
+                seed: 0,
+                priority: 0,
+            });
         }
         let mut running = Running { scheduler, in_flight: VecDeque::new() };
         let mut decoding = 0;

@@ -5,6 +5,7 @@ mod builder;
 mod counts;
 #[cfg(test)]
 mod fault_tests;
+mod images;
 mod meter;
 mod place;
 mod progress;
@@ -12,12 +13,16 @@ mod rebuild;
 mod start;
 mod text;
 mod timeline;
+mod vision;
 mod wire;
 mod worker;
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use crossbeam_channel as channel;
@@ -30,6 +35,7 @@ pub use progress::LoadProgress;
 use self::{
     answer::{Answer, Ending},
     counts::Counts,
+    images::{Images, Prepared, take_media},
     meter::Meter,
     worker::{Command, Submission},
 };
@@ -39,7 +45,7 @@ use crate::{
     layout::Layout,
     model::{config::GenerationConfig, spec::ModelSpec},
     pipeline::{StageMetrics, StageTimes},
-    request::{Event, FinishReason, Prompt, Request},
+    request::{Event, FinishReason, Media, Prompt, Request},
     schedule::SchedulerStats,
     text::{Template, Tokenizer},
 };
@@ -74,11 +80,14 @@ struct Facts {
     dtype: DType,
     context_max: usize,
     kv_tokens: usize,
+    images: Option<Images>,
 }
 
 struct StageFacts {
     device: String,
     layers: String,
+    /// Whether it is one of the vision tower.
+    vision: bool,
     weight_bytes: usize,
     kv_bytes: usize,
     memory: Box<dyn Fn() -> Option<DeviceMemory> + Send + Sync>,
@@ -90,6 +99,9 @@ struct StageFacts {
 pub struct EngineStats {
     /// Its stages, in order.
     pub stages: Vec<StageStats>,
+    /// Those of the vision tower.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub vision: Vec<StageStats>,
     /// Queues and KV blocks now, and what was counted of them.
     pub scheduler: SchedulerStats,
     /// Measurements that found no room: what was too slow to read them has gaps.
@@ -105,7 +117,7 @@ pub struct EngineStats {
 pub struct StageStats {
     /// Its device.
     pub device: String,
-    /// Its layers, as in `--layout`: `0-9`.
+    /// Its layers, as in `--layout`: `0-9`; or its blocks of the vision tower: `v0-15`.
     pub layers: String,
     /// Bytes of its weights.
     pub weight_bytes: usize,
@@ -141,7 +153,7 @@ impl Engine {
     }
 
     /// Submits a request. What is wrong with it is said here; what goes wrong later is an [`Event::Error`].
-    pub fn submit(&self, request: Request) -> Result<Events> {
+    pub fn submit(&self, mut request: Request) -> Result<Events> {
         let facts = &self.facts;
         if request.n == 0 || request.n > SAMPLES_MAX {
             return Err(Error::Request(format!("n is {}; it must be 1 to {SAMPLES_MAX}", request.n)));
@@ -153,7 +165,8 @@ impl Engine {
                 "stop strings need a tokenizer, and the model folder has none".into(),
             ));
         }
-        let prompt: Arc<[u32]> = facts.prompt_ids(&request.prompt)?.into();
+        let (prompt, images, media) = facts.prepare(&mut request)?;
+        let prompt: Arc<[u32]> = prompt.into();
         facts.check_prompt(&prompt)?;
         let place = self.counts.wait()?;
         let id = self.next_request.fetch_add(1, Ordering::Relaxed);
@@ -165,6 +178,8 @@ impl Engine {
         let submission = Submission {
             request: id,
             prompt: prompt.clone(),
+            images,
+            media: media.into(),
             params: request,
             ending,
             answers,
@@ -175,6 +190,28 @@ impl Engine {
             .send(Command::Submit(Box::new(submission)))
             .map_err(|_| Error::Engine("it has ended".into()))?;
         Ok(Events { request: id, prompt_ids: prompt, events, commands: self.commands.clone(), samples_left })
+    }
+
+    /// An image for a request, from a file.
+    pub fn image_file(&self, path: &Path) -> Result<Media> {
+        let images = self.images()?;
+        images.image(path, &images.preprocessor.file(path)?)
+    }
+
+    /// An image for a request, from a file's bytes; `path` is for messages. What takes long is done here, on the caller's
+    /// thread.
+    pub fn image(&self, path: &Path, bytes: &[u8]) -> Result<Media> {
+        self.images()?.image(path, bytes)
+    }
+
+    /// A video for a request, from the files of its frames, of which there are `fps` a second.
+    pub fn video(&self, frames: &[PathBuf], fps: f64) -> Result<Media> {
+        self.images()?.video(frames, fps)
+    }
+
+    fn images(&self) -> Result<&Images> {
+        let why = "images are of no use to this model: it reads none";
+        self.facts.images.as_ref().ok_or_else(|| Error::Request(why.into()))
     }
 
     /// The model.
@@ -229,7 +266,8 @@ impl Engine {
         };
         let stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
         EngineStats {
-            stages: stages.iter().map(stats).collect(),
+            stages: stages.iter().filter(|stage| !stage.vision).map(stats).collect(),
+            vision: stages.iter().filter(|stage| stage.vision).map(stats).collect(),
             scheduler: self.meter.queues(),
             dropped: self.meter.dropped().load(Ordering::Relaxed),
             requests_waiting: self.counts.waiting(),
@@ -256,6 +294,17 @@ impl Drop for Engine {
 }
 
 impl Facts {
+    /// A request's tokens and images. The request keeps no copy of these.
+    fn prepare(&self, request: &mut Request) -> Result<Prepared> {
+        let media = take_media(request)?;
+        let ids = self.prompt_ids(&request.prompt)?;
+        match &self.images {
+            Some(images) => images.place(&ids, media),
+            None if media.is_empty() => Ok((ids, None, media)),
+            None => Err(Error::Request(format!("{} images, and the model reads none", media.len()))),
+        }
+    }
+
     fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>> {
         let tokenizer = || {
             let why = "text needs a tokenizer, and the model folder has no tokenizer.json";

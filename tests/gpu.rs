@@ -28,6 +28,8 @@ mod tower;
 mod tower_time;
 #[path = "gpu/transport.rs"]
 mod transport;
+#[path = "gpu/turns.rs"]
+mod turns;
 
 use common::numbers;
 use pipeline_infer::{

@@ -95,6 +95,7 @@ impl Choices {
     /// The request for a prompt: these choices over the model's own. `over` are a line's, which go first.
     pub(super) fn request(&self, prompt: Prompt, model: &GenerationConfig, over: &Choices) -> Request {
         let mut request = Request {
+            media: Vec::new(),
             prompt,
             sampling: model_default(model),
             stop: StopParams { max_tokens: Some(MAX_TOKENS), ..StopParams::default() },

@@ -1,5 +1,7 @@
 //! From a description to running threads.
 
+mod vision;
+
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use super::{
@@ -10,6 +12,7 @@ use super::{
     rebuild::Recipe,
     start::{Ready, start},
     timeline::Timeline,
+    vision::VisionConfig,
     wire::{PATIENCE, Shared, Wired, wire},
 };
 use crate::{
@@ -23,7 +26,7 @@ use crate::{
         open_model,
         spec::ModelSpec,
     },
-    schedule::{BlockPool, Scheduler, SchedulerConfig},
+    schedule::{BlockPool, ImageConfig, Scheduler, SchedulerConfig},
     text::{Template, Tokenizer},
 };
 
@@ -88,6 +91,9 @@ pub struct EngineBuilder {
     observer: Option<Observer>,
     timeline: Option<PathBuf>,
     measure_all: bool,
+    pixels: (Option<u64>, Option<u64>),
+    image_patches: Option<usize>,
+    image_rows: Option<usize>,
 }
 
 /// How stages are started.
@@ -97,6 +103,7 @@ pub(super) type Wire = dyn Fn(&Layout, &DecoderConfig, &Shared, Progress) -> Res
 struct Plan {
     layout: Layout,
     scheduling: SchedulerConfig,
+    images: Option<ImageConfig>,
     config: DecoderConfig,
     shared: Shared,
 }
@@ -267,11 +274,13 @@ impl EngineBuilder {
         within("--running", self.running, RUNNING_MAX)?;
         within("--waiting", self.waiting, WAITING_MAX)?;
         within("--threads", self.threads, THREADS_MAX)?;
+        self.check_image_room()?;
         let timeline = self.timeline.take().map(Timeline::open).transpose()?;
         let meter = Meter::new(self.measure_all || timeline.is_some());
         let model = open_model(&self.model, self.weights == WeightSource::Dummy)?;
         let generation = model.generation.clone();
-        let Plan { layout, scheduling, config, shared } = self.plan(model, ahead, meter.clone())?;
+        let Plan { layout, scheduling, images, config, shared } = self.plan(model, ahead, meter.clone())?;
+        let read = self.open_images(&config.spec)?;
         let weights = |stage: &Stage| weight_bytes(&config.spec, config.dtype, &stage.layers);
         let progress = Progress::new(self.observer.take(), layout.stages().iter().map(weights).sum());
         let (spec, dtype, blocks) = (config.spec.clone(), config.dtype, config.kv_blocks);
@@ -279,7 +288,10 @@ impl EngineBuilder {
         let (since, patience, of) = (Instant::now(), shared.patience, layout.clone());
         let recipe = Recipe {
             wire: Arc::new(move |progress| wire(&of, &config, &shared, progress)),
-            scheduler: Box::new(move || Scheduler::new(scheduling, BlockPool::new(blocks))),
+            scheduler: Box::new(move || {
+                let scheduler = Scheduler::new(scheduling, BlockPool::new(blocks));
+                images.into_iter().fold(scheduler, Scheduler::with_images)
+            }),
             patience,
         };
         let wired = (recipe.wire)(progress)?;
@@ -289,7 +301,9 @@ impl EngineBuilder {
             Some(tokenizer) => Template::open(&self.model, tokenizer)?,
             None => None,
         };
-        let facts = Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens };
+        let images = read;
+        let facts =
+            Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens, images };
         let waiting = self.waiting.unwrap_or(WAITING_DEFAULT);
         start(Ready { facts, recipe, wired, since, waiting, meter, timeline })
     }
@@ -298,7 +312,9 @@ impl EngineBuilder {
         let spec = Arc::new(model.spec);
         let dtype = self.dtype.unwrap_or(model.dtype);
         let context = self.plan_context(&spec)?;
-        let layout = self.plan_layout(&spec, dtype, context)?;
+        let layout = self.place_tower(self.plan_layout(&spec, dtype, context)?, &spec)?;
+        let weights = Arc::new(model.weights);
+        let vision = self.plan_vision(&layout, &spec, (&weights, dtype))?;
         let on_gpu = |stage: &Stage| stage.device != Device::Cpu;
         // Beside GPUs it is the processor whose time counts.
         let gpus = layout.stages().iter().all(on_gpu);
@@ -328,22 +344,29 @@ impl EngineBuilder {
             context_max,
         };
         let in_flight = scheduling.in_flight_max();
-        let room =
-            Room { layout: &layout, spec: &spec, dtype, limits: limits(scheduling, context), in_flight };
+        let room = Room {
+            layout: &layout,
+            spec: &spec,
+            dtype,
+            limits: limits(scheduling, context),
+            in_flight,
+            vision: vision.as_ref().map(|vision| vision.gpu_bytes(layout.stages()[0].device)),
+        };
         let (context_max, blocks) = self.plan_kv(&room, context)?;
         scheduling.running_max = scheduling.running_max.min(blocks);
         let config = DecoderConfig {
             layers: 0..spec.layers.len(),
             spec,
             arch: model.arch,
-            weights: Arc::new(model.weights),
+            weights,
             dtype,
             limits: limits(scheduling, context_max),
             kv_blocks: blocks,
         };
         let metrics = layout.stages().iter().map(|_| Arc::default()).collect();
-        let shared = Shared { in_flight, threads: self.threads, meter, metrics, patience: PATIENCE };
-        Ok(Plan { layout, scheduling, config, shared })
+        let images = vision.as_ref().map(VisionConfig::scheduling);
+        let shared = Shared { in_flight, threads: self.threads, meter, metrics, patience: PATIENCE, vision };
+        Ok(Plan { layout, scheduling, images, config, shared })
     }
 
     fn plan_layout(&self, spec: &ModelSpec, dtype: DType, context: usize) -> Result<Layout> {

@@ -1,6 +1,7 @@
 //! Whatever fails in a stage, at whatever point of a step: each request ends once, nothing hangs, and the engine goes on.
 
 mod faulty;
+mod images;
 
 use std::{
     path::PathBuf,
@@ -80,7 +81,8 @@ impl Mode {
 fn wire(mode: Mode, plan: Arc<Plan>, patience: Duration) -> Arc<Wire> {
     Arc::new(move |_, config, shared, progress| {
         let (meter, metrics) = (shared.meter.clone(), shared.metrics.clone());
-        let shared = Shared { meter, metrics, patience, ..*shared };
+        let Shared { in_flight, threads, .. } = *shared;
+        let shared = Shared { in_flight, threads, meter, metrics, patience, vision: shared.vision.clone() };
         let kinds = Faulty::<false>::pipeline(3, &plan).into_iter().zip(Faulty::<true>::pipeline(3, &plan));
         let backend = |(stage, (one, two))| match mode.early(stage) {
             false => Either::One(one),
@@ -88,7 +90,7 @@ fn wire(mode: Mode, plan: Arc<Plan>, patience: Duration) -> Arc<Wire> {
         };
         let backends = kinds.enumerate().map(backend).collect();
         let ways = Ways { ones: &Host, twos: &Host, one_to_two: &Host, two_to_one: &Host };
-        let on = On { backends, ways, lost: || false };
+        let on = On { backends, ways, lost: || false, vision: None };
         wire_on(on, &mode.layout(), config, &shared, progress)
     })
 }

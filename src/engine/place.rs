@@ -10,7 +10,7 @@ use crate::{
     batch::KV_BLOCK,
     error::{Error, Result},
     layout::{
-        Device, DeviceSpec, Layout, Planner, Stage, Workload,
+        Device, DeviceSpec, Layout, Planner, Stage, VisionStage, Workload,
         planner::{Scratch, Split},
         profile::{self, Profile},
     },
@@ -171,7 +171,10 @@ fn place_on(devices: &[Device], layout: &Layout) -> Result<Layout> {
     let (stages, n) = (layout.stages().len(), devices.len());
     let on = |i: usize| if stages > n { devices[i * n / stages] } else { devices[i] };
     let cut = layout.stages().iter().enumerate();
-    Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())
+    let placed = Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())?;
+    // Nobody has said where they go either.
+    let first = |stage: &VisionStage| VisionStage { device: on(0), ..stage.clone() };
+    placed.with_vision(layout.vision().iter().map(first).collect())
 }
 
 /// The devices that stages can be on, at least one.
@@ -299,6 +302,8 @@ pub(super) struct Room<'a> {
     pub(super) dtype: DType,
     pub(super) limits: Limits,
     pub(super) in_flight: usize,
+    /// What the vision tower and the image store take of each GPU.
+    pub(super) vision: Option<BTreeMap<usize, usize>>,
 }
 
 impl Room<'_> {
@@ -352,7 +357,8 @@ impl Room<'_> {
     fn left(&self, gpu: usize, stages: &[usize]) -> Result<usize> {
         let layers: usize = stages.iter().map(|i| self.layout.stages()[*i].layers.len()).sum();
         let taken: usize = stages.iter().map(|&i| self.bytes(i)).sum();
-        let need = taken + cuda::kv_waste(layers) + RESERVE_BYTES;
+        let vision = self.vision.as_ref().and_then(|vision| vision.get(&gpu)).copied().unwrap_or(0);
+        let need = taken + vision + cuda::kv_waste(layers) + RESERVE_BYTES;
         self.rest(Device::Cuda(gpu), cuda::free_bytes(gpu)?, need, stages)
     }
 

@@ -40,7 +40,7 @@ pub(super) fn start(ready: Ready) -> Result<Engine> {
     let loading = since.elapsed();
     let row =
         |(i, stage): (usize, &StageFacts)| format!("stage {i}: {}, layers {}", stage.device, stage.layers);
-    let rows = stages.iter().enumerate().map(row).collect();
+    let rows = stages.iter().filter(|stage| !stage.vision).enumerate().map(row).collect();
     let timeline = timeline.map(|timeline| timeline.start(&meter, rows)).transpose()?;
     let (stages, counts) = (Arc::new(Mutex::new(stages)), Arc::new(Counts::new(waiting)));
     let scheduler = (recipe.scheduler)();

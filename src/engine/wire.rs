@@ -11,20 +11,28 @@ use std::{
 
 use crossbeam_channel as channel;
 
+pub(super) use super::vision::{VisionConfig, VisionOn};
+
 pub(super) use self::sites::{Either, On, Ways};
 
 use self::sites::{Ends, Site, Sites, Size, sites};
-use super::{StageFacts, meter::Meter, progress::Progress};
+use super::{
+    StageFacts,
+    meter::Meter,
+    progress::Progress,
+    vision::{self, Vision},
+};
 use crate::{
     backend::{
         Backend,
         cpu::Cpu,
         cuda::{self, Cuda, PipelineFacts},
+        vision::VisionOps,
     },
     batch::{KV_BLOCK, Step},
     error::{Error, Result},
     layout::{self, Device, Layout},
-    model::decoder::{Decoder, DecoderConfig},
+    model::decoder::{Decoder, DecoderConfig, ImageStore},
     pipeline::{self, Outcome, Stage, StageMetrics, StagesHandle, token_edge},
     transport::{Host, Peer, Staged},
 };
@@ -39,6 +47,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// Stages' threads that have been started, and the channels to them.
 pub(super) struct Wired {
     pub(super) stages: Vec<(Vec<StageFacts>, StagesHandle)>,
+    /// The vision tower's, of a model that reads images.
+    pub(super) vision: Option<Vision>,
     /// They read what stages measure, one for each kind of devices, and end after them.
     pub(super) collectors: Vec<JoinHandle<()>>,
     /// To the first stage, with room for every step that may be in flight. `None` once they have been told to end.
@@ -62,6 +72,8 @@ pub(super) struct Shared {
     pub(super) metrics: Vec<Arc<StageMetrics>>,
     /// How long stages may take to end.
     pub(super) patience: Duration,
+    /// The vision tower, if there is one.
+    pub(super) vision: Option<VisionConfig>,
 }
 
 /// Starts the stages' threads, with boundaries between the stages.
@@ -90,15 +102,47 @@ pub(super) fn wire(
         Some(_) => Either::Two(cuda.next().expect("a view for each stage on a GPU; this is a bug")),
         None => Either::One(cpu.get_or_insert_with(|| Arc::new(Cpu::new(shared.threads))).clone()),
     };
-    let backends = layout.stages().iter().map(backend).collect();
+    let backends: Vec<_> = layout.stages().iter().map(backend).collect();
+    let vision = shared.vision.as_ref().map(|config| vision_on(config, &backends[0], facts, shared.threads));
     let ways = Ways { ones: &Host, twos: &Peer::default(), one_to_two: &Staged, two_to_one: &Staged };
-    let on = On { backends, ways, lost };
+    let on = On { backends, ways, lost, vision: vision.transpose()? };
     wire_on(on, layout, config, shared, progress)
 }
 
+/// What the tower runs on: views of its GPUs, and threads of its own on the processor, which the system shares out between
+/// them and those of the decoder. A pass of the tower takes long: taking turns would keep the decoder waiting.
+fn vision_on(
+    config: &VisionConfig,
+    first: &Either<Arc<Cpu>, Arc<Cuda>>,
+    facts: PipelineFacts,
+    threads: Option<usize>,
+) -> Result<VisionOn<Cpu, Cuda>> {
+    let gpu = |device| match device {
+        Device::Cpu => None,
+        Device::Cuda(i) => Some(i),
+    };
+    let mut gpus: Vec<usize> = config.stages.iter().filter_map(|(device, _)| gpu(*device)).collect();
+    if let Either::Two(first) = first {
+        gpus.push(first.facts().ordinal);
+    }
+    let mut cuda = Cuda::pipeline(&gpus, facts)?.into_iter();
+    let mut view = || Either::Two(cuda.next().expect("a view for each stage on a GPU; this is a bug"));
+    let mut cpu: Option<Arc<Cpu>> = None;
+    let mut backend = |device| match gpu(device) {
+        Some(_) => view(),
+        None => Either::One(cpu.get_or_insert_with(|| Arc::new(Cpu::new(threads))).clone()),
+    };
+    let backends = config.stages.iter().map(|(device, _)| backend(*device)).collect();
+    let keeper = match first {
+        Either::One(first) => Either::One(first.clone()),
+        Either::Two(_) => view(),
+    };
+    Ok(VisionOn { backends, keeper })
+}
+
 /// The same, on these devices, whatever the layout says.
-pub(super) fn wire_on<A: Backend, B: Backend>(
-    on: On<'_, A, B>,
+pub(super) fn wire_on<A: VisionOps, B: VisionOps>(
+    mut on: On<'_, A, B>,
     layout: &Layout,
     config: &DecoderConfig,
     shared: &Shared,
@@ -111,9 +155,19 @@ pub(super) fn wire_on<A: Backend, B: Backend>(
     let size = Size { depth: in_flight, len_max: config.limits.rows_max * config.spec.dim };
     let ends = Ends { steps: (steps_out, await_enqueued), results: enqueued };
     let lost = on.lost;
+    let store = match (&shared.vision, on.backends.first()) {
+        (Some(config), Some(Either::One(first))) => Some(Either::One(vision::store(&**first, config)?)),
+        (Some(config), Some(Either::Two(first))) => Some(Either::Two(vision::store(&**first, config)?)),
+        _ => None,
+    };
+    let vision = match (&shared.vision, on.vision.take(), &store) {
+        (Some(config), Some(of), Some(store)) => Some(vision::start(of, &on.ways, config, store.clone())?),
+        _ => None,
+    };
     let Sites { all, collectors } = sites(on, ends, size, shared)?;
     let mut wired = Wired {
         stages: Vec::new(),
+        vision,
         collectors,
         steps: Some(steps),
         results,
@@ -127,8 +181,14 @@ pub(super) fn wire_on<A: Backend, B: Backend>(
         let (mut facts, mut ones, mut twos) = (Vec::new(), Vec::new(), Vec::new());
         for (stage, site) in run.iter().zip(&mut sites) {
             facts.push(match site {
-                Either::One(site) => start.stage(stage, site, &mut ones),
-                Either::Two(site) => start.stage(stage, site, &mut twos),
+                Either::One(site) => {
+                    let images = store.clone().and_then(Either::one).filter(|_| site.index == 0);
+                    start.stage(stage, site, images, &mut ones)
+                }
+                Either::Two(site) => {
+                    let images = store.clone().and_then(Either::two).filter(|_| site.index == 0);
+                    start.stage(stage, site, images, &mut twos)
+                }
             });
         }
         assert!(ones.is_empty() || twos.is_empty(), "a thread for two kinds of devices; this is a bug");
@@ -154,6 +214,7 @@ impl Start<'_> {
         &self,
         stage: &layout::Stage,
         site: Site<B>,
+        images: Option<ImageStore<B>>,
         thread: &mut Vec<Stage<B>>,
     ) -> StageFacts {
         let Site { index, backend, input, output, probe } = site;
@@ -170,7 +231,7 @@ impl Start<'_> {
         thread.push(Stage {
             index,
             backend,
-            load: Box::new(move |backend: &B| load_stage(index, backend, &own, &progress)),
+            load: Box::new(move |backend: &B| load_stage(index, backend, (&own, images), &progress)),
             input: input.expect(unconnected),
             output: output.expect(unconnected),
             results: self.results.clone(),
@@ -178,7 +239,7 @@ impl Start<'_> {
             metrics: metrics.clone(),
             probe,
         });
-        StageFacts { device, layers, weight_bytes: 0, kv_bytes, memory, metrics }
+        StageFacts { device, layers, vision: false, weight_bytes: 0, kv_bytes, memory, metrics }
     }
 }
 
@@ -186,11 +247,15 @@ impl Start<'_> {
 fn load_stage<B: Backend>(
     index: usize,
     backend: &B,
-    config: &DecoderConfig,
+    (config, images): (&DecoderConfig, Option<ImageStore<B>>),
     progress: &Progress,
 ) -> Result<Decoder<B>> {
     progress.begin();
-    let mut decoder = Decoder::load_told(backend, config, &|bytes| progress.add(bytes))?;
+    let decoder = Decoder::load_told(backend, config, &|bytes| progress.add(bytes))?;
+    let mut decoder = match images {
+        Some(store) => decoder.with_images(store),
+        None => decoder,
+    };
     let (began, passes) = (Instant::now(), Cell::new(0));
     decoder.warm_up(backend, config.limits, &|done, total| {
         progress.add_passes(if done == 0 { total } else { 0 }, done - passes.replace(done));
@@ -212,6 +277,9 @@ impl Wired {
                 stages.push(stage);
             }
         }
+        if let Some(vision) = &mut self.vision {
+            stages.extend(vision.loaded()?);
+        }
         Ok(stages)
     }
 
@@ -223,11 +291,17 @@ impl Wired {
 
     fn take_down(&mut self) -> Result<()> {
         self.steps = None;
+        if let Some(vision) = &mut self.vision {
+            vision.works = None;
+        }
         let mut limit = Limit { deadline: Instant::now() + self.patience, lost: Some(self.lost) };
         let mut late = Vec::new();
         for (_, StagesHandle { thread, loaded }) in self.stages.drain(..) {
             // Nobody is told any more whether it could be loaded.
             drop(loaded);
+            late.extend(limit.join(thread));
+        }
+        for thread in self.vision.iter_mut().flat_map(|vision| vision.threads.drain(..)) {
             late.extend(limit.join(thread));
         }
         for collector in self.collectors.drain(..) {

@@ -22,14 +22,15 @@ use super::{
     meter::Meter,
     rebuild::{Built, Faults, Rebuild, Recipe, take_down},
     text::Say,
+    vision::Work,
     wire::Wired,
 };
 use crate::{
     batch::{Sampled, SeqId, Step},
     error::{Error, Result},
     pipeline::Outcome,
-    request::{Event, Request},
-    schedule::{NewSequence, Scheduler},
+    request::{Event, Media, Request},
+    schedule::{ImagePass, NewSequence, PassImage, PromptImages, Scheduler},
 };
 
 /// Commands that are read before stages are given something to do again, at most.
@@ -48,6 +49,9 @@ pub(super) enum Command {
 pub(super) struct Submission {
     pub(super) request: u64,
     pub(super) prompt: Arc<[u32]>,
+    pub(super) images: Option<Arc<PromptImages>>,
+    /// Their pixels.
+    pub(super) media: Arc<[Media]>,
     pub(super) params: Request,
     pub(super) ending: Ending,
     /// One a sample.
@@ -103,6 +107,8 @@ struct Sequence {
     request: u64,
     /// Until it starts: it can be begun again.
     new: Option<NewSequence>,
+    /// The pixels of its images: they may have to be encoded again.
+    media: Arc<[Media]>,
     ending: Ending,
     tokens: usize,
 }
@@ -111,6 +117,7 @@ struct Sequence {
 enum Came {
     Command(Command),
     Outcome(Outcome),
+    Images(Result<u64>),
     Built(Result<Built>),
 }
 
@@ -122,7 +129,8 @@ impl Worker {
                 Came::Command(Command::End) => break 'run,
                 Came::Command(command) => self.command(command),
                 Came::Outcome((step, Ok(sampled))) => self.tokens(step, sampled),
-                Came::Outcome((_, Err(error))) => self.fault(error),
+                Came::Outcome((_, Err(error))) | Came::Images(Err(error)) => self.fault(error),
+                Came::Images(Ok(pass)) => self.scheduler.apply_images(pass),
                 Came::Built(built) => self.built(built),
             }
             // What is planned next should know of all requests that have come: the first of many, planned alone, would keep the
@@ -152,16 +160,24 @@ impl Worker {
 
     fn wait(&self) -> Came {
         let (never, no_outcome, no_built) = (channel::never(), channel::never(), channel::never());
+        let no_images = channel::never();
         let (results, built, late) = match &self.stages {
             Stages::Up(stages) => (&stages.results, &no_built, &never),
             Stages::Rebuilding(rebuild) => (&no_outcome, &rebuild.built, &rebuild.late),
             Stages::Failed(..) => (&no_outcome, &no_built, &never),
+        };
+        let images = match &self.stages {
+            Stages::Up(Wired { vision: Some(vision), .. }) => &vision.arrived,
+            _ => &no_images,
         };
         let gone = |what: &str| Error::Engine(format!("{what}; this is a bug"));
         channel::select! {
             recv(self.commands) -> command => Came::Command(command.unwrap_or(Command::End)),
             recv(results) -> outcome => {
                 Came::Outcome(outcome.unwrap_or_else(|_| (0, Err(gone("all stages have ended")))))
+            }
+            recv(images) -> pass => {
+                Came::Images(pass.unwrap_or_else(|_| Err(gone("the vision tower has ended"))))
             }
             recv(built) -> built => Came::Built(built.unwrap_or_else(|_| Err(gone("nobody builds them")))),
             recv(late) -> _ => Came::Built(Err(Error::Engine("it takes too long".into()))),
@@ -170,6 +186,24 @@ impl Worker {
 
     /// Gives the stages what they have room for.
     fn plan(&mut self) {
+        self.plan_images();
+        self.plan_steps();
+        self.plan_images();
+    }
+
+    /// The same, of the vision tower.
+    fn plan_images(&mut self) {
+        let Stages::Up(Wired { vision: Some(vision), .. }) = &self.stages else { return };
+        while let Some(pass) = self.scheduler.plan_images() {
+            let work = self.open.work(pass);
+            if vision.works.as_ref().is_none_or(|works| works.send(work).is_err()) {
+                // It tells why it ended.
+                return;
+            }
+        }
+    }
+
+    fn plan_steps(&mut self) {
         let Stages::Up(Wired { steps: Some(steps), .. }) = &self.stages else { return };
         while let Some(step) = self.scheduler.plan() {
             self.meter.planned(&step, &self.scheduler);
@@ -276,7 +310,8 @@ impl Worker {
 
 impl Open {
     fn submit(&mut self, submission: Submission, scheduler: &mut Scheduler, text: &channel::Sender<Say>) {
-        let Submission { request, prompt, params, ending, answers, events, place } = submission;
+        let Submission { request, prompt, images, media, params, ending, answers, events, place } =
+            submission;
         let seed = params.sampling.seed.unwrap_or_else(|| self.seeds.hash_one(request));
         let sampling = Arc::new(params.sampling);
         let mut told = Vec::with_capacity(answers.len());
@@ -287,6 +322,7 @@ impl Open {
             let new = NewSequence {
                 seq,
                 prompt: prompt.clone(),
+                images: images.clone(),
                 // The last token is never fed, so it needs no room.
                 tokens_max: prompt.len() + ending.tokens_max - 1,
                 sampling: sampling.clone(),
@@ -294,12 +330,23 @@ impl Open {
                 priority: params.priority,
             };
             scheduler.add(new.clone());
-            self.sequences
-                .insert(seq, Sequence { request, new: Some(new), ending: ending.clone(), tokens: 0 });
+            let (media, ending) = (media.clone(), ending.clone());
+            self.sequences.insert(seq, Sequence { request, new: Some(new), media, ending, tokens: 0 });
         }
         let seqs = told.iter().map(|(seq, _)| *seq).collect();
         self.requests.insert(request, Pending { seqs, place: Some(place) });
         say(text, Say::New { request, events, answers: told });
+    }
+
+    /// What the tower has to know of a pass.
+    fn work(&self, pass: ImagePass) -> Work {
+        let mut work = Work { pass: pass.pass, images: Vec::new(), rows: Vec::new() };
+        for PassImage { of: (seq, i), row, .. } in pass.images {
+            let sequence = self.sequences.get(&seq).expect("an image of no sequence; this is a bug");
+            work.images.push(sequence.media[i].clone());
+            work.rows.push(row);
+        }
+        work
     }
 
     /// Takes note of sequences that have their first rows in this step, and says which.

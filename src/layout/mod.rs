@@ -12,11 +12,13 @@ pub mod plan;
 pub mod planner;
 pub mod predict;
 pub mod profile;
+mod vision;
 
 pub use devices::DeviceSpec;
 pub use parse::Given;
 pub use planner::{Planner, Workload};
 pub use predict::Prediction;
+pub use vision::VisionStage;
 
 use std::{fmt, ops::Range, str::FromStr};
 
@@ -69,6 +71,7 @@ pub struct Stage {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     stages: Vec<Stage>,
+    vision: Vec<VisionStage>,
 }
 
 impl Layout {
@@ -76,7 +79,7 @@ impl Layout {
     pub fn new(stages: Vec<Stage>) -> Result<Self> {
         match fault(&stages) {
             Some((_, why)) => Err(Error::usage("--layout", why)),
-            None => Ok(Layout { stages }),
+            None => Ok(Layout { stages, vision: Vec::new() }),
         }
     }
 
@@ -171,6 +174,9 @@ impl fmt::Display for Stage {
 
 impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for stage in &self.vision {
+            write!(f, "{stage}@{},", stage.device)?;
+        }
         for (i, stage) in self.stages.iter().enumerate() {
             let comma = if i == 0 { "" } else { "," };
             write!(f, "{comma}{stage}@{}", stage.device)?;

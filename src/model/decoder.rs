@@ -1,6 +1,9 @@
 //! The one forward pass, over the ops of a backend.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use super::{
     arch::Arch,
@@ -9,7 +12,9 @@ use super::{
     weights::Weights,
 };
 use crate::{
-    backend::{self, AttentionShape, Backend, DType, KvShape, Limits, NormShape, QkNorm, Tensor, WarmUp},
+    backend::{
+        self, AttentionShape, Backend, DType, KvShape, Limits, NormShape, QkNorm, Rotation, Tensor, WarmUp,
+    },
     batch::{MicroBatch, Step},
     error::Result,
 };
@@ -33,10 +38,15 @@ pub struct DecoderConfig {
     pub kv_blocks: usize,
 }
 
+/// What a vision tower has made of images, on the device of the embedding: f32 rows of a token's numbers. The tower writes
+/// rows that no step in flight reads, so on a device whose ops return early the lock is only held while they are enqueued.
+pub type ImageStore<B> = Arc<Mutex<<B as Backend>::Buf>>; // [image rows, dim]
+
 /// A stage's units: consecutive layers, before the first one the embedding, after the last one the head.
 pub struct Decoder<B: Backend> {
     spec: Arc<ModelSpec>,
     embed: Option<Arc<B::Matrix>>, // [vocab, dim]
+    images: Option<ImageStore<B>>,
     layers: Vec<Layer<B>>,
     head: Option<Head<B>>,
     batch: B::Batch,
@@ -135,8 +145,19 @@ impl<B: Backend> Decoder<B> {
             gate_up: working(2 * spec.ffn)?,
             act: working(spec.ffn)?,
         };
-        let batch = backend.batch(config.limits, &spec.rope.inv_freq, spec.rope.scale)?;
-        Ok(Decoder { spec: spec.clone(), embed, layers, head, batch, scratch, weight_bytes })
+        let rope = &spec.rope;
+        let rotation = Rotation { inv_freq: &rope.inv_freq, scale: rope.scale, sections: spec.sections };
+        let batch = backend.batch(config.limits, rotation)?;
+        let spec = spec.clone();
+        Ok(Decoder { spec, embed, images: None, layers, head, batch, scratch, weight_bytes })
+    }
+
+    /// With the rows that ids with [`IMAGE_ROW`](crate::batch::IMAGE_ROW) stand for. Before the first pass: those that are
+    /// recorded keep its place.
+    pub fn with_images(mut self, store: ImageStore<B>) -> Self {
+        assert!(self.embed.is_some(), "images of a stage without the embedding; this is a bug");
+        self.images = Some(store);
+        self
     }
 
     /// Shows the device what it will be asked for, within the limits that this was loaded with: what it compiles, chooses
@@ -189,11 +210,12 @@ impl<B: Backend> Decoder<B> {
 
     /// The same, through so many layers at most.
     fn forward_through(&mut self, backend: &B, layers_max: usize) -> Result<()> {
-        let Decoder { spec, embed, layers, head, batch: on_device, scratch, .. } = self;
+        let Decoder { spec, embed, images, layers, head, batch: on_device, scratch, .. } = self;
         let on_device = &*on_device;
         backend.pass(on_device, &mut || {
             if let Some(embed) = embed {
-                backend.embed(&mut scratch.hidden, embed, on_device)?;
+                let images = images.as_ref().map(|i| i.lock().unwrap_or_else(PoisonError::into_inner));
+                backend.embed(&mut scratch.hidden, embed, images.as_deref(), on_device)?;
             }
             for layer in layers.iter_mut().take(layers_max) {
                 layer.forward(backend, spec, on_device, scratch)?;
@@ -342,6 +364,6 @@ impl<B: Backend> Loader<'_, B> {
 
     fn tensor(&self, role: Role) -> Result<Tensor> {
         let DecoderConfig { arch, spec, weights, .. } = self.config;
-        weights.tensor(&arch.tensor(role), &spec.shape(role))
+        arch.load(weights, spec, role)
     }
 }

@@ -32,6 +32,10 @@ pub(crate) enum Point {
     Collect,
     #[cfg(test)]
     Send,
+    #[cfg(test)]
+    Tower,
+    #[cfg(test)]
+    Keep,
 }
 
 /// Fails if a test wants it here.

@@ -186,8 +186,8 @@ mod tests {
     #[test]
     fn a_published_block_is_found_until_its_room_is_needed_and_tails_go_first() {
         let (mut pool, keys) = (BlockPool::new(3), Keys::default());
-        let first = keys.after(None, &[1; KV_BLOCK]);
-        let second = keys.after(Some(first), &[2; KV_BLOCK]);
+        let first = keys.after(None, &[1; KV_BLOCK], &[]);
+        let second = keys.after(Some(first), &[2; KV_BLOCK], &[]);
         let chain = [pool.take().unwrap(), pool.take().unwrap()];
         pool.publish(chain[0], first, 7);
         pool.publish(chain[1], second, 8);

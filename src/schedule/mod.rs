@@ -2,6 +2,7 @@
 
 mod blocks;
 mod cost;
+mod images;
 mod prefix;
 mod queue;
 mod scheduler;
@@ -9,5 +10,6 @@ mod sequence;
 
 pub use blocks::BlockPool;
 pub use cost::{CostModel, PassShape, StageCost};
+pub use images::{ImageConfig, ImageId, ImagePass, ImageStats, PassImage, PromptImage, PromptImages};
 pub use scheduler::{Scheduler, SchedulerConfig, SchedulerStats};
 pub use sequence::NewSequence;

@@ -41,8 +41,14 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    /// The key of a block after another, or of a sequence's first one.
-    pub(super) fn after(&self, before: Option<BlockKey>, tokens: &[u32; KV_BLOCK]) -> BlockKey {
+    /// The key of a block after another, or of a sequence's first one. Of tokens that are parts of images `images` has
+    /// what their ids do not tell.
+    pub(super) fn after(
+        &self,
+        before: Option<BlockKey>,
+        tokens: &[u32; KV_BLOCK],
+        images: &[u8],
+    ) -> BlockKey {
         let mut bytes = [0; 1 + 16 + 4 * KV_BLOCK];
         bytes[0] = u8::from(before.is_some());
         bytes[1..17].copy_from_slice(&before.map_or(0, |key| key.0).to_le_bytes());
@@ -52,6 +58,7 @@ impl Keys {
         let hash = |state: &RandomState| {
             let mut hasher = state.build_hasher();
             hasher.write(&bytes);
+            hasher.write(images);
             u128::from(hasher.finish())
         };
         BlockKey(hash(&self.low) | hash(&self.high) << 64)
@@ -66,11 +73,11 @@ mod tests {
     fn a_key_stands_for_the_tokens_and_for_all_before_them() {
         let keys = Keys::default();
         let (a, b) = ([1; KV_BLOCK], [2; KV_BLOCK]);
-        let first = keys.after(None, &a);
-        assert_eq!(first, keys.after(None, &a));
-        assert_ne!(first, keys.after(None, &b));
-        assert_ne!(keys.after(Some(first), &a), first);
-        assert_ne!(keys.after(Some(first), &b), keys.after(Some(keys.after(None, &b)), &b));
-        assert_ne!(first, Keys::default().after(None, &a), "others have other keys");
+        let first = keys.after(None, &a, &[]);
+        assert_eq!(first, keys.after(None, &a, &[]));
+        assert_ne!(first, keys.after(None, &b, &[]));
+        assert_ne!(keys.after(Some(first), &a, &[]), first);
+        assert_ne!(keys.after(Some(first), &b, &[]), keys.after(Some(keys.after(None, &b, &[])), &b, &[]));
+        assert_ne!(first, Keys::default().after(None, &a, &[]), "others have other keys");
     }
 }

@@ -1,5 +1,6 @@
 //! Queues of sequences. `plan` takes the next micro-batch from them; `apply` records what came of it.
 
+mod images;
 mod memory;
 mod prompts;
 
@@ -12,7 +13,8 @@ use serde::Serialize;
 
 use self::memory::Growth;
 use super::{
-    BlockPool, CostModel, NewSequence, PassShape,
+    BlockPool, CostModel, ImageStats, NewSequence, PassShape,
+    images::Images,
     prefix::Keys,
     queue::{Rank, Waiting},
     sequence::{Sequences, State},
@@ -82,6 +84,9 @@ pub struct SchedulerStats {
     pub preemptions: u64,
     /// Steps planned and not applied.
     pub in_flight: usize,
+    /// Of a model that reads images.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub images: Option<ImageStats>,
 }
 
 /// Decides what the stages do next.
@@ -101,6 +106,11 @@ pub struct Scheduler {
     waiting: Waiting,
     /// The one that has blocks and tokens of the prompt left to plan. Others begin when it is done.
     prompt: Option<u32>,
+    /// Others that have blocks and tokens left, but wait for an image, by their beginning.
+    held: BTreeMap<u64, u32>,
+    begun_next: u64,
+    /// Of a model that reads images.
+    images: Option<Images>,
     /// Those that hold blocks.
     running: BTreeMap<Rank, u32>,
     /// How many of them may need more.
@@ -160,6 +170,9 @@ impl Scheduler {
             sequences: Sequences::new(),
             waiting: Waiting::default(),
             prompt: None,
+            held: BTreeMap::new(),
+            begun_next: 0,
+            images: None,
             running: BTreeMap::new(),
             growing: 0,
             returning: BTreeSet::new(),
@@ -189,6 +202,7 @@ impl Scheduler {
             BlockPool::blocks_for(new.tokens_max) <= self.pool.total(),
             "a sequence that can never be admitted; this is a bug"
         );
+        self.check_images(&new);
         let rank = Rank::new(new.priority, self.arrivals);
         self.arrivals += 1;
         let slot = self.sequences.insert(new, rank);
@@ -301,6 +315,7 @@ impl Scheduler {
             kv_blocks_free: self.pool.free(),
             kv_blocks_cached: self.pool.cached(),
             in_flight: self.steps.len(),
+            images: self.images.as_ref().map(Images::stats),
             ..self.stats
         }
     }
@@ -353,6 +368,7 @@ impl Scheduler {
     /// Makes the draft's last ids the next rows of a sequence.
     fn push_rows(&mut self, slot: u32, len: usize, draft: &mut Draft) {
         self.forget_live(slot);
+        self.push_turns(slot, len, &mut draft.batch);
         let sequence = &mut self.sequences[slot];
         let Draft { batch, this, .. } = draft;
         let (cached, row) = (sequence.planned, batch.positions.len());

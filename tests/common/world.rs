@@ -165,6 +165,7 @@ impl World {
         self.scheduler.add(NewSequence {
             seq: SeqId(id),
             prompt: prompt.as_slice().into(),
+            images: None,
             tokens_max: prompt.len() + answer_max - 1,
             sampling: Arc::new(SamplingParams::default()),
             seed,

@@ -4,7 +4,7 @@
 //! the same numbers; the GPU's own come from its pages, so what is wrong there shows.
 
 use pipeline_infer::{
-    backend::{AttentionShape, Backend, DType, HeadShape, KvShape, Limits, QkNorm, cpu::Cpu},
+    backend::{AttentionShape, Backend, DType, HeadShape, KvShape, Limits, QkNorm, Rotation, cpu::Cpu},
     batch::MicroBatch,
 };
 
@@ -110,7 +110,7 @@ impl<'a, B: Backend> Layer<'a, B> {
             backend.vector(&tensor(&[case.heads.head_dim], DType::F32, &around_1)).unwrap()
         };
         let layer = Layer {
-            batch: backend.batch(LIMITS, inv_freq, scale).unwrap(),
+            batch: backend.batch(LIMITS, Rotation::plain(inv_freq, scale)).unwrap(),
             kv: backend.kv(case.kv(blocks)).unwrap(),
             norms: [head(7), head(8)],
             qkv: poisoned(backend, Room::Working, room * case.heads.qkv_dim()),

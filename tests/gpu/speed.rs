@@ -1,7 +1,7 @@
 //! How fast ops are by themselves: measurements, which `tools/gpu_check.py` runs and judges.
 
 use pipeline_infer::backend::{
-    AttentionShape, Backend, DType, HeadShape, KvShape, Limits,
+    AttentionShape, Backend, DType, HeadShape, KvShape, Limits, Rotation,
     cuda::{self, Cuda},
 };
 
@@ -29,7 +29,7 @@ fn attention_us(gpu: &Cuda, heads: HeadShape, sequences: usize, cached: usize, r
     if rows == 1 {
         ask(&mut micro, 0..sequences);
     }
-    let mut batch = gpu.batch(limits, &vec![1.0; head_dim / 2], 1.0).unwrap();
+    let mut batch = gpu.batch(limits, Rotation::plain(&vec![1.0; head_dim / 2], 1.0)).unwrap();
     gpu.set_batch(&mut batch, &micro).unwrap();
     let room = gpu.rows_room(all);
     let mut qkv = gpu.working_buf(room * heads.qkv_dim()).unwrap();

@@ -41,8 +41,8 @@ use self::{
 };
 use crate::{
     backend::{
-        AttentionShape, Backend, DeviceMemory, HeadShape, KvShape, Limits, Norm, NormShape, QkNorm, Tensor,
-        WarmUp,
+        AttentionShape, Backend, DeviceMemory, HeadShape, KvShape, Limits, Norm, NormShape, QkNorm, Rotation,
+        Tensor, WarmUp,
     },
     batch::{MicroBatch, Sampled, Step},
     error::{Error, Result},
@@ -158,8 +158,8 @@ impl Backend for Cpu {
         Kv::new(shape)
     }
 
-    fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Self::Batch> {
-        Batch::new(limits, inv_freq, rotation_scale)
+    fn batch(&self, limits: Limits, rotation: Rotation<'_>) -> Result<Self::Batch> {
+        Batch::new(limits, rotation)
     }
 
     fn sampler(&self, vocab: usize) -> Result<Self::Sampler> {
@@ -209,8 +209,14 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn embed(&self, out: &mut Self::Buf, table: &Self::Matrix, batch: &Self::Batch) -> Result<()> {
-        embed::embed(self, out, table, batch)
+    fn embed(
+        &self,
+        out: &mut Self::Buf,
+        table: &Self::Matrix,
+        images: Option<&Self::Buf>,
+        batch: &Self::Batch,
+    ) -> Result<()> {
+        embed::embed(self, out, table, images.map(|images| &**images), batch)
     }
 
     fn norm_linear(

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     backend::{
         DType, HeadShape, Norm,
-        vision::{Places, Reach, SegmentAttention, VisionOps},
+        vision::{Places, Reach, RowRun, SegmentAttention, VisionOps},
     },
     error::{Error, Result},
 };
@@ -236,6 +236,14 @@ impl VisionOps for Cuda {
         // Rows that do not begin at whole vectors of 16 bytes are out of the tensor memory's reach, and copied in small
         // pieces everywhere.
         len.next_multiple_of(16 / self.dtype.size())
+    }
+
+    fn copy_rows(&self, to: &mut Buf, from: &Buf, run: RowRun) -> Result<()> {
+        let RowRun { from: first, to: at, rows, dim } = run;
+        let from = from.expect(DType::F32, (first + rows) * dim).add(4 * first * dim);
+        let to = to.expect(DType::F32, (at + rows) * dim).add(4 * at * dim);
+        // SAFETY: both buffers have been checked to reach so far.
+        unsafe { Cuda::copy_rows(self, to, from, rows * dim) }
     }
 
     fn linear(&self, out: &mut Buf, x: &Buf, w: &Matrix, rows: usize) -> Result<()> {

@@ -4,9 +4,9 @@ use std::{sync::Arc, thread::JoinHandle};
 
 use crossbeam_channel as channel;
 
-use super::Shared;
+use super::{Shared, VisionOn};
 use crate::{
-    backend::Backend,
+    backend::{Backend, vision::VisionOps},
     batch::Step,
     error::Result,
     pipeline::{self, AwaitEnqueued, Collecting, Enqueued, Input, Output, Probe},
@@ -21,16 +21,33 @@ pub(in crate::engine) enum Either<A, B> {
 }
 
 /// What stages run on.
-pub(in crate::engine) struct On<'a, A: Backend, B: Backend> {
+pub(in crate::engine) struct On<'a, A: VisionOps, B: VisionOps> {
     /// One a stage.
     pub(in crate::engine) backends: Vec<Either<Arc<A>, Arc<B>>>,
     pub(in crate::engine) ways: Ways<'a, A, B>,
     /// Whether a device is lost to the process.
     pub(in crate::engine) lost: fn() -> bool,
+    /// What the vision tower runs on, if there is one.
+    pub(in crate::engine) vision: Option<VisionOn<A, B>>,
+}
+
+impl<A, B> Either<A, B> {
+    pub(super) fn one(self) -> Option<A> {
+        match self {
+            Either::One(one) => Some(one),
+            Either::Two(_) => None,
+        }
+    }
+
+    pub(super) fn two(self) -> Option<B> {
+        match self {
+            Either::Two(two) => Some(two),
+            Either::One(_) => None,
+        }
+    }
 }
 
 /// The ways across boundaries.
-#[derive(Clone, Copy)]
 pub(in crate::engine) struct Ways<'a, A: Backend, B: Backend> {
     pub(in crate::engine) ones: &'a dyn Transport<A>,
     pub(in crate::engine) twos: &'a dyn Transport<B>,
@@ -74,7 +91,7 @@ pub(super) struct Sites<A: Backend, B: Backend> {
 }
 
 /// A site for each stage, connected to its neighbours and to the pipeline's ends.
-pub(super) fn sites<A: Backend, B: Backend>(
+pub(super) fn sites<A: VisionOps, B: VisionOps>(
     on: On<'_, A, B>,
     ends: Ends,
     size: Size,

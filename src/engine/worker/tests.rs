@@ -38,6 +38,7 @@ fn stages(in_flight: usize) -> (Wired, channel::Receiver<Step>, channel::Sender<
     let (results, results_out) = channel::unbounded();
     let patience = Duration::from_secs(5);
     let wired = Wired {
+        vision: None,
         stages: Vec::new(),
         collectors: Vec::new(),
         steps: Some(steps_in),
@@ -99,7 +100,17 @@ impl Ends {
         let answers = (0..n).map(answer).collect();
         let place = self.counts.wait().unwrap();
         let prompt = [1, 2].into();
-        let submission = Submission { request, prompt, params, ending, answers, events, place };
+        let submission = Submission {
+            request,
+            prompt,
+            images: None,
+            media: [].into(),
+            params,
+            ending,
+            answers,
+            events,
+            place,
+        };
         self.commands.send(Command::Submit(Box::new(submission))).unwrap();
         received
     }

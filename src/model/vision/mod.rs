@@ -1,10 +1,12 @@
 //! The vision tower's forward pass, over the ops of a backend.
 
 mod spec;
+mod units;
 
 use std::{ops::Range, sync::Arc};
 
 pub use spec::VisionSpec;
+pub use units::{VisionPass, VisionUnit, vision_buffer_sizes, vision_units};
 
 use super::weights::Weights;
 use crate::{

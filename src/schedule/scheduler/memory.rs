@@ -105,7 +105,8 @@ impl Scheduler {
         let sequence = &mut self.sequences[slot];
         match sequence.state {
             State::Prompt => {
-                self.prompt = None;
+                self.prompt.take_if(|prompt| *prompt == slot);
+                self.held.remove(&sequence.begun);
                 self.prompt_tokens -= sequence.goal - sequence.planned;
             }
             State::Decoding => self.decoding -= 1,
@@ -125,7 +126,7 @@ impl Scheduler {
         let known = sequence.known();
         if self.config.prefix_reuse {
             for block in sequence.keys.len()..known / KV_BLOCK {
-                let key = self.keys.after(sequence.keys.last().copied(), &sequence.block_tokens(block));
+                let key = sequence.block_key(&self.keys, sequence.keys.last().copied(), block);
                 sequence.keys.push(key);
             }
         }
@@ -198,8 +199,7 @@ impl Scheduler {
         }
         for block in sequence.published..full {
             let known = sequence.keys.get(block).copied();
-            let key =
-                known.unwrap_or_else(|| self.keys.after(sequence.last_key, &sequence.block_tokens(block)));
+            let key = known.unwrap_or_else(|| sequence.block_key(&self.keys, sequence.last_key, block));
             sequence.last_key = Some(key);
             self.pool.publish(sequence.blocks[block], key, sequence.last);
         }
