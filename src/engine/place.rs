@@ -273,7 +273,7 @@ pub fn cpu_scratch(spec: &ModelSpec, workload: Workload) -> Scratch {
     let scheduling = SchedulerConfig { slots: SLOTS_PLANNED, ahead: true, ..SchedulerConfig::default() };
     let rows_max = Scheduler::rows_max(SchedulerConfig { chunk, running_max: running, ..scheduling });
     let of = |outputs| cpu_bytes(spec, rows_max, outputs);
-    let stage = of(None) + ring_bytes(scheduling.in_flight_max(), rows_max * spec.dim);
+    let stage = of(None) + 2 * ring_bytes(scheduling.in_flight_max(), rows_max * spec.dim);
     Scratch { stage, head: of(Some(running)) - of(None), layer: 0 }
 }
 
@@ -402,8 +402,9 @@ impl Room<'_> {
         let Limits { rows_max, outputs_max, .. } = self.limits;
         let outputs = (i + 1 == stages.len()).then_some(outputs_max);
         let buffers = cpu_bytes(spec, rows_max, outputs);
-        let boundary = if i > 0 { ring_bytes(self.in_flight, rows_max * spec.dim) } else { 0 };
-        weight_sizes(spec, self.dtype, &stages[i].layers).into_iter().sum::<usize>() + buffers + boundary
+        // Those of both boundaries: between a GPU and the CPU packets lie on the host.
+        let rings = 2 * ring_bytes(self.in_flight, rows_max * spec.dim);
+        weight_sizes(spec, self.dtype, &stages[i].layers).into_iter().sum::<usize>() + buffers + rings
     }
 
     /// Weights and buffers of a stage on a GPU, as the driver counts them.
@@ -421,5 +422,28 @@ impl Room<'_> {
         let (dim, head_dim) = (spec.dim, spec.heads.head_dim);
         let own = cuda::StageNeeds { limits: self.limits, dim, head_dim, vocab };
         sizes.into_iter().map(cuda::allocated).sum::<usize>() + cuda::stage_bytes(&own)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_on_the_processor_is_said_in_a_line() {
+        let said = |layout: &str| halves(&layout.parse().unwrap());
+        let beside = "layers 0-3, 21-27 are on the processor, which is far slower, and 4-20 on cuda:0";
+        assert_eq!(said("0-3@cpu,4-20@cuda:0,21-27@cpu"), beside);
+        assert_eq!(said("0-27@cpu"), "all layers are on the processor, which is far slower");
+    }
+
+    #[test]
+    fn cuts_go_to_named_devices_in_their_order() {
+        let (cpu, gpu) = (Device::Cpu, Device::Cuda(1));
+        let placed = |devices: &[Device]| place_on(devices, &"0,1,2-3".parse().unwrap()).unwrap().to_string();
+        assert_eq!(placed(&[gpu, cpu]), "0@cuda:1,1@cuda:1,2-3@cpu");
+        assert_eq!(placed(&[cpu, gpu, cpu]), "0@cpu,1@cuda:1,2-3@cpu");
+        assert_eq!(named(&[cpu]), Ok(vec![cpu]));
+        assert!(named(&[cpu, cpu]).is_err() && named(&[]).is_err());
     }
 }
