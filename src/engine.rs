@@ -5,6 +5,7 @@ mod builder;
 mod counts;
 #[cfg(test)]
 mod fault_tests;
+mod measured;
 mod meter;
 mod place;
 mod progress;
@@ -23,6 +24,7 @@ use std::sync::{
 use crossbeam_channel as channel;
 
 pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
+pub use measured::{Comparison, Watch};
 pub use meter::{Measurement, Measurements};
 pub use place::{cpu_scratch, device_specs, gpus, profiles, scratch};
 pub use progress::LoadProgress;
@@ -74,6 +76,10 @@ struct Facts {
     dtype: DType,
     context_max: usize,
     kv_tokens: usize,
+    /// Whether what was measured in earlier runs is believed, and kept.
+    profiles: bool,
+    /// CPU threads, if it was said how many.
+    threads: Option<usize>,
 }
 
 struct StageFacts {

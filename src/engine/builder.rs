@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Instant};
 use super::{
     Engine, Facts,
     meter::Meter,
-    place::{Count, Place, Room, Unplaced},
+    place::{Count, Place, Room, Unplaced, check_limits},
     progress::{LoadProgress, Observer, Progress},
     rebuild::Recipe,
     start::{Ready, start},
@@ -16,7 +16,7 @@ use crate::{
     backend::{DType, Limits},
     batch::KV_BLOCK,
     error::{Error, Result},
-    layout::{Device, Layout, Stage, Workload, planner::Split},
+    layout::{Device, Layout, MemoryLimits, Stage, Workload, planner::Split},
     model::{
         Model,
         decoder::{DecoderConfig, weight_bytes},
@@ -79,6 +79,8 @@ pub struct EngineBuilder {
     max_context: Option<usize>,
     expected: Option<(usize, usize)>,
     kv_memory: Option<usize>,
+    device_memory: MemoryLimits,
+    no_profiles: bool,
     slots: Option<usize>,
     chunk: Option<usize>,
     running: Option<usize>,
@@ -195,6 +197,26 @@ impl EngineBuilder {
         self
     }
 
+    /// How much of devices' memory may be taken: layouts are planned, and the KV cache is made, as if no more were free.
+    /// Default: what is free.
+    ///
+    /// ```no_run
+    /// # use pipeline_infer::Engine;
+    /// let builder = Engine::builder().model("DIR").stages(4).device_memory("cuda:1=40g".parse()?);
+    /// # Ok::<(), pipeline_infer::Error>(())
+    /// ```
+    pub fn device_memory(mut self, limits: MemoryLimits) -> Self {
+        self.device_memory = limits;
+        self
+    }
+
+    /// Whether plans and comparisons believe what was measured in earlier runs, and [`Engine::keep_profiles`] keeps what this one
+    /// measures. Default: yes.
+    pub fn profiles(mut self, wanted: bool) -> Self {
+        self.no_profiles = !wanted;
+        self
+    }
+
     /// Micro-batches in flight at most. Default: the number of devices, since stages that share one take turns.
     pub fn slots(mut self, slots: usize) -> Self {
         self.slots = Some(slots);
@@ -267,6 +289,7 @@ impl EngineBuilder {
         within("--running", self.running, RUNNING_MAX)?;
         within("--waiting", self.waiting, WAITING_MAX)?;
         within("--threads", self.threads, THREADS_MAX)?;
+        check_limits(&self.device_memory)?;
         let timeline = self.timeline.take().map(Timeline::open).transpose()?;
         let meter = Meter::new(self.measure_all || timeline.is_some());
         let model = open_model(&self.model, self.weights == WeightSource::Dummy)?;
@@ -289,7 +312,19 @@ impl EngineBuilder {
             Some(tokenizer) => Template::open(&self.model, tokenizer)?,
             None => None,
         };
-        let facts = Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens };
+        let (profiles, threads) = (!self.no_profiles, self.threads);
+        let facts = Facts {
+            profiles,
+            threads,
+            spec,
+            generation,
+            tokenizer,
+            template,
+            layout,
+            dtype,
+            context_max,
+            kv_tokens,
+        };
         let waiting = self.waiting.unwrap_or(WAITING_DEFAULT);
         start(Ready { facts, recipe, wired, since, waiting, meter, timeline })
     }
@@ -328,8 +363,14 @@ impl EngineBuilder {
             context_max,
         };
         let in_flight = scheduling.in_flight_max();
-        let room =
-            Room { layout: &layout, spec: &spec, dtype, limits: limits(scheduling, context), in_flight };
+        let room = Room {
+            layout: &layout,
+            spec: &spec,
+            dtype,
+            limits: limits(scheduling, context),
+            in_flight,
+            memory: &self.device_memory,
+        };
         let (context_max, blocks) = self.plan_kv(&room, context)?;
         scheduling.running_max = scheduling.running_max.min(blocks);
         let config = DecoderConfig {
@@ -373,6 +414,8 @@ impl EngineBuilder {
             kv_tokens: self.kv_memory.map(|bytes| bytes / all_layers),
             context,
             threads: self.threads,
+            memory: &self.device_memory,
+            profiles: !self.no_profiles,
         };
         match &self.cuts {
             Some(layout) => unplaced.cuts(layout),

@@ -8,6 +8,8 @@ mod scheduler;
 mod sequence;
 
 pub use blocks::BlockPool;
-pub use cost::{CostModel, PassShape, StageCost};
+pub use cost::{CostModel, StageCost};
 pub use scheduler::{Scheduler, SchedulerConfig, SchedulerStats};
 pub use sequence::NewSequence;
+
+pub use crate::batch::PassShape;
