@@ -14,6 +14,8 @@ const FLAGS: &[&str] = &[
     "--weights",
     "--max-context",
     "--kv-memory",
+    "--device-memory",
+    "--no-profiles",
     "--slots",
     "--chunk",
     "--running",
