@@ -9,5 +9,6 @@ mod sequence;
 
 pub use blocks::BlockPool;
 pub use cost::{CostModel, PassShape, StageCost};
+pub use prefix::{Keys, PromptKeys};
 pub use scheduler::{Scheduler, SchedulerConfig, SchedulerStats};
 pub use sequence::NewSequence;
