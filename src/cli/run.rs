@@ -98,15 +98,22 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     let source = args.source()?;
     let interrupt = Interrupt::install()?;
     let engine = Arc::new(args.setup.start(builder, args.format == Format::Text)?);
-    let asker = Asker::new(args.clone(), engine)?;
-    match source {
+    let asker = Asker::new(args.clone(), engine.clone())?;
+    let code = match source {
         Source::One(content) => {
             let run = Run::new(&asker, &interrupt, false);
             run.all(Box::new(std::iter::once(Ok(content.into()))))
         }
         Source::Many(prompts) => Run::new(&asker, &interrupt, true).all(prompts),
         Source::Person => converse(&asker, &interrupt),
+    }?;
+    drop(asker);
+    // An interrupted run may leave a thread that waits for prompts, and has it.
+    match Arc::into_inner(engine).map_or(Ok(()), Engine::end) {
+        Err(e) if code != 0 => complain(&e.to_string()),
+        ended => ended?,
     }
+    Ok(code)
 }
 
 impl RunArgs {
@@ -167,7 +174,7 @@ impl Asker {
         // Some wait for long enough to be refused: there is room when one of them starts.
         let events = loop {
             match self.engine.submit(request.clone()) {
-                Err(Error::Busy { .. }) => thread::sleep(PATIENCE),
+                Err(Error::Busy { .. } | Error::BusyTokens { .. }) => thread::sleep(PATIENCE),
                 submitted => break submitted?,
             }
         };

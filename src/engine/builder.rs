@@ -4,6 +4,7 @@ use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use super::{
     Engine, Facts,
+    counts::WaitingLimits,
     meter::Meter,
     place::{Count, Place, Room, Unplaced},
     progress::{LoadProgress, Observer, Progress},
@@ -23,7 +24,7 @@ use crate::{
         open_model,
         spec::ModelSpec,
     },
-    schedule::{BlockPool, Scheduler, SchedulerConfig},
+    schedule::{BlockPool, Keys, Scheduler, SchedulerConfig},
     text::{Template, Tokenizer},
 };
 
@@ -47,10 +48,13 @@ const RUNNING_GPU: usize = 256;
 const KV_SEQUENCES_DEFAULT: usize = 8;
 /// Requests that wait, unless asked otherwise.
 const WAITING_DEFAULT: usize = 4096;
+/// Tokens of their prompts: as many short requests as may wait never come to this, and long ones do not fill the memory.
+const WAITING_TOKENS_DEFAULT: usize = 1 << 26;
 /// The most sequences that can be said to run at once.
 pub const RUNNING_MAX: usize = 4096;
 /// Bounds of flags, so that sizes computed from them cannot overflow.
 const WAITING_MAX: usize = 1 << 24;
+const WAITING_TOKENS_MAX: usize = usize::MAX >> 1;
 const SLOTS_MAX: usize = 1024;
 const CHUNK_MAX: usize = 65_536;
 const THREADS_MAX: usize = 1024;
@@ -84,6 +88,7 @@ pub struct EngineBuilder {
     running: Option<usize>,
     no_prefix_cache: bool,
     waiting: Option<usize>,
+    waiting_tokens: Option<usize>,
     threads: Option<usize>,
     observer: Option<Observer>,
     timeline: Option<PathBuf>,
@@ -227,6 +232,13 @@ impl EngineBuilder {
         self
     }
 
+    /// Tokens of the prompts of all requests that wait, together, at most; more are refused with [`Error::BusyTokens`].
+    /// Default: 67,108,864, which take some 300 MB.
+    pub fn waiting_tokens(mut self, tokens: usize) -> Self {
+        self.waiting_tokens = Some(tokens);
+        self
+    }
+
     /// CPU threads. Default: all cores.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
@@ -266,6 +278,7 @@ impl EngineBuilder {
         within("--chunk", self.chunk, CHUNK_MAX)?;
         within("--running", self.running, RUNNING_MAX)?;
         within("--waiting", self.waiting, WAITING_MAX)?;
+        within("--waiting-tokens", self.waiting_tokens, WAITING_TOKENS_MAX)?;
         within("--threads", self.threads, THREADS_MAX)?;
         let timeline = self.timeline.take().map(Timeline::open).transpose()?;
         let meter = Meter::new(self.measure_all || timeline.is_some());
@@ -277,9 +290,13 @@ impl EngineBuilder {
         let (spec, dtype, blocks) = (config.spec.clone(), config.dtype, config.kv_blocks);
         let (context_max, kv_tokens) = (config.limits.context_max, blocks * KV_BLOCK);
         let (since, patience, of) = (Instant::now(), shared.patience, layout.clone());
+        let block_keys = Keys::default();
+        let keys = scheduling.prefix_reuse.then(|| block_keys.clone());
         let recipe = Recipe {
             wire: Arc::new(move |progress| wire(&of, &config, &shared, progress)),
-            scheduler: Box::new(move || Scheduler::new(scheduling, BlockPool::new(blocks))),
+            scheduler: Box::new(move || {
+                Scheduler::new(scheduling, BlockPool::new(blocks)).with_keys(block_keys.clone())
+            }),
             patience,
         };
         let wired = (recipe.wire)(progress)?;
@@ -289,8 +306,12 @@ impl EngineBuilder {
             Some(tokenizer) => Template::open(&self.model, tokenizer)?,
             None => None,
         };
-        let facts = Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens };
-        let waiting = self.waiting.unwrap_or(WAITING_DEFAULT);
+        let facts =
+            Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens, keys };
+        let waiting = WaitingLimits {
+            requests: self.waiting.unwrap_or(WAITING_DEFAULT),
+            tokens: self.waiting_tokens.unwrap_or(WAITING_TOKENS_DEFAULT),
+        };
         start(Ready { facts, recipe, wired, since, waiting, meter, timeline })
     }
 

@@ -29,7 +29,7 @@ use crate::{
     error::{Error, Result},
     pipeline::Outcome,
     request::{Event, Request},
-    schedule::{NewSequence, Scheduler},
+    schedule::{NewSequence, PromptKeys, Scheduler},
 };
 
 /// Commands that are read before stages are given something to do again, at most.
@@ -48,6 +48,7 @@ pub(super) enum Command {
 pub(super) struct Submission {
     pub(super) request: u64,
     pub(super) prompt: Arc<[u32]>,
+    pub(super) keys: PromptKeys,
     pub(super) params: Request,
     pub(super) ending: Ending,
     /// One a sample.
@@ -102,7 +103,7 @@ struct Pending {
 struct Sequence {
     request: u64,
     /// Until it starts: it can be begun again.
-    new: Option<NewSequence>,
+    new: Option<(NewSequence, PromptKeys)>,
     ending: Ending,
     tokens: usize,
 }
@@ -276,7 +277,7 @@ impl Worker {
 
 impl Open {
     fn submit(&mut self, submission: Submission, scheduler: &mut Scheduler, text: &channel::Sender<Say>) {
-        let Submission { request, prompt, params, ending, answers, events, place } = submission;
+        let Submission { request, prompt, keys, params, ending, answers, events, place } = submission;
         let seed = params.sampling.seed.unwrap_or_else(|| self.seeds.hash_one(request));
         let sampling = Arc::new(params.sampling);
         let mut told = Vec::with_capacity(answers.len());
@@ -293,9 +294,9 @@ impl Open {
                 seed: seed.wrapping_add(sample as u64),
                 priority: params.priority,
             };
-            scheduler.add(new.clone());
-            self.sequences
-                .insert(seq, Sequence { request, new: Some(new), ending: ending.clone(), tokens: 0 });
+            scheduler.add_hashed(new.clone(), &keys);
+            let new = Some((new, keys.clone()));
+            self.sequences.insert(seq, Sequence { request, new, ending: ending.clone(), tokens: 0 });
         }
         let seqs = told.iter().map(|(seq, _)| *seq).collect();
         self.requests.insert(request, Pending { seqs, place: Some(place) });
@@ -359,9 +360,9 @@ impl Open {
 
     /// Queues what there is, in the order in which it came.
     fn begin_again(&self, scheduler: &mut Scheduler) {
-        let mut waiting: Vec<&NewSequence> = self.sequences.values().filter_map(|s| s.new.as_ref()).collect();
-        waiting.sort_unstable_by_key(|new| new.seq);
-        waiting.into_iter().for_each(|new| scheduler.add(new.clone()));
+        let mut waiting: Vec<_> = self.sequences.values().filter_map(|s| s.new.as_ref()).collect();
+        waiting.sort_unstable_by_key(|(new, _)| new.seq);
+        waiting.into_iter().for_each(|(new, keys)| scheduler.add_hashed(new.clone(), keys));
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 use super::*;
 use crate::{
     batch::ON_DEVICE,
-    engine::text,
+    engine::{counts::WaitingLimits, text},
     request::{FinishReason, Prompt},
     schedule::{BlockPool, SchedulerConfig},
 };
@@ -67,7 +67,8 @@ fn start(config: SchedulerConfig, blocks: usize, rebuilds: usize) -> Ends {
         patience: Duration::from_secs(5),
     };
     let (text, text_thread) = text::spawn(commands.clone()).unwrap();
-    let (counts, meter) = (Arc::new(Counts::new(100)), Meter::new(false));
+    let limits = WaitingLimits { requests: 100, tokens: 1000 };
+    let (counts, meter) = (Arc::new(Counts::new(limits)), Meter::new(false));
     let worker = Worker {
         scheduler: (recipe.scheduler)(),
         recipe,
@@ -97,9 +98,10 @@ impl Ends {
         let ending = Ending { eos: [EOS].into(), tokens_max: 10 };
         let answer = |sample| Answer::new(sample, &params, None, ending.clone(), 2).unwrap();
         let answers = (0..n).map(answer).collect();
-        let place = self.counts.wait().unwrap();
+        let place = self.counts.wait(2).unwrap();
         let prompt = [1, 2].into();
-        let submission = Submission { request, prompt, params, ending, answers, events, place };
+        let keys = Default::default();
+        let submission = Submission { request, prompt, keys, params, ending, answers, events, place };
         self.commands.send(Command::Submit(Box::new(submission))).unwrap();
         received
     }
