@@ -319,11 +319,13 @@ fn prompts_are_found_by_the_keys_that_are_given() {
     scheduler.add_hashed(new(0, prompts[0].clone(), 1), &keys.of_prompt(&prompts[0]));
     let step = scheduler.plan().expect("a prompt");
     apply(&mut scheduler, &step);
+    scheduler.end(SeqId(0));
     // Those of another prompt: nobody looks at the tokens again.
     scheduler.add_hashed(new(1, 500..700, 1), &keys.of_prompt(&prompts[1]));
     let step = scheduler.plan().expect("a prompt");
     assert_eq!(step.batch.rows(), 200 - 96);
     apply(&mut scheduler, &step);
+    scheduler.end(SeqId(1));
     // And the same keys are made where none are given.
     scheduler.add(new(2, prompts[1].clone(), 1));
     assert_eq!(scheduler.plan().expect("a prompt").batch.rows(), 200 - 192);
