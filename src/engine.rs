@@ -48,7 +48,7 @@ use crate::{
     model::{config::GenerationConfig, spec::ModelSpec},
     pipeline::{StageMetrics, StageTimes},
     request::{Event, FinishReason, Media, Prompt, Request},
-    schedule::SchedulerStats,
+    schedule::{Keys, SchedulerStats},
     text::{Template, Tokenizer},
 };
 
@@ -69,7 +69,7 @@ pub struct Engine {
     threads: Vec<std::thread::JoinHandle<()>>,
     meter: Arc<Meter>,
     /// Writes the trace, if there is one.
-    timeline: Option<std::thread::JoinHandle<()>>,
+    timeline: Option<std::thread::JoinHandle<Result<()>>>,
 }
 
 /// What does not change while an engine runs.
@@ -87,6 +87,8 @@ struct Facts {
     profiles: bool,
     /// CPU threads, if it was said how many.
     threads: Option<usize>,
+    /// What blocks are found by, where prompts may begin with others' blocks.
+    keys: Option<Keys>,
 }
 
 struct StageFacts {
@@ -174,16 +176,22 @@ impl Engine {
         let (prompt, images, media) = facts.prepare(&mut request)?;
         let prompt: Arc<[u32]> = prompt.into();
         facts.check_prompt(&prompt)?;
-        let place = self.counts.wait()?;
+        let ending = facts.ending(&request, prompt.len())?;
+        let place = self.counts.wait(prompt.len())?;
         let id = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, events) = channel::unbounded();
-        let (samples_left, ending) = (request.n, facts.ending(&request, prompt.len()));
+        let samples_left = request.n;
         let tokenizer = facts.tokenizer.as_ref();
         let answer = |sample| Answer::new(sample, &request, tokenizer, ending.clone(), prompt.len());
         let answers = (0..request.n).map(answer).collect::<Result<_>>()?;
         let submission = Submission {
             request: id,
             prompt: prompt.clone(),
+            keys: facts
+                .keys
+                .as_ref()
+                .map(|keys| keys.of_prompt(&prompt, images.as_deref()))
+                .unwrap_or_default(),
             images,
             media: media.into(),
             params: request,
@@ -281,21 +289,34 @@ impl Engine {
         }
     }
 
+    /// Ends it, as dropping it does. An error says that the trace could not be written to its end.
+    pub fn end(mut self) -> Result<()> {
+        self.end_threads()
+    }
+
     /// What it does from now on, step by step. Up to `room` measurements wait to be read; more are dropped.
     pub fn measurements(&self, room: usize) -> Measurements {
         self.meter.listen(room).into()
     }
-}
 
-impl Drop for Engine {
-    fn drop(&mut self) {
+    fn end_threads(&mut self) -> Result<()> {
         let _ = self.commands.send(Command::End);
         for thread in self.threads.drain(..) {
             // A panic has been reported by the panic hook already.
             let _ = thread.join();
         }
         self.meter.end();
-        let _ = self.timeline.take().map(std::thread::JoinHandle::join);
+        let timeline = self.timeline.take().map(std::thread::JoinHandle::join);
+        let panicked = |_| Err(Error::Engine("writing the timeline panicked; this is a bug".into()));
+        timeline.map_or(Ok(()), |written| written.unwrap_or_else(panicked))
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if let Err(error) = self.end_threads() {
+            tracing::warn!(%error, "the trace has no end");
+        }
     }
 }
 
@@ -342,11 +363,19 @@ impl Facts {
     }
 
     /// What ends samples of this request by their tokens alone.
-    fn ending(&self, request: &Request, prompt_tokens: usize) -> Ending {
-        let room = self.context_max - prompt_tokens;
-        let eos = if request.stop.ignore_eos { &[][..] } else { &self.generation.eos };
-        let tokens_max = request.stop.max_tokens.map_or(room, |n| room.min(n as usize));
-        Ending { eos: eos.into(), tokens_max }
+    fn ending(&self, request: &Request, prompt_tokens: usize) -> Result<Ending> {
+        let (max, stop) = (self.context_max, &request.stop);
+        let room = max - prompt_tokens;
+        let tokens_max = match stop.max_tokens.map(|n| n as usize) {
+            Some(n) if n > room && !stop.shorten => {
+                return Err(Error::Request(format!(
+                    "the prompt has {prompt_tokens} tokens and max_tokens is {n}; prompt and answer together have room for {max}"
+                )));
+            }
+            asked => asked.map_or(room, |n| room.min(n)),
+        };
+        let eos = if stop.ignore_eos { &[][..] } else { &self.generation.eos };
+        Ok(Ending { eos: eos.into(), tokens_max })
     }
 }
 

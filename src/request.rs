@@ -199,8 +199,11 @@ impl SamplingParams {
 /// When to stop.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StopParams {
-    /// At most this many new tokens; `None` goes on to the context's end.
+    /// At most this many new tokens; `None` goes on to the context's end. Where prompt and answer together would be longer than
+    /// the longest sequence, the request is refused.
     pub max_tokens: Option<u32>,
+    /// Takes fewer than `max_tokens` then, as many as there is room for.
+    pub shorten: bool,
     /// Ends before the first of these in the answer's text.
     pub strings: Vec<String>,
     /// Goes on past the model's end-of-sequence tokens.

@@ -99,8 +99,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     let interrupt = Interrupt::install()?;
     let engine = Arc::new(args.setup.start(builder, args.format == Format::Text)?);
     let watch = (matches.get_count(VERBOSE) > 0).then(|| engine.watch()).transpose()?;
-    let format = args.format;
-    let asker = Asker::new(args, engine.clone())?;
+    let asker = Asker::new(args.clone(), engine.clone())?;
     let code = match source {
         Source::One(content) => {
             let run = Run::new(&asker, &interrupt, false);
@@ -109,11 +108,17 @@ fn run(matches: &ArgMatches) -> Result<u8> {
         Source::Many(prompts) => Run::new(&asker, &interrupt, true).all(prompts),
         Source::Person => converse(&asker, &interrupt),
     }?;
+    drop(asker);
     // The answers are out, whatever becomes of the figures.
     if let Some(watch) = watch
-        && let Err(error) = compare(&engine, watch, format)
+        && let Err(error) = compare(&engine, watch, args.format)
     {
         tracing::warn!(%error, "stage times are not told");
+    }
+    // An interrupted run may leave a thread that waits for prompts, and has it.
+    match Arc::into_inner(engine).map_or(Ok(()), Engine::end) {
+        Err(e) if code != 0 => complain(&e.to_string()),
+        ended => ended?,
     }
     Ok(code)
 }
@@ -189,7 +194,7 @@ impl Asker {
         // Some wait for long enough to be refused: there is room when one of them starts.
         let events = loop {
             match self.engine.submit(request.clone()) {
-                Err(Error::Busy { .. }) => thread::sleep(PATIENCE),
+                Err(Error::Busy { .. } | Error::BusyTokens { .. }) => thread::sleep(PATIENCE),
                 submitted => break submitted?,
             }
         };

@@ -78,6 +78,9 @@ pub(super) struct Setup {
     /// Requests that wait for their first step at most; more are refused [default: 4096]
     #[arg(long, value_name = "N")]
     pub(super) waiting: Option<usize>,
+    /// Tokens of the prompts of all requests that wait, together, at most; more are refused [default: 67108864]
+    #[arg(long, value_name = "TOKENS")]
+    pub(super) waiting_tokens: Option<usize>,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -213,7 +216,7 @@ impl Setup {
             builder = builder.split(cut.into());
         }
         type Set = fn(EngineBuilder, usize) -> EngineBuilder;
-        let counts: [(&str, Option<usize>, Set); 8] = [
+        let counts: [(&str, Option<usize>, Set); 9] = [
             ("--stages", stages, EngineBuilder::stages),
             ("--max-context", self.max_context, EngineBuilder::max_context),
             ("--kv-memory", self.kv_memory, EngineBuilder::kv_memory),
@@ -221,6 +224,7 @@ impl Setup {
             ("--chunk", self.chunk, EngineBuilder::chunk),
             ("--running", self.running, EngineBuilder::running),
             ("--waiting", self.waiting, EngineBuilder::waiting),
+            ("--waiting-tokens", self.waiting_tokens, EngineBuilder::waiting_tokens),
             ("--threads", self.threads, EngineBuilder::threads),
         ];
         for (flag, count, set) in counts {

@@ -1,59 +1,44 @@
 //! From a description to running threads.
 
+mod plan;
 mod vision;
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
+use self::plan::Plan;
 use super::{
     Engine, Facts,
+    counts::WaitingLimits,
     meter::Meter,
-    place::{Count, Place, Room, Unplaced, check_limits},
+    place::{Count, Place, check_limits},
     progress::{LoadProgress, Observer, Progress},
     rebuild::Recipe,
     start::{Ready, start},
     timeline::Timeline,
-    vision::VisionConfig,
-    wire::{PATIENCE, Shared, Wired, wire},
+    wire::{Shared, Wired, wire},
 };
 use crate::{
-    backend::{DType, Limits},
+    backend::DType,
     batch::KV_BLOCK,
     error::{Error, Result},
-    layout::{Device, Layout, MemoryLimits, Stage, Workload, planner::Split},
+    layout::{Device, Layout, MemoryLimits, Stage, planner::Split},
     model::{
-        Model,
         decoder::{DecoderConfig, weight_bytes},
         open_model,
-        spec::ModelSpec,
     },
-    schedule::{BlockPool, ImageConfig, Scheduler, SchedulerConfig},
+    schedule::{BlockPool, Keys, Scheduler},
     text::{Template, Tokenizer},
 };
 
-/// Tokens of a sequence at most, unless asked otherwise: long contexts cost memory whether used or not.
-const CONTEXT_DEFAULT: usize = 8192;
-/// Prompt tokens in a micro-batch. Beyond this the CPU's matrix products gain nothing and buffers grow.
-const CHUNK_CPU: usize = 256;
-/// A GPU's matrix units want more rows, and the more there are, the less power goes into reading weights: on an H200, whose clock
-/// falls to 1.5 GHz under its limit of power, 8,192 bring 6% more than 2,048. But the last of N stages has nothing to do until a
-/// chunk has gone through the others.
-const CHUNK_GPU: usize = 8192;
-const CHUNK_STAGE: usize = 2048;
-/// With fewer a pass takes as long, since it reads all weights.
-const CHUNK_MIN_GPU: usize = 128;
-/// Passes over the CPU's weights are cheap against so many rows.
-const CHUNK_MIN_CPU: usize = 32;
-/// Sequences that run at once, unless asked otherwise.
-const RUNNING_CPU: usize = 64;
-const RUNNING_GPU: usize = 256;
-/// Sequences of the longest context that the KV cache holds, where nobody says how many run at once.
-const KV_SEQUENCES_DEFAULT: usize = 8;
 /// Requests that wait, unless asked otherwise.
 const WAITING_DEFAULT: usize = 4096;
+/// Tokens of their prompts: as many short requests as may wait never come to this, and long ones do not fill the memory.
+const WAITING_TOKENS_DEFAULT: usize = 1 << 26;
 /// The most sequences that can be said to run at once.
 pub const RUNNING_MAX: usize = 4096;
 /// Bounds of flags, so that sizes computed from them cannot overflow.
 const WAITING_MAX: usize = 1 << 24;
+const WAITING_TOKENS_MAX: usize = usize::MAX >> 1;
 const SLOTS_MAX: usize = 1024;
 const CHUNK_MAX: usize = 65_536;
 const THREADS_MAX: usize = 1024;
@@ -89,6 +74,7 @@ pub struct EngineBuilder {
     running: Option<usize>,
     no_prefix_cache: bool,
     waiting: Option<usize>,
+    waiting_tokens: Option<usize>,
     threads: Option<usize>,
     observer: Option<Observer>,
     timeline: Option<PathBuf>,
@@ -100,20 +86,6 @@ pub struct EngineBuilder {
 
 /// How stages are started.
 pub(super) type Wire = dyn Fn(&Layout, &DecoderConfig, &Shared, Progress) -> Result<Wired> + Send + Sync;
-
-/// What follows from the description.
-struct Plan {
-    layout: Layout,
-    scheduling: SchedulerConfig,
-    images: Option<ImageConfig>,
-    config: DecoderConfig,
-    shared: Shared,
-}
-
-/// Prompt tokens in a micro-batch on GPUs.
-fn chunk_gpu(stages: usize) -> usize {
-    (CHUNK_GPU / stages.max(1)).max(CHUNK_STAGE)
-}
 
 impl EngineBuilder {
     /// The model folder.
@@ -256,6 +228,13 @@ impl EngineBuilder {
         self
     }
 
+    /// Tokens of the prompts of all requests that wait, together, at most; more are refused with [`Error::BusyTokens`].
+    /// Default: 67,108,864, which take some 300 MB.
+    pub fn waiting_tokens(mut self, tokens: usize) -> Self {
+        self.waiting_tokens = Some(tokens);
+        self
+    }
+
     /// CPU threads. Default: all cores.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
@@ -295,6 +274,7 @@ impl EngineBuilder {
         within("--chunk", self.chunk, CHUNK_MAX)?;
         within("--running", self.running, RUNNING_MAX)?;
         within("--waiting", self.waiting, WAITING_MAX)?;
+        within("--waiting-tokens", self.waiting_tokens, WAITING_TOKENS_MAX)?;
         within("--threads", self.threads, THREADS_MAX)?;
         self.check_image_room()?;
         check_limits(&self.device_memory)?;
@@ -309,10 +289,13 @@ impl EngineBuilder {
         let (spec, dtype, blocks) = (config.spec.clone(), config.dtype, config.kv_blocks);
         let (context_max, kv_tokens) = (config.limits.context_max, blocks * KV_BLOCK);
         let (since, patience, of) = (Instant::now(), shared.patience, layout.clone());
+        let block_keys = Keys::default();
+        let keys = scheduling.prefix_reuse.then(|| block_keys.clone());
         let recipe = Recipe {
             wire: Arc::new(move |progress| wire(&of, &config, &shared, progress)),
             scheduler: Box::new(move || {
-                let scheduler = Scheduler::new(scheduling, BlockPool::new(blocks));
+                let scheduler =
+                    Scheduler::new(scheduling, BlockPool::new(blocks)).with_keys(block_keys.clone());
                 images.into_iter().fold(scheduler, Scheduler::with_images)
             }),
             patience,
@@ -337,161 +320,13 @@ impl EngineBuilder {
             context_max,
             kv_tokens,
             images,
+            keys,
         };
-        let waiting = self.waiting.unwrap_or(WAITING_DEFAULT);
+        let waiting = WaitingLimits {
+            requests: self.waiting.unwrap_or(WAITING_DEFAULT),
+            tokens: self.waiting_tokens.unwrap_or(WAITING_TOKENS_DEFAULT),
+        };
         start(Ready { facts, recipe, wired, since, waiting, meter, timeline })
-    }
-
-    fn plan(&self, model: Model, ahead: Option<bool>, meter: Arc<Meter>) -> Result<Plan> {
-        let spec = Arc::new(model.spec);
-        let dtype = self.dtype.unwrap_or(model.dtype);
-        let context = self.plan_context(&spec)?;
-        let layout = self.place_tower(self.plan_layout(&spec, dtype, context)?, &spec)?;
-        let weights = Arc::new(model.weights);
-        let vision = self.plan_vision(&layout, &spec, (&weights, dtype))?;
-        let on_gpu = |stage: &Stage| stage.device != Device::Cpu;
-        // Beside GPUs it is the processor whose time counts.
-        let gpus = layout.stages().iter().all(on_gpu);
-        // Tokens that the host does not know must be known where they are embedded.
-        let hands_on = [layout.stages().first(), layout.stages().last()].into_iter().flatten().all(on_gpu);
-        let running = self.running.unwrap_or(if gpus { RUNNING_GPU } else { RUNNING_CPU });
-        // Several short prompts share a chunk; more than all sequences together hold never comes.
-        let chunk = self.chunk.unwrap_or(if gpus { chunk_gpu(layout.stages().len()) } else { CHUNK_CPU });
-        let chunk = chunk.min(context.saturating_mul(running));
-        let chunk_min = match (self.chunk, gpus) {
-            (Some(_), _) => chunk,
-            (None, true) => CHUNK_MIN_GPU.min(chunk),
-            (None, false) => CHUNK_MIN_CPU.min(chunk),
-        };
-        let mut scheduling = SchedulerConfig {
-            slots: self.slots.unwrap_or_else(|| devices(&layout)),
-            chunk,
-            chunk_min,
-            running_max: running,
-            ahead: ahead.unwrap_or(hands_on),
-            prefix_reuse: !self.no_prefix_cache,
-        };
-        let limits = |scheduling: SchedulerConfig, context_max| Limits {
-            rows_max: Scheduler::rows_max(scheduling),
-            seqs_max: scheduling.running_max,
-            outputs_max: scheduling.running_max,
-            context_max,
-        };
-        let in_flight = scheduling.in_flight_max();
-        let room = Room {
-            layout: &layout,
-            spec: &spec,
-            dtype,
-            limits: limits(scheduling, context),
-            in_flight,
-            vision: vision.as_ref().map(|vision| vision.gpu_bytes(layout.stages()[0].device)),
-            memory: &self.device_memory,
-        };
-        let (context_max, blocks) = self.plan_kv(&room, context)?;
-        scheduling.running_max = scheduling.running_max.min(blocks);
-        let config = DecoderConfig {
-            layers: 0..spec.layers.len(),
-            spec,
-            arch: model.arch,
-            weights,
-            dtype,
-            limits: limits(scheduling, context_max),
-            kv_blocks: blocks,
-        };
-        let metrics = layout.stages().iter().map(|_| Arc::default()).collect();
-        let images = vision.as_ref().map(VisionConfig::scheduling);
-        let shared = Shared { in_flight, threads: self.threads, meter, metrics, patience: PATIENCE, vision };
-        Ok(Plan { layout, scheduling, images, config, shared })
-    }
-
-    fn plan_layout(&self, spec: &ModelSpec, dtype: DType, context: usize) -> Result<Layout> {
-        let layers = spec.layers.len();
-        let given = self.layout.as_ref().or(self.cuts.as_ref());
-        let refused = [("--stages", self.stages.is_some()), ("--split", self.split.is_some())];
-        if let (Some(_), Some((flag, _))) = (given, refused.iter().find(|(_, given)| *given)) {
-            return Err(Error::usage(*flag, "it cannot be used with --layout"));
-        }
-        if let Some(layout) = given {
-            layout.check(layers)?;
-        }
-        if let Some(layout) = &self.layout {
-            return Ok(layout.clone());
-        }
-        let chunk = match self.stages {
-            Some(Count::Of(n)) => chunk_gpu(n),
-            Some(Count::Auto) | None => CHUNK_GPU,
-        };
-        let all_layers = spec.kv_bytes_per_token(dtype) * layers;
-        let unplaced = Unplaced {
-            spec,
-            dtype,
-            place: &self.place,
-            workload: self.workload(context, RUNNING_GPU, chunk),
-            workload_mixed: self.workload(context, RUNNING_CPU, CHUNK_CPU),
-            kv_tokens: self.kv_memory.map(|bytes| bytes / all_layers),
-            context,
-            threads: self.threads,
-            memory: &self.device_memory,
-            profiles: !self.no_profiles,
-        };
-        match &self.cuts {
-            Some(layout) => unplaced.cuts(layout),
-            None => unplaced.stages(self.stages, self.split),
-        }
-    }
-
-    /// What a layout is planned for, with what runs at once by default.
-    fn workload(&self, context: usize, running: usize, chunk: usize) -> Workload {
-        let usual = Workload::default();
-        let running = self.running.unwrap_or(running);
-        // Sequences with a third of them new, as usual, where contexts are short.
-        let short = (usual.prompt.min(context * 2 / 3), usual.new.min(context / 3).max(1));
-        let (prompt, new) = self.expected.unwrap_or(short);
-        let chunk = self.chunk.unwrap_or(chunk).min(context.saturating_mul(running));
-        Workload { running, prompt, new, chunk }
-    }
-
-    /// The longest sequence and the number of KV blocks.
-    fn plan_kv(&self, place: &Room, context: usize) -> Result<(usize, usize)> {
-        let block_bytes = place.spec.kv_bytes_per_token(place.dtype) * place.spec.layers.len() * KV_BLOCK;
-        let wanted = self.running.unwrap_or(KV_SEQUENCES_DEFAULT) * BlockPool::blocks_for(context);
-        let blocks = match self.kv_memory {
-            Some(bytes) => bytes / block_bytes,
-            None => place.blocks(wanted)?,
-        };
-        // More could never be leased.
-        let blocks = blocks.min(place.limits.seqs_max * BlockPool::blocks_for(context));
-        if self.kv_memory.is_some() {
-            place.check(blocks)?;
-        }
-        let room = blocks * KV_BLOCK;
-        if room < context && (self.kv_memory.is_some() && self.max_context.is_some() || room < 2) {
-            let (need, have) = (BlockPool::blocks_for(context) * block_bytes, blocks * block_bytes);
-            let why = format!("a sequence of {context} tokens needs {need} bytes, and there are {have}");
-            return Err(Error::usage("--kv-memory", why));
-        }
-        if room < context {
-            tracing::warn!(
-                tokens = room,
-                "the KV cache is smaller than the longest context, which it limits"
-            );
-        }
-        Ok((context.min(room), blocks))
-    }
-
-    fn plan_context(&self, spec: &ModelSpec) -> Result<usize> {
-        let made_for = spec.context_max;
-        match self.max_context {
-            None => Ok(made_for.min(CONTEXT_DEFAULT)),
-            Some(tokens) if tokens < 2 => {
-                Err(Error::usage("--max-context", "a prompt and an answer need at least 2 tokens"))
-            }
-            Some(tokens) if tokens > made_for => {
-                let why = format!("{tokens} tokens are more than the {made_for} that the model was made for");
-                Err(Error::usage("--max-context", why))
-            }
-            Some(tokens) => Ok(tokens),
-        }
     }
 }
 
@@ -500,9 +335,4 @@ fn within(flag: &str, value: Option<usize>, max: usize) -> Result<()> {
         Some(n) if n == 0 || n > max => Err(Error::usage(flag, format!("{n} is not between 1 and {max}"))),
         _ => Ok(()),
     }
-}
-
-fn devices(layout: &Layout) -> usize {
-    let distinct: std::collections::HashSet<Device> = layout.stages().iter().map(|s| s.device).collect();
-    distinct.len()
 }

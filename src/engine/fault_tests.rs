@@ -1,6 +1,7 @@
 //! Whatever fails in a stage, at whatever point of a step: each request ends once, nothing hangs, and the engine goes on.
 
 mod faulty;
+mod gpu;
 mod images;
 
 use std::{

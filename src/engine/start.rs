@@ -9,7 +9,7 @@ use crossbeam_channel as channel;
 
 use super::{
     Engine, Facts, StageFacts,
-    counts::Counts,
+    counts::{Counts, WaitingLimits},
     meter::Meter,
     rebuild::{Faults, Recipe},
     text,
@@ -27,8 +27,8 @@ pub(super) struct Ready {
     pub(super) wired: Wired,
     /// When they began to load.
     pub(super) since: Instant,
-    /// Requests that may wait.
-    pub(super) waiting: usize,
+    /// How much may wait.
+    pub(super) waiting: WaitingLimits,
     pub(super) meter: Arc<Meter>,
     pub(super) timeline: Option<Timeline>,
 }

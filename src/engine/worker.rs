@@ -30,7 +30,7 @@ use crate::{
     error::{Error, Result},
     pipeline::Outcome,
     request::{Event, Media, Request},
-    schedule::{ImagePass, NewSequence, PassImage, PromptImages, Scheduler},
+    schedule::{ImagePass, NewSequence, PassImage, PromptImages, PromptKeys, Scheduler},
 };
 
 /// Commands that are read before stages are given something to do again, at most.
@@ -52,6 +52,7 @@ pub(super) struct Submission {
     pub(super) images: Option<Arc<PromptImages>>,
     /// Their pixels.
     pub(super) media: Arc<[Media]>,
+    pub(super) keys: PromptKeys,
     pub(super) params: Request,
     pub(super) ending: Ending,
     /// One a sample.
@@ -106,7 +107,7 @@ struct Pending {
 struct Sequence {
     request: u64,
     /// Until it starts: it can be begun again.
-    new: Option<NewSequence>,
+    new: Option<(NewSequence, PromptKeys)>,
     /// The pixels of its images: they may have to be encoded again.
     media: Arc<[Media]>,
     ending: Ending,
@@ -310,7 +311,7 @@ impl Worker {
 
 impl Open {
     fn submit(&mut self, submission: Submission, scheduler: &mut Scheduler, text: &channel::Sender<Say>) {
-        let Submission { request, prompt, images, media, params, ending, answers, events, place } =
+        let Submission { request, prompt, keys, images, media, params, ending, answers, events, place } =
             submission;
         let seed = params.sampling.seed.unwrap_or_else(|| self.seeds.hash_one(request));
         let sampling = Arc::new(params.sampling);
@@ -329,9 +330,9 @@ impl Open {
                 seed: seed.wrapping_add(sample as u64),
                 priority: params.priority,
             };
-            scheduler.add(new.clone());
-            let (media, ending) = (media.clone(), ending.clone());
-            self.sequences.insert(seq, Sequence { request, new: Some(new), media, ending, tokens: 0 });
+            scheduler.add_hashed(new.clone(), &keys);
+            let (new, media, ending) = (Some((new, keys.clone())), media.clone(), ending.clone());
+            self.sequences.insert(seq, Sequence { request, new, media, ending, tokens: 0 });
         }
         let seqs = told.iter().map(|(seq, _)| *seq).collect();
         self.requests.insert(request, Pending { seqs, place: Some(place) });
@@ -406,9 +407,9 @@ impl Open {
 
     /// Queues what there is, in the order in which it came.
     fn begin_again(&self, scheduler: &mut Scheduler) {
-        let mut waiting: Vec<&NewSequence> = self.sequences.values().filter_map(|s| s.new.as_ref()).collect();
-        waiting.sort_unstable_by_key(|new| new.seq);
-        waiting.into_iter().for_each(|new| scheduler.add(new.clone()));
+        let mut waiting: Vec<_> = self.sequences.values().filter_map(|s| s.new.as_ref()).collect();
+        waiting.sort_unstable_by_key(|(new, _)| new.seq);
+        waiting.into_iter().for_each(|(new, keys)| scheduler.add_hashed(new.clone(), keys));
     }
 }
 

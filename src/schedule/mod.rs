@@ -11,6 +11,7 @@ mod sequence;
 pub use blocks::BlockPool;
 pub use cost::{CostModel, StageCost};
 pub use images::{ImageConfig, ImageId, ImagePass, ImageStats, PassImage, PromptImage, PromptImages};
+pub use prefix::{Keys, PromptKeys};
 pub use scheduler::{Scheduler, SchedulerConfig, SchedulerStats};
 pub use sequence::NewSequence;
 

@@ -3,8 +3,10 @@
 use std::{
     collections::HashMap,
     hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState},
+    sync::Arc,
 };
 
+use super::images::PromptImages;
 use crate::batch::KV_BLOCK;
 
 /// Stands for a full block's tokens and all tokens before it.
@@ -33,14 +35,30 @@ impl Hasher for Low {
 }
 
 /// Makes keys. They are keyed hashes of 128 bits, with random numbers of this process: nobody outside can choose tokens
-/// whose key is that of others, so equal keys are equal tokens.
-#[derive(Debug, Default)]
-pub(super) struct Keys {
+/// whose key is that of others, so equal keys are equal tokens. Clones make the same keys.
+#[derive(Debug, Clone, Default)]
+pub struct Keys {
     low: RandomState,
     high: RandomState,
 }
 
+/// The keys of a prompt's full blocks.
+#[derive(Debug, Clone, Default)]
+pub struct PromptKeys(pub(super) Arc<[BlockKey]>);
+
 impl Keys {
+    /// Of a prompt. It takes some 100 ns a block, which whoever has made the prompt has rather than who schedules it.
+    pub fn of_prompt(&self, prompt: &[u32], images: Option<&PromptImages>) -> PromptKeys {
+        let mut before = None;
+        let next = |(block, tokens): (usize, &[u32; KV_BLOCK])| {
+            let images = images.map_or_else(Vec::new, |images| images.block_bytes(block));
+            let key = self.after(before, tokens, &images);
+            before = Some(key);
+            key
+        };
+        PromptKeys(prompt.as_chunks().0.iter().enumerate().map(next).collect())
+    }
+
     /// The key of a block after another, or of a sequence's first one. Of tokens that are parts of images `images` has
     /// what their ids do not tell.
     pub(super) fn after(
@@ -79,5 +97,8 @@ mod tests {
         assert_ne!(keys.after(Some(first), &a, &[]), first);
         assert_ne!(keys.after(Some(first), &b, &[]), keys.after(Some(keys.after(None, &b, &[])), &b, &[]));
         assert_ne!(first, Keys::default().after(None, &a, &[]), "others have other keys");
+        let prompt: Vec<u32> = [&a[..], &b, &[3; KV_BLOCK - 1]].concat();
+        let of_prompt = keys.clone().of_prompt(&prompt, None).0;
+        assert_eq!(of_prompt[..], [first, keys.after(Some(first), &b, &[])]);
     }
 }

@@ -15,7 +15,7 @@ use self::memory::Growth;
 use super::{
     BlockPool, CostModel, ImageStats, NewSequence, PassShape,
     images::Images,
-    prefix::Keys,
+    prefix::{Keys, PromptKeys},
     queue::{Rank, Waiting},
     sequence::{Sequences, State},
 };
@@ -195,8 +195,23 @@ impl Scheduler {
         config.chunk + config.running_max
     }
 
+    /// Finds blocks by these keys, before anything is added.
+    #[must_use]
+    pub fn with_keys(self, keys: Keys) -> Self {
+        Scheduler { keys, ..self }
+    }
+
     /// Queues a sequence.
     pub fn add(&mut self, new: NewSequence) {
+        let keys = match self.config.prefix_reuse {
+            true => self.keys.of_prompt(&new.prompt, new.images.as_deref()),
+            false => PromptKeys::default(),
+        };
+        self.add_hashed(new, &keys);
+    }
+
+    /// The same, with its prompt's keys, by which the samples of a request are all found.
+    pub fn add_hashed(&mut self, new: NewSequence, keys: &PromptKeys) {
         assert!(!new.prompt.is_empty(), "a sequence without a prompt; this is a bug");
         assert!(
             BlockPool::blocks_for(new.tokens_max) <= self.pool.total(),
@@ -206,6 +221,7 @@ impl Scheduler {
         let rank = Rank::new(new.priority, self.arrivals);
         self.arrivals += 1;
         let slot = self.sequences.insert(new, rank);
+        self.sequences[slot].keys = keys.0.to_vec();
         self.wait(slot);
     }
 

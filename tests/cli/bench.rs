@@ -24,6 +24,14 @@ fn full(phase: &Value, name: &str) {
 }
 
 #[test]
+fn limits_on_what_waits_that_refuse_the_workload_are_named() {
+    let told = error(&throughput(&["--requests", "3", "--waiting", "1"]), 2);
+    assert_eq!(told.trim_end(), "error: --waiting: 1, and 3 requests come at once");
+    let told = error(&throughput(&["--requests", "3", "--input-len", "8", "--waiting-tokens", "23"]), 2);
+    assert_eq!(told.trim_end(), "error: --waiting-tokens: 23, and prompts of 24 tokens come at once");
+}
+
+#[test]
 fn throughput_as_json_is_one_object_whose_figures_agree() {
     let flags = ["--requests", "70", "--input-len", "20", "--output-len", "6", "--stages", "2"];
     let figures = json(&throughput(&[&flags[..], &["--repeat", "3", "--format", "json"]].concat()));

@@ -78,7 +78,10 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     let workload = Workload::new(work.requests, REQUESTS, lengths, &from)?;
     let mut workloads: Vec<Workload> =
         work.request_rate.iter().map(|&rate| workload.clone().arriving(work.arrivals(rate))).collect();
-    workloads.iter().try_for_each(|workload| workload.check(setup.max_context))?;
+    workloads.iter().try_for_each(|workload| {
+        workload.check(setup.max_context)?;
+        workload.check_waiting(&setup, runs.warmup > 0)
+    })?;
     output.check()?;
     Interrupt::install()?;
     let runs = Runs { repeat: runs.repeat.or(Some(1)), ..runs };
@@ -96,7 +99,9 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     // Of one rate all there is to tell; of several a row each.
     let table = (tables.len() == 1).then(|| tables.remove(0));
     let picture = output.plot.is_some().then(|| plot::latencies("requests at rates", &points));
-    output.write(&points, table, picture)
+    let code = output.write(&points, table, picture)?;
+    session.engine.end()?;
+    Ok(code)
 }
 
 impl WorkArgs {

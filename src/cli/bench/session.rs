@@ -7,6 +7,7 @@ use super::{
     host::{self, CpuTimes},
     limits::Demands,
     record::{Record, Recorder},
+    workload::TOKENS_MAX,
 };
 use crate::{
     backend::cuda::Energy,
@@ -123,6 +124,9 @@ impl Session {
         }
         if setup.waiting.is_none() {
             builder = builder.waiting(need.at_once);
+        }
+        if setup.waiting_tokens.is_none() {
+            builder = builder.waiting_tokens(TOKENS_MAX as usize);
         }
         let (engine, loaded) = setup.start_timed(builder, shows).map_err(|error| match error {
             Error::Usage { what, why } if what == "--max-context" && setup.max_context.is_none() => {

@@ -95,7 +95,10 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     batches.sort_unstable();
     batches.dedup();
     let workloads: Vec<Workload> = batches.iter().map(|&n| Workload::random(n, args.lengths)).collect();
-    workloads.iter().try_for_each(|workload| workload.check(args.setup.max_context))?;
+    workloads.iter().try_for_each(|workload| {
+        workload.check(args.setup.max_context)?;
+        workload.check_waiting(&args.setup, true)
+    })?;
     args.runs.described()?;
     args.output.check()?;
     Interrupt::install()?;
@@ -131,7 +134,7 @@ fn measure(setup: &Setup, workloads: &[Workload], args: &SweepArgs, points: &mut
         let subject = Subject { bench: "sweep", setup, workload, good: &[] };
         points.push(Figures::new(&subject, &session, &measured).point());
     }
-    Ok(())
+    session.engine.end()
 }
 
 /// Each with each of what is asked.

@@ -60,6 +60,9 @@ pub(super) fn own_defaults(command: Command) -> Command {
         .mut_arg("running", |arg| {
             arg.help("Sequences that run at once at most; others wait [default: all requests]")
         })
+        .mut_arg("waiting_tokens", |arg| {
+            arg.help("Tokens of the prompts of all requests that wait, together, at most [default: all]")
+        })
         .mut_arg("waiting", |arg| {
             arg.help(
                 "Requests that wait for their first step at most; more are refused [default: all requests]",
@@ -83,6 +86,7 @@ pub(super) fn measure(
     output: &Output,
 ) -> Result<u8> {
     workload.check(setup.max_context)?;
+    workload.check_waiting(setup, runs.warmup > 0)?;
     output.check()?;
     // Nobody listens for signals: one ends the process.
     Interrupt::install()?;
@@ -95,5 +99,7 @@ pub(super) fn measure(
     let subject = Subject { bench, setup, workload: &workload, good: &[] };
     let figures = Figures::new(&subject, &session, &measured);
     let picture = output.plot.is_some().then(|| plot::timeline(&figures.id, &measured));
-    output.write(&[figures.point()], Some(figures.table(&measured)), picture)
+    let code = output.write(&[figures.point()], Some(figures.table(&measured)), picture)?;
+    session.engine.end()?;
+    Ok(code)
 }

@@ -14,7 +14,10 @@ use super::{
 use crate::{
     backend::mix,
     batch::KV_BLOCK,
-    cli::prompts::{self, Asked, Content},
+    cli::{
+        prompts::{self, Asked, Content},
+        setup::Setup,
+    },
     engine::Engine,
     error::{Error, Result},
     request::{Message, Prompt, Request},
@@ -23,7 +26,7 @@ use crate::{
 /// Tokens of each request before one more comes, at most: what it disturbs has settled by then.
 const SETTLED_TURNS: u32 = 64;
 /// Tokens of all requests at most: their prompts are made before the clock starts.
-const TOKENS_MAX: u64 = 1 << 30;
+pub(super) const TOKENS_MAX: u64 = 1 << 30;
 const REQUESTS_MAX: usize = 1_000_000;
 /// Bytes of text for a token, where nothing is known of the text.
 const TOKEN_BYTES: usize = 4;
@@ -188,6 +191,29 @@ impl Workload {
             return Err(Error::usage("--requests", why));
         }
         self.arrivals.check(requests)
+    }
+
+    /// Whether an engine that is told how much may wait takes all of it, where requests come faster than they start; a warm-up's
+    /// always do.
+    pub(super) fn check_waiting(&self, setup: &Setup, warms_up: bool) -> Result<()> {
+        if self.arrivals.request_rate.is_some() && !warms_up {
+            return Ok(());
+        }
+        let late = self.then_input_len.map(|len| len as usize);
+        let all = self.requests as usize + usize::from(late.is_some());
+        if let Some(max) = setup.waiting.filter(|&max| max < all) {
+            return Err(Error::usage("--waiting", format!("{max}, and {all} requests come at once")));
+        }
+        // Those of a file are not known yet.
+        let random = self.prompt_file.is_none();
+        let tokens = self.requests as usize * self.lengths.input_len as usize + late.unwrap_or(0);
+        match setup.waiting_tokens.filter(|&max| random && max < tokens) {
+            Some(max) => {
+                let why = format!("{max}, and prompts of {tokens} tokens come at once");
+                Err(Error::usage("--waiting-tokens", why))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Makes tokens of the file's prompts, before a clock starts.

@@ -8,7 +8,7 @@ use std::{
 use super::*;
 use crate::{
     batch::ON_DEVICE,
-    engine::text,
+    engine::{counts::WaitingLimits, text},
     request::{FinishReason, Prompt},
     schedule::{BlockPool, SchedulerConfig},
 };
@@ -68,7 +68,8 @@ fn start(config: SchedulerConfig, blocks: usize, rebuilds: usize) -> Ends {
         patience: Duration::from_secs(5),
     };
     let (text, text_thread) = text::spawn(commands.clone()).unwrap();
-    let (counts, meter) = (Arc::new(Counts::new(100)), Meter::new(false));
+    let limits = WaitingLimits { requests: 100, tokens: 1000 };
+    let (counts, meter) = (Arc::new(Counts::new(limits)), Meter::new(false));
     let worker = Worker {
         scheduler: (recipe.scheduler)(),
         recipe,
@@ -98,11 +99,12 @@ impl Ends {
         let ending = Ending { eos: [EOS].into(), tokens_max: 10 };
         let answer = |sample| Answer::new(sample, &params, None, ending.clone(), 2).unwrap();
         let answers = (0..n).map(answer).collect();
-        let place = self.counts.wait().unwrap();
+        let place = self.counts.wait(2).unwrap();
         let prompt = [1, 2].into();
         let submission = Submission {
             request,
             prompt,
+            keys: Default::default(),
             images: None,
             media: [].into(),
             params,

@@ -47,10 +47,10 @@ impl Scheduler {
             }
             match self.find_prefix(slot) {
                 Prefix::Coming => after = Some(rank),
-                Prefix::Found(prefix) if !self.can_go(slot, prefix.len() * KV_BLOCK) => after = Some(rank),
-                Prefix::Found(prefix) => {
-                    if self.take_blocks(slot, &prefix) {
-                        self.admit(slot, prefix.len() * KV_BLOCK);
+                Prefix::Found(blocks) if !self.can_go(slot, blocks * KV_BLOCK) => after = Some(rank),
+                Prefix::Found(blocks) => {
+                    if self.take_blocks(slot) {
+                        self.admit(slot, blocks * KV_BLOCK);
                     }
                     return;
                 }
