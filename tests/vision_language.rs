@@ -18,8 +18,8 @@ use pipeline_infer::{
 use serde_json::Value;
 
 const STORE_ROWS: usize = 120;
-const WHOLE_TOWER: &[Range<usize>] = &[0..3];
-const WHOLE: &[Range<usize>] = &[0..3];
+const WHOLE_TOWER: &[Range<usize>] = &[Range { start: 0, end: 3 }];
+const WHOLE: &[Range<usize>] = &[Range { start: 0, end: 3 }];
 
 fn cpu() -> Cpu {
     Cpu::new(Some(2))
