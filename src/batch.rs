@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use serde::{Deserialize, Serialize};
+
 use crate::request::{Logprobs, SamplingParams};
 
 /// Tokens in one block of the KV cache.
@@ -139,4 +141,38 @@ pub struct Observation {
     pub step: u64,
     /// Without what it waited for.
     pub busy: Duration,
+}
+
+/// What a micro-batch's time depends on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PassShape {
+    /// Rows (tokens).
+    pub rows: usize,
+    /// Rows whose logits are wanted.
+    pub outputs: usize,
+    /// The tokens that each row attends to, itself among them; all rows together.
+    pub attended: usize,
+    /// Those of them that single rows attend to: nobody shares the reading of their keys and values.
+    pub read: usize,
+}
+
+impl PassShape {
+    /// A micro-batch's.
+    pub fn of(batch: &MicroBatch) -> Self {
+        let mut shape = PassShape { outputs: batch.outputs.len(), ..PassShape::default() };
+        for part in &batch.seqs {
+            shape = shape.with_rows(part.cached, part.len);
+        }
+        shape
+    }
+
+    /// With rows of one more sequence, behind `cached` tokens.
+    #[must_use]
+    pub fn with_rows(mut self, cached: usize, len: usize) -> Self {
+        let attended = len * cached + len * (len + 1) / 2;
+        self.rows += len;
+        self.attended += attended;
+        self.read += if len == 1 { attended } else { 0 };
+        self
+    }
 }

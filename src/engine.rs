@@ -6,6 +6,7 @@ mod counts;
 #[cfg(test)]
 mod fault_tests;
 mod images;
+mod measured;
 mod meter;
 mod place;
 mod progress;
@@ -28,6 +29,7 @@ use std::{
 use crossbeam_channel as channel;
 
 pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
+pub use measured::{Comparison, Watch};
 pub use meter::{Measurement, Measurements};
 pub use place::{cpu_scratch, device_specs, gpus, profiles, scratch};
 pub use progress::LoadProgress;
@@ -81,6 +83,10 @@ struct Facts {
     context_max: usize,
     kv_tokens: usize,
     images: Option<Images>,
+    /// Whether what was measured in earlier runs is believed, and kept.
+    profiles: bool,
+    /// CPU threads, if it was said how many.
+    threads: Option<usize>,
 }
 
 struct StageFacts {

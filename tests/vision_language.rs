@@ -18,8 +18,9 @@ use pipeline_infer::{
 use serde_json::Value;
 
 const STORE_ROWS: usize = 120;
-const WHOLE_TOWER: &[Range<usize>] = &[Range { start: 0, end: 3 }];
-const WHOLE: &[Range<usize>] = &[Range { start: 0, end: 3 }];
+/// Of three blocks, and of three layers.
+const ALL: Range<usize> = 0..3;
+const WHOLE: &[Range<usize>] = &[ALL];
 
 fn cpu() -> Cpu {
     Cpu::new(Some(2))
@@ -43,7 +44,7 @@ fn prompts(model: &Model, golden: &SeenGolden) -> Vec<Seen> {
 /// The logits of all rows of a prompt that comes alone.
 fn alone(model: &Model, dtype: DType, prompt: &Seen, chunk: usize) -> Vec<f32> {
     let cpu = cpu();
-    let store = encode(&cpu, model, dtype, (WHOLE_TOWER, STORE_ROWS), &[prompt]);
+    let store = encode(&cpu, model, dtype, (WHOLE, STORE_ROWS), &[prompt]);
     Stages::new(&cpu, model, dtype, (WHOLE, chunk, 1), &store).prompt(0, prompt, chunk)
 }
 
@@ -69,7 +70,7 @@ fn logits_and_greedy_tokens_are_those_of_transformers() {
     for (prompt, expected) in prompts(&model, &golden).iter().zip(&golden.seen) {
         let rows = prompt.ids.len();
         let wanted = &theirs[expected.logits_first_row * vocab..][..rows * vocab];
-        let store = encode(&cpu, &model, DType::F32, (WHOLE_TOWER, STORE_ROWS), &[prompt]);
+        let store = encode(&cpu, &model, DType::F32, (WHOLE, STORE_ROWS), &[prompt]);
         for chunk in [rows, 7] {
             let mut stages = Stages::new(&cpu, &model, DType::F32, (WHOLE, chunk, 1), &store);
             let logits = stages.prompt(0, prompt, chunk);

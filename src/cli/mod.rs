@@ -4,6 +4,7 @@ mod answer;
 mod bench;
 mod chat;
 mod choices;
+mod compared;
 mod completions;
 mod devices;
 mod interrupt;

@@ -18,7 +18,7 @@ use crate::{
     backend::DType,
     engine,
     error::{Error, Result},
-    layout::{DeviceSpec, Given, Layout, Planner, Prediction, Workload, planner::Scratch},
+    layout::{DeviceSpec, Given, Layout, MemoryLimits, Planner, Prediction, Workload, planner::Scratch},
     model::{config::Config, hub, open_model, shapes, spec::ModelSpec},
 };
 
@@ -54,6 +54,12 @@ struct PlanArgs {
     /// machine's [default: this machine's GPUs]
     #[arg(long, value_name = "DEVICES")]
     devices: Option<String>,
+    /// Takes at most so many bytes of devices' memory, as if no more were free: cuda:1=40g,cuda:3=20g (powers of 1000)
+    #[arg(long, value_name = "DEVICE=BYTES")]
+    device_memory: Option<String>,
+    /// Predicts from device data alone, not from what earlier runs have measured
+    #[arg(long)]
+    no_profiles: bool,
     /// The type that weights, keys and values are kept in; auto is the checkpoint's
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     dtype: Kept,
@@ -130,7 +136,9 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     planner.kv_tokens = args.kv_tokens.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
     planner.scratch = engine::scratch(&spec, dtype, planner.workload, CONTEXT_MAX.min(spec.context_max));
     planner.cpu_scratch = engine::cpu_scratch(&spec, planner.workload);
-    planner.profiles = engine::profiles(&spec, dtype, &devices);
+    if !args.no_profiles {
+        planner.profiles = engine::profiles(&spec, dtype, &devices);
+    }
     let given = match given {
         Some(Given { layout, placed: false }) => Some(planner.place(&layout)?),
         given => given.map(|given| given.layout),
@@ -159,14 +167,22 @@ fn run(matches: &ArgMatches) -> Result<u8> {
 
 impl PlanArgs {
     fn devices(&self) -> Result<Vec<DeviceSpec>> {
+        let limits = self.device_memory.as_ref().map(|text| text.parse::<MemoryLimits>()).transpose()?;
         let here = |part: &str| part == "cpu" || part == "cuda" || part.starts_with("cuda:");
-        match &self.devices {
+        let mut devices = match &self.devices {
             Some(text) if text.split(',').all(|part| here(part.trim())) => {
-                return engine::device_specs(&named_devices(text)?, None);
+                engine::device_specs(&named_devices(text)?, None)?
             }
-            Some(text) => return DeviceSpec::list(text),
-            None => (),
-        }
+            Some(text) => DeviceSpec::list(text)?,
+            None => self.gpus()?,
+        };
+        let limits = limits.unwrap_or_default();
+        limits.check(&devices)?;
+        limits.apply(&mut devices);
+        Ok(devices)
+    }
+
+    fn gpus(&self) -> Result<Vec<DeviceSpec>> {
         engine::gpus().map_err(|error| match error {
             Error::Device { why, .. } => Error::usage(
                 "--devices",
@@ -231,7 +247,7 @@ impl Told {
             text += &ranking.table();
         }
         if let Some(plan) = &self.plan {
-            text += &tables::plan(plan);
+            text += &tables::plan(plan, self.workload.running);
             let wanted = self.workload.kv_tokens().min(plan.kv_tokens);
             text += &Picture::of_terminal().draw(plan, wanted);
         }

@@ -13,7 +13,7 @@ use crate::{
     backend::DType,
     engine::{self, Engine, EngineBuilder, WeightSource},
     error::{Error, Result, shown},
-    layout::{Device, Given, planner::Split},
+    layout::{Device, Given, MemoryLimits, planner::Split},
     model::hub,
 };
 
@@ -56,6 +56,12 @@ pub(super) struct Setup {
     /// most a quarter of the free memory; on GPUs what weights and buffers leave]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     kv_memory: Option<usize>,
+    /// Takes at most so many bytes of devices' memory, as if no more were free: cuda:1=40g,cuda:3=20g (powers of 1000)
+    #[arg(long, value_name = "DEVICE=BYTES")]
+    device_memory: Option<String>,
+    /// Plans from device data alone, not from what earlier runs have measured; and keeps nothing of this run's
+    #[arg(long)]
+    no_profiles: bool,
     /// Micro-batches in flight at most [default: the number of devices]
     #[arg(long, value_name = "N")]
     pub(super) slots: Option<usize>,
@@ -173,6 +179,10 @@ impl Setup {
             Source::Real => WeightSource::Real,
             Source::Dummy => WeightSource::Dummy,
         });
+        builder = builder.profiles(!self.no_profiles);
+        if let Some(text) = &self.device_memory {
+            builder = builder.device_memory(text.parse::<MemoryLimits>()?);
+        }
         if let Some(layout) = &self.layout {
             // Cuts alone say nothing of devices.
             let Given { layout, placed } = Given::from_arg(layout)?;

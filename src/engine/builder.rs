@@ -7,7 +7,7 @@ use std::{path::PathBuf, sync::Arc, time::Instant};
 use super::{
     Engine, Facts,
     meter::Meter,
-    place::{Count, Place, Room, Unplaced},
+    place::{Count, Place, Room, Unplaced, check_limits},
     progress::{LoadProgress, Observer, Progress},
     rebuild::Recipe,
     start::{Ready, start},
@@ -19,7 +19,7 @@ use crate::{
     backend::{DType, Limits},
     batch::KV_BLOCK,
     error::{Error, Result},
-    layout::{Device, Layout, Stage, Workload, planner::Split},
+    layout::{Device, Layout, MemoryLimits, Stage, Workload, planner::Split},
     model::{
         Model,
         decoder::{DecoderConfig, weight_bytes},
@@ -82,6 +82,8 @@ pub struct EngineBuilder {
     max_context: Option<usize>,
     expected: Option<(usize, usize)>,
     kv_memory: Option<usize>,
+    device_memory: MemoryLimits,
+    no_profiles: bool,
     slots: Option<usize>,
     chunk: Option<usize>,
     running: Option<usize>,
@@ -202,6 +204,26 @@ impl EngineBuilder {
         self
     }
 
+    /// How much of devices' memory may be taken: layouts are planned, and the KV cache is made, as if no more were free.
+    /// Default: what is free.
+    ///
+    /// ```no_run
+    /// # use pipeline_infer::Engine;
+    /// let builder = Engine::builder().model("DIR").stages(4).device_memory("cuda:1=40g".parse()?);
+    /// # Ok::<(), pipeline_infer::Error>(())
+    /// ```
+    pub fn device_memory(mut self, limits: MemoryLimits) -> Self {
+        self.device_memory = limits;
+        self
+    }
+
+    /// Whether plans and comparisons believe what was measured in earlier runs, and [`Engine::keep_profiles`] keeps what this one
+    /// measures. Default: yes.
+    pub fn profiles(mut self, wanted: bool) -> Self {
+        self.no_profiles = !wanted;
+        self
+    }
+
     /// Micro-batches in flight at most. Default: the number of devices, since stages that share one take turns.
     pub fn slots(mut self, slots: usize) -> Self {
         self.slots = Some(slots);
@@ -275,6 +297,7 @@ impl EngineBuilder {
         within("--waiting", self.waiting, WAITING_MAX)?;
         within("--threads", self.threads, THREADS_MAX)?;
         self.check_image_room()?;
+        check_limits(&self.device_memory)?;
         let timeline = self.timeline.take().map(Timeline::open).transpose()?;
         let meter = Meter::new(self.measure_all || timeline.is_some());
         let model = open_model(&self.model, self.weights == WeightSource::Dummy)?;
@@ -301,9 +324,20 @@ impl EngineBuilder {
             Some(tokenizer) => Template::open(&self.model, tokenizer)?,
             None => None,
         };
-        let images = read;
-        let facts =
-            Facts { spec, generation, tokenizer, template, layout, dtype, context_max, kv_tokens, images };
+        let (images, profiles, threads) = (read, !self.no_profiles, self.threads);
+        let facts = Facts {
+            profiles,
+            threads,
+            spec,
+            generation,
+            tokenizer,
+            template,
+            layout,
+            dtype,
+            context_max,
+            kv_tokens,
+            images,
+        };
         let waiting = self.waiting.unwrap_or(WAITING_DEFAULT);
         start(Ready { facts, recipe, wired, since, waiting, meter, timeline })
     }
@@ -351,6 +385,7 @@ impl EngineBuilder {
             limits: limits(scheduling, context),
             in_flight,
             vision: vision.as_ref().map(|vision| vision.gpu_bytes(layout.stages()[0].device)),
+            memory: &self.device_memory,
         };
         let (context_max, blocks) = self.plan_kv(&room, context)?;
         scheduling.running_max = scheduling.running_max.min(blocks);
@@ -396,6 +431,8 @@ impl EngineBuilder {
             kv_tokens: self.kv_memory.map(|bytes| bytes / all_layers),
             context,
             threads: self.threads,
+            memory: &self.device_memory,
+            profiles: !self.no_profiles,
         };
         match &self.cuts {
             Some(layout) => unplaced.cuts(layout),

@@ -1,6 +1,6 @@
 //! Which devices stages go to by default, and how much fits there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     backend::{
@@ -10,7 +10,7 @@ use crate::{
     batch::KV_BLOCK,
     error::{Error, Result},
     layout::{
-        Device, DeviceSpec, Layout, Planner, Stage, VisionStage, Workload,
+        Device, DeviceSpec, Layout, MemoryLimits, Planner, Stage, VisionStage, Workload,
         planner::{Scratch, Split},
         profile::{self, Profile},
     },
@@ -65,6 +65,10 @@ pub(super) struct Unplaced<'a> {
     pub(super) context: usize,
     /// CPU threads, if it is said how many.
     pub(super) threads: Option<usize>,
+    /// What may be taken of devices.
+    pub(super) memory: &'a MemoryLimits,
+    /// Whether what was measured in earlier runs goes before predictions.
+    pub(super) profiles: bool,
 }
 
 impl Unplaced<'_> {
@@ -120,12 +124,16 @@ impl Unplaced<'_> {
         count: Count,
         split: Option<Split>,
     ) -> Result<Layout> {
-        let mut planner = Planner::new(self.spec, self.dtype, devices);
+        let mut devices = devices.to_vec();
+        self.memory.apply(&mut devices);
+        let mut planner = Planner::new(self.spec, self.dtype, &devices);
         planner.workload = workload;
         planner.kv_tokens = self.kv_tokens;
         planner.scratch = scratch(self.spec, self.dtype, workload, self.context);
         planner.cpu_scratch = cpu_scratch(self.spec, workload);
-        planner.profiles = profiles(self.spec, self.dtype, devices);
+        if self.profiles {
+            planner.profiles = profiles(self.spec, self.dtype, &devices);
+        }
         let differ = devices.iter().any(|device| device.device == Device::Cpu);
         let layout = match count {
             Count::Of(n) if differ => planner.plan_any_order(n)?,
@@ -135,7 +143,8 @@ impl Unplaced<'_> {
                 layout => layout,
             },
         };
-        tracing::debug!(%layout, measured = planner.profiles.iter().flatten().count(), "planned");
+        let measured = planner.profiles.iter().flatten().count();
+        tracing::info!(%layout, devices = devices.len(), measured, "planned");
         Ok(layout)
     }
 }
@@ -232,6 +241,25 @@ pub fn device_specs(devices: &[Device], threads: Option<usize>) -> Result<Vec<De
     devices.iter().map(spec).collect()
 }
 
+/// The devices that a layout's stages are on, each once.
+pub(super) fn of_layout(layout: &Layout, threads: Option<usize>) -> Result<Vec<DeviceSpec>> {
+    let on: BTreeSet<Device> = layout.stages().iter().map(|stage| stage.device).collect();
+    device_specs(&Vec::from_iter(on), threads)
+}
+
+/// An error if there is a limit for a GPU that is not there.
+pub(super) fn check_limits(memory: &MemoryLimits) -> Result<()> {
+    for device in memory.devices() {
+        let Device::Cuda(ordinal) = device else { continue };
+        let wrong = |why| Error::usage(format!("--device-memory {device}"), why);
+        let found = cuda::devices().map_err(|error| wrong(error.to_string()))?.len();
+        if ordinal >= found {
+            return Err(wrong(format!("there is no such GPU: {found} found")));
+        }
+    }
+    Ok(())
+}
+
 /// What has been measured of a model on each of these devices.
 pub fn profiles(spec: &ModelSpec, dtype: DType, devices: &[DeviceSpec]) -> Vec<Option<Profile>> {
     let folder = profile::folder();
@@ -273,7 +301,7 @@ pub fn cpu_scratch(spec: &ModelSpec, workload: Workload) -> Scratch {
     let scheduling = SchedulerConfig { slots: SLOTS_PLANNED, ahead: true, ..SchedulerConfig::default() };
     let rows_max = Scheduler::rows_max(SchedulerConfig { chunk, running_max: running, ..scheduling });
     let of = |outputs| cpu_bytes(spec, rows_max, outputs);
-    let stage = of(None) + ring_bytes(scheduling.in_flight_max(), rows_max * spec.dim);
+    let stage = of(None) + 2 * ring_bytes(scheduling.in_flight_max(), rows_max * spec.dim);
     Scratch { stage, head: of(Some(running)) - of(None), layer: 0 }
 }
 
@@ -304,6 +332,7 @@ pub(super) struct Room<'a> {
     pub(super) in_flight: usize,
     /// What the vision tower and the image store take of each GPU.
     pub(super) vision: Option<BTreeMap<usize, usize>>,
+    pub(super) memory: &'a MemoryLimits,
 }
 
 impl Room<'_> {
@@ -316,7 +345,7 @@ impl Room<'_> {
         for (device, stages) in by_device {
             let each = self.block_bytes(&stages);
             let blocks = match device {
-                None if alone => wanted.min(cpu::free_bytes() / 4 / each),
+                None if alone => wanted.min(self.memory.of(Device::Cpu, cpu::free_bytes() / 4) / each),
                 None => self.left_on_host(&stages)? / each,
                 Some(gpu) => self.left(gpu, &stages)? / each,
             };
@@ -358,8 +387,8 @@ impl Room<'_> {
         let layers: usize = stages.iter().map(|i| self.layout.stages()[*i].layers.len()).sum();
         let taken: usize = stages.iter().map(|&i| self.bytes(i)).sum();
         let vision = self.vision.as_ref().and_then(|vision| vision.get(&gpu)).copied().unwrap_or(0);
-        let need = taken + vision + cuda::kv_waste(layers) + RESERVE_BYTES;
-        self.rest(Device::Cuda(gpu), cuda::free_bytes(gpu)?, need, stages)
+        let need = taken + vision + cuda::kv_waste(layers);
+        self.rest(Device::Cuda(gpu), cuda::free_bytes(gpu)?.saturating_sub(RESERVE_BYTES), need, stages)
     }
 
     /// The same of the host's memory, for stages beside GPUs: weights that have no room there would be read from the disk
@@ -370,14 +399,16 @@ impl Room<'_> {
     }
 
     fn rest(&self, device: Device, free: usize, need: usize, stages: &[usize]) -> Result<usize> {
+        let free = self.memory.of(device, free);
         if need + self.block_bytes(stages) > free {
             let (need, free) = (need >> 20, free >> 20);
             let way = match device {
                 Device::Cuda(_) if self.by_device().len() == 1 => beside_cpu_helps(self.spec, self.dtype),
                 _ => "",
             };
-            let why =
-                format!("weights and buffers need {need} MiB of its memory, and {free} MiB are free{way}");
+            let why = format!(
+                "weights and buffers need {need} MiB of its memory, and {free} MiB may be taken{way}"
+            );
             return Err(Error::Device { device: device.to_string(), why });
         }
         Ok(free - need)
@@ -402,8 +433,9 @@ impl Room<'_> {
         let Limits { rows_max, outputs_max, .. } = self.limits;
         let outputs = (i + 1 == stages.len()).then_some(outputs_max);
         let buffers = cpu_bytes(spec, rows_max, outputs);
-        let boundary = if i > 0 { ring_bytes(self.in_flight, rows_max * spec.dim) } else { 0 };
-        weight_sizes(spec, self.dtype, &stages[i].layers).into_iter().sum::<usize>() + buffers + boundary
+        // Those of both boundaries: between a GPU and the CPU packets lie on the host.
+        let rings = 2 * ring_bytes(self.in_flight, rows_max * spec.dim);
+        weight_sizes(spec, self.dtype, &stages[i].layers).into_iter().sum::<usize>() + buffers + rings
     }
 
     /// Weights and buffers of a stage on a GPU, as the driver counts them.
@@ -421,5 +453,28 @@ impl Room<'_> {
         let (dim, head_dim) = (spec.dim, spec.heads.head_dim);
         let own = cuda::StageNeeds { limits: self.limits, dim, head_dim, vocab };
         sizes.into_iter().map(cuda::allocated).sum::<usize>() + cuda::stage_bytes(&own)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_on_the_processor_is_said_in_a_line() {
+        let said = |layout: &str| halves(&layout.parse().unwrap());
+        let beside = "layers 0-3, 21-27 are on the processor, which is far slower, and 4-20 on cuda:0";
+        assert_eq!(said("0-3@cpu,4-20@cuda:0,21-27@cpu"), beside);
+        assert_eq!(said("0-27@cpu"), "all layers are on the processor, which is far slower");
+    }
+
+    #[test]
+    fn cuts_go_to_named_devices_in_their_order() {
+        let (cpu, gpu) = (Device::Cpu, Device::Cuda(1));
+        let placed = |devices: &[Device]| place_on(devices, &"0,1,2-3".parse().unwrap()).unwrap().to_string();
+        assert_eq!(placed(&[gpu, cpu]), "0@cuda:1,1@cuda:1,2-3@cpu");
+        assert_eq!(placed(&[cpu, gpu, cpu]), "0@cpu,1@cuda:1,2-3@cpu");
+        assert_eq!(named(&[cpu]), Ok(vec![cpu]));
+        assert!(named(&[cpu, cpu]).is_err() && named(&[]).is_err());
     }
 }

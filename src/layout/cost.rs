@@ -14,6 +14,21 @@ use crate::{
 const OVERLAP_POWER: f64 = 4.0;
 
 /// A model's units on a device.
+///
+/// ```
+/// use pipeline_infer::{
+///     backend::DType,
+///     layout::{DeviceSpec, cost::Costs},
+///     model::{shapes, units::{Pass, Unit}},
+/// };
+///
+/// let (spec, device) = (shapes::find("7b").unwrap()?, DeviceSpec::known("h200-141g").unwrap());
+/// let costs = Costs { spec: &spec, dtype: DType::BF16, device: &device, profile: None };
+/// // While an answer is written, the head of 7b weighs more than two layers.
+/// let pass = Pass::Decode { rows: 1, context: 640 };
+/// assert!(costs.seconds(Unit::Head, pass) > 2.0 * costs.seconds(Unit::Layer(0), pass));
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct Costs<'a> {
     /// The model.

@@ -175,6 +175,13 @@ impl DeviceSpec {
         KNOWN.iter().map(|known| known.name)
     }
 
+    /// Whether it is as fast as its name says: a description may change what the registry has, and a name that it does not
+    /// have says nothing.
+    pub fn is_as_named(&self) -> bool {
+        let same = |known: DeviceSpec| (known.bandwidth, known.rates) == (self.bandwidth, self.rates);
+        DeviceSpec::known(&self.name).is_none_or(same)
+    }
+
     /// A GPU of this machine: by its driver's name, or else by how many multiprocessors it has.
     pub fn of_gpu(name: &str, multiprocessors: u32, memory: usize) -> DeviceSpec {
         let capital = name.to_uppercase();
@@ -380,7 +387,7 @@ fn set(spec: &mut DeviceSpec, pair: &str) -> Result<(), String> {
 }
 
 /// `24g`, `1.5t`, `900G`; in powers of 1000.
-fn amount(text: &str) -> Option<f64> {
+pub(super) fn amount(text: &str) -> Option<f64> {
     const AMOUNT_MAX: f64 = 1e18;
     let text = text.trim();
     let scale = match text.chars().last()?.to_ascii_lowercase() {

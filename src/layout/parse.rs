@@ -12,6 +12,15 @@ use crate::error::{Error, Result, shown};
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// A layout that somebody wrote, and whether it says where its stages go.
+///
+/// ```
+/// use pipeline_infer::layout::Given;
+///
+/// assert!(!Given::from_arg("0-9,10-29")?.placed && Given::from_arg("0-9@cuda:1,10-29@cuda:0")?.placed);
+/// let told = Given::from_arg("0-9@cuda:1,10-29").unwrap_err().to_string();
+/// assert!(told.ends_with("it names no device, and other stages name GPUs"), "{told}");
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Given {
     /// On the processor, if it does not say.

@@ -42,6 +42,16 @@ pub enum Split {
 
 /// What a plan is for. A stage's cost is the time that it spends on one of these requests, its share of passes that it
 /// has in common with others included.
+///
+/// ```
+/// use pipeline_infer::{layout::Workload, model::units::Pass};
+///
+/// let workload = Workload { running: 256, prompt: 512, new: 256, chunk: 2048 };
+/// let [(decode, steps), (chunk, parts)] = workload.passes(4);
+/// // It is one of 64 in each of its 256 steps, which makes four of its own; and a quarter of a chunk.
+/// assert_eq!((decode, steps), (Pass::Decode { rows: 64, context: 640 }, 4.0));
+/// assert_eq!((chunk, parts), (Pass::Chunk { rows: 2048, before: 0 }, 0.25));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Workload {
     /// Requests that run at once, spread over as many micro-batches as there are devices.

@@ -17,6 +17,18 @@ const ROWS: [usize; 3] = [1, 32, 256];
 const BATCHES: [usize; 3] = [1, 64, 256];
 
 /// What a layout will do.
+///
+/// ```
+/// use pipeline_infer::{backend::DType, layout::{DeviceSpec, Planner}, model::shapes};
+///
+/// let (spec, devices) = (shapes::find("72b").unwrap()?, DeviceSpec::list("4xh200-141g")?);
+/// let planner = Planner::new(&spec, DType::BF16, &devices);
+/// let told = planner.predict(&planner.plan(4)?)?;
+/// assert_eq!((told.stages.len(), told.running), (4, 256));
+/// // Of the stages one is the slowest; 145 GB of weights leave room for a million tokens and more.
+/// assert!(told.stages.iter().any(|stage| stage.share == 1.0) && told.kv_tokens > 1_000_000);
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Prediction {
     /// As in `--layout`.

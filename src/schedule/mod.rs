@@ -9,7 +9,9 @@ mod scheduler;
 mod sequence;
 
 pub use blocks::BlockPool;
-pub use cost::{CostModel, PassShape, StageCost};
+pub use cost::{CostModel, StageCost};
 pub use images::{ImageConfig, ImageId, ImagePass, ImageStats, PassImage, PromptImage, PromptImages};
 pub use scheduler::{Scheduler, SchedulerConfig, SchedulerStats};
 pub use sequence::NewSequence;
+
+pub use crate::batch::PassShape;

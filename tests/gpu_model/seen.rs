@@ -17,7 +17,9 @@ use crate::{
 };
 
 const STORE_ROWS: usize = 120;
-const WHOLE: &[Range<usize>] = &[Range { start: 0, end: 3 }];
+/// Of three blocks, and of three layers.
+const ALL: Range<usize> = 0..3;
+const WHOLE: &[Range<usize>] = &[ALL];
 /// In 16 bits logits are at most this many times as far from f32 ones as transformers' own 16-bit run is: see `goldens`.
 const NATIVE_TIMES: f32 = 2.0;
 

@@ -40,7 +40,7 @@ pub(super) const SCRATCH_BYTES_MAX: usize = 48 << 20;
 
 /// What the type and the head size allow.
 pub(super) enum Kernels {
-    Fast(Fast),
+    Fast(Box<Fast>),
     Plain(Kernel),
 }
 
@@ -101,7 +101,7 @@ impl Kernels {
         let fast = load.of.dtype != DType::F32 && FAST_HEADS.contains(&head_dim);
         let tiles = prefill_tokens(load.facts, head_dim);
         match (tiles, decode_ring(load.facts, head_dim, 1)) {
-            (Some(tokens), Some(_)) if fast => Ok(Kernels::Fast(Fast::load(load, tokens)?)),
+            (Some(tokens), Some(_)) if fast => Ok(Kernels::Fast(Box::new(Fast::load(load, tokens)?))),
             _ => {
                 let defines = [("DTYPE", load.dtype()), ("HEAD_DIM", head_dim as u32)];
                 Ok(Kernels::Plain(

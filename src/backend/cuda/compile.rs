@@ -85,6 +85,16 @@ pub fn cache_folder() -> Option<PathBuf> {
     Some(base.join("pipeline-infer"))
 }
 
+/// What stands for all kernels and their headers: it changes with each of them.
+pub fn kernels_key() -> u128 {
+    let mut hash = Fnv::default();
+    for (name, text) in SOURCES.iter().chain(HEADERS) {
+        hash.part(name.as_bytes());
+        hash.part(text.as_bytes());
+    }
+    hash.0
+}
+
 fn key(source: &str, options: &[String]) -> u128 {
     let mut hash = Fnv::default();
     hash.part(source.as_bytes());

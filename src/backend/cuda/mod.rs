@@ -43,7 +43,7 @@ use std::sync::{
 
 pub use account::{StageNeeds, allocated, free_bytes, kv_waste, rows_room, stage_bytes};
 pub use batch::Batch;
-pub use compile::{cache_folder, write_aside};
+pub use compile::{cache_folder, kernels_key, write_aside};
 pub use driver::{DeviceFacts, devices, driver_present};
 pub use energy::Energy;
 pub use kv::Kv;

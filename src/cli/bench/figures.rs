@@ -4,7 +4,6 @@ use serde::Serialize;
 
 use super::{
     goodput::{Goodput, Limit, per_token_ms},
-    host,
     late::LatePrompt,
     limits::{self, Done},
     phases::Phase,
@@ -18,7 +17,7 @@ use super::{
 use crate::{
     backend::{cpu, cuda},
     cli::{loading::Speed, setup::Setup, table::Shares},
-    engine::{Engine, EngineStats, StageStats},
+    engine::{Comparison, Engine, EngineStats, StageStats},
     layout::{Device, Layout},
     schedule::StageCost,
 };
@@ -77,6 +76,8 @@ pub(super) struct Figures {
     scheduler: SchedulerFigures,
     /// What each stage's time is made of, in seconds; none where the runs did not tell.
     costs: Option<Vec<StageCost>>,
+    /// What stages took for kinds of passes, beside what plans say.
+    pub(super) compared: Comparison,
     /// If there are any, the figures that follow from measurements have gaps.
     dropped_measurements: u64,
     pub(super) load_seconds: f64,
@@ -163,7 +164,7 @@ pub(super) struct StageFigures {
 impl Figures {
     /// The figures of a session's runs.
     pub(super) fn new(subject: &Subject<'_>, session: &Session, measured: &Measured) -> Figures {
-        let Measured { runs, before, after } = measured;
+        let Measured { runs, before, after, host_bytes_peak, compared } = measured;
         let engine = &session.engine;
         let on_gpu = engine.layout().stages().iter().any(|stage| stage.device != Device::Cpu);
         let totals = Totals::of(runs);
@@ -199,9 +200,10 @@ impl Figures {
             kv_use: KvUse::of(runs),
             energy: Energy::of(runs, &totals),
             host_cpu: HostCpu::of(runs, totals.seconds),
-            host_bytes_peak: host::memory_peak(),
+            host_bytes_peak: *host_bytes_peak,
             scheduler: SchedulerFigures::of(runs, before, after),
             costs: runs.last().and_then(|run| run.record.costs.costs()),
+            compared: compared.clone(),
             dropped_measurements: after.dropped - before.dropped,
             load_seconds: session.loaded.took.as_secs_f64(),
             load_gb_per_s: session.loaded.weights.filter(|_| on_gpu).and_then(Speed::gb_per_s),

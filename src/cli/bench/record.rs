@@ -6,6 +6,7 @@ use super::limits::{Demands, Done};
 use crate::{
     batch::{MicroBatch, SeqId},
     engine::{Engine, Measurement, Measurements},
+    layout::Measured,
     pipeline::{StageSpan, Work},
     schedule::{CostModel, PassShape, SchedulerStats},
 };
@@ -53,6 +54,8 @@ pub(super) struct Record {
     pub(super) shapes: HashMap<u64, PassShape>,
     /// What the stages' times are made of.
     pub(super) costs: CostModel,
+    /// What they took, by kinds of passes.
+    pub(super) measured: Measured,
 }
 
 /// So many sequences had a token at each of these moments and none in between.
@@ -97,8 +100,8 @@ impl Recorder {
         self.requests = requests;
         self.measurements.try_iter().for_each(drop);
         // What stages cost is the same in each run.
-        let costs = std::mem::take(&mut self.record.costs);
-        self.record = Record { costs, ..Record::default() };
+        let Record { costs, measured, .. } = std::mem::take(&mut self.record);
+        self.record = Record { costs, measured, ..Record::default() };
         self.open.clear();
         self.last.clear();
     }
@@ -130,8 +133,8 @@ impl Recorder {
     pub(super) fn end(&mut self) -> Record {
         std::thread::sleep(LATE);
         self.read();
-        let costs = self.record.costs.clone();
-        std::mem::replace(&mut self.record, Record { costs, ..Record::default() })
+        let (costs, measured) = (self.record.costs.clone(), self.record.measured.clone());
+        std::mem::replace(&mut self.record, Record { costs, measured, ..Record::default() })
     }
 }
 
@@ -148,6 +151,7 @@ impl Record {
         }
         if let Some(shape) = self.shapes.get(&span.step) {
             self.costs.fit(span.stage, shape, span.taken());
+            self.measured.add(span.stage, *shape, span.taken().as_secs_f64());
         }
     }
 

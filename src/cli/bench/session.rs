@@ -10,10 +10,10 @@ use super::{
 };
 use crate::{
     backend::cuda::Energy,
-    cli::{loading::Loaded, setup::Setup},
-    engine::{Engine, EngineStats, RUNNING_MAX},
+    cli::{compared, loading::Loaded, setup::Setup},
+    engine::{Comparison, Engine, EngineStats, RUNNING_MAX},
     error::{Error, Result},
-    layout::{Device, DeviceSpec},
+    layout::{self, Device, DeviceSpec},
     request::Usage,
 };
 
@@ -72,6 +72,10 @@ pub(super) struct Measured {
     pub(super) before: EngineStats,
     /// From when the last had ended.
     pub(super) after: EngineStats,
+    /// Memory of the process until then, at most: what comes later is not the engine's.
+    pub(super) host_bytes_peak: Option<usize>,
+    /// What stages took beside what plans said before.
+    pub(super) compared: Comparison,
 }
 
 /// One run over the workload.
@@ -163,7 +167,11 @@ impl Session {
             tracing::info!(seconds = run.seconds, "run");
             runs.push(run);
         }
-        Ok(Measured { runs, before, after: self.engine.stats() })
+        let (after, host_bytes_peak) = (self.engine.stats(), host::memory_peak());
+        let measured = runs.last().map_or_else(layout::Measured::default, |run| run.record.measured.clone());
+        let compared = self.engine.compare(&measured)?;
+        compared::keep(&self.engine, &measured, &compared);
+        Ok(Measured { runs, before, after, host_bytes_peak, compared })
     }
 
     fn run(&self, work: Work, recorder: &mut Recorder) -> Result<Run> {

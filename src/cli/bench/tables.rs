@@ -6,7 +6,10 @@ use super::{
     session::Measured,
     spread::Spread,
 };
-use crate::cli::table::{columns, seconds, stages};
+use crate::cli::{
+    compared,
+    table::{columns, seconds, stages},
+};
 
 type Rows = Vec<Vec<String>>;
 
@@ -22,7 +25,9 @@ impl Figures {
         }
         tables.extend(self.of_limits());
         tables.push(stages(&measured.before.stages, &measured.after.stages));
-        tables.iter().map(|rows| columns(rows)).collect::<Vec<_>>().join("\n")
+        let mut tables: Vec<String> = tables.iter().map(|rows| columns(rows)).collect();
+        tables.extend(Some(compared::table(&self.compared)).filter(|table| !table.is_empty()));
+        tables.join("\n")
     }
 
     fn what(&self) -> Rows {
