@@ -33,6 +33,7 @@ check:
 	else echo "SKIPPED: clippy is not installed"; fi
 	@if cargo +$(OLDEST) --version >/dev/null 2>&1; then cargo +$(OLDEST) check --locked --all-targets; \
 	else echo "SKIPPED: Rust $(OLDEST) is not installed"; fi
+	@python3 -B tools/gpu_check_test.py -q
 	@python3 tools/kernels.py --quiet || { code=$$?; test $$code -eq 3 && \
 	  echo "SKIPPED: GPU kernels are not compiled: NVRTC could not be fetched" && test -z "$(REQUIRE_MODEL)"; }
 

@@ -7,7 +7,9 @@ use std::{hint::black_box, time::Duration};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use pipeline_infer::{
-    backend::{AttentionShape, Backend, DType, HeadShape, KvShape, Limits, NormShape, Tensor, cpu::Cpu},
+    backend::{
+        AttentionShape, Backend, DType, HeadShape, KvShape, Limits, NormShape, Rotation, Tensor, cpu::Cpu,
+    },
     batch::{KV_BLOCK, MicroBatch, SeqId, SeqRows},
 };
 
@@ -91,7 +93,7 @@ fn micro_batch(cached: usize, len: usize) -> MicroBatch {
 fn attention(c: &mut Criterion) {
     let cpu = cpu();
     let limits = Limits { rows_max: 512, seqs_max: 1, outputs_max: 1, context_max: 4096 };
-    let mut batch = cpu.batch(limits, &[0.1; 32], 1.0).unwrap();
+    let mut batch = cpu.batch(limits, Rotation::plain(&[0.1; 32], 1.0)).unwrap();
     let shape = AttentionShape { heads: HEADS, scale: 0.125, window: None };
     let mut group = c.benchmark_group("attention");
     for dtype in [DType::F32, DType::F16, DType::BF16] {
@@ -130,7 +132,7 @@ fn small(c: &mut Criterion) {
             b.iter(|| cpu.silu_mul(&mut out, &gate_up, rows, FFN));
         });
         let limits = Limits { rows_max: rows, seqs_max: 1, outputs_max: 1, context_max: 4096 };
-        let mut batch = cpu.batch(limits, &[0.1; 32], 1.0).unwrap();
+        let mut batch = cpu.batch(limits, Rotation::plain(&[0.1; 32], 1.0)).unwrap();
         let micro = micro_batch(0, rows);
         group.throughput(Throughput::Elements(rows as u64));
         group.bench_function(BenchmarkId::new("set_batch", rows), |b| {

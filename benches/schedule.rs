@@ -1,6 +1,7 @@
 //! What planning costs the host: a step of 1,024 running sequences is planned, and an earlier one's tokens are recorded.
 //!
-//! With one slot a step holds all of them, with four a quarter. Contexts differ by 64 times, and the time should not.
+//! With one slot a step holds all of them, with four a quarter. Contexts differ by 64 times, and the time should not; nor should
+//! it where a prompt waits whose keys and values are there but for its end, which has no room.
 
 use std::{
     collections::VecDeque,
@@ -45,7 +46,15 @@ impl Running {
             let prompt: Arc<[u32]> = (0..context as u32).map(|place| id << 16 | place).collect();
             let seq = SeqId(u64::from(id));
             let sampling = sampling.clone();
-            scheduler.add(NewSequence { seq, prompt, tokens_max, sampling, seed: 0, priority: 0 });
+            scheduler.add(NewSequence {
+                seq,
+                prompt,
+                images: None,
+                tokens_max,
+                sampling,
+                seed: 0,
+                priority: 0,
+            });
         }
         let mut running = Running { scheduler, in_flight: VecDeque::new() };
         let mut decoding = 0;
@@ -112,5 +121,64 @@ fn plan_and_apply(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, plan_and_apply);
+/// A sequence that decodes, and a prompt that waits for its end.
+fn waited_for(context: usize) -> Running {
+    let blocks = context / KV_BLOCK;
+    let config =
+        SchedulerConfig { ahead: true, chunk: 1 << 20, chunk_min: 1 << 20, ..SchedulerConfig::default() };
+    let scheduler = Scheduler::new(config, BlockPool::new(blocks + 192));
+    let mut running = Running { scheduler, in_flight: VecDeque::new() };
+    let add = |running: &mut Running, seq, first: u32, len: usize, answer| {
+        let prompt: Arc<[u32]> = (first..first + len as u32).collect();
+        let (seq, tokens_max) = (SeqId(seq), len + answer - 1);
+        let sampling = Arc::new(SamplingParams::default());
+        let images = None;
+        running.scheduler.add(NewSequence {
+            seq,
+            prompt,
+            tokens_max,
+            sampling,
+            seed: 0,
+            priority: 0,
+            images,
+        });
+    };
+    add(&mut running, 0, 0, context, 1);
+    running.step();
+    running.apply();
+    running.scheduler.end(SeqId(0));
+    add(&mut running, 1, 1 << 20, 96 * KV_BLOCK, 2 * STEPS);
+    add(&mut running, 2, 0, context + 128 * KV_BLOCK, 1);
+    (0..4).for_each(|_| running.step());
+    assert_eq!((running.scheduler.running(), running.scheduler.waiting()), (1, 1));
+    running
+}
+
+fn plan_while_a_prompt_waits(c: &mut Criterion) {
+    let mut group = c.benchmark_group("plan and apply 1 while a prompt waits");
+    group.sample_size(10).measurement_time(Duration::from_secs(1));
+    for context in [2048, 131_072] {
+        let (mut running, mut left) = (waited_for(context), STEPS);
+        group.bench_function(BenchmarkId::new("begun", context), |b| {
+            b.iter_custom(|times| {
+                let mut took = Duration::ZERO;
+                for _ in 0..times {
+                    if left == 0 {
+                        (running, left) = (waited_for(context), STEPS);
+                    }
+                    left -= 1;
+                    let began = Instant::now();
+                    running.apply();
+                    let step = running.scheduler.plan().expect("there is room for a step");
+                    took += began.elapsed();
+                    running.in_flight.push_back(step);
+                }
+                took
+            })
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, plan_and_apply, plan_while_a_prompt_waits);
 criterion_main!(benches);

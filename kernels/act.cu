@@ -1,4 +1,4 @@
-// The gate of the feed-forward part.
+// The gate of the feed-forward part, and GELU.
 // variants: DTYPE=0,1,2
 #include "common.cuh"
 
@@ -39,5 +39,22 @@ silu_mul(T* out, const T* gate_up, u32 dim) {
     } else {
         for (u32 i = first + threadIdx.x; i < end; i += blockDim.x)
             to[i] = From<T>::f32(silu_times(to_f32(gates[i]), to_f32(ups[i])));
+    }
+}
+
+// x * Φ(x), for `n` numbers, in place. Grid: [n / (256 * LEN) rounded up], 256 threads.
+extern "C" __global__ void __launch_bounds__(256)
+gelu(T* x, u64 n) {
+    constexpr int LEN = Wide<T>::LEN;
+    const u64 first = ((u64)blockIdx.x * 256 + threadIdx.x) * LEN;
+    wait_for_previous();
+    let_next_start();
+    if (first + LEN <= n) {
+        Wide<T> some = *reinterpret_cast<const Wide<T>*>(x + first);
+#pragma unroll
+        for (int j = 0; j < LEN; j++) some.v[j] = From<T>::f32(to_f32(some.v[j]) * normcdff(to_f32(some.v[j])));
+        *reinterpret_cast<Wide<T>*>(x + first) = some;
+    } else {
+        for (u64 i = first; i < n; i++) x[i] = From<T>::f32(to_f32(x[i]) * normcdff(to_f32(x[i])));
     }
 }

@@ -8,10 +8,11 @@
 
 #define KV_BLOCK 16
 #define NONE 0xffffffffu
+#define IMAGE_ROW 0x80000000u
 
 struct Batch {
     const u32* counts;      // [8]: rows, sequences, outputs, single-row sequences, prefill tiles
-    const u32* ids;         // [rows]: NONE takes the last token of the sequence's seat
+    const u32* ids;         // [rows]: NONE takes the last token of the sequence's seat; with IMAGE_ROW a row of images
     const u32* positions;   // [rows]
     const u32* row_seq;     // [rows]: which sequence
     const u32* seq_row;     // [seqs]: first row
@@ -25,6 +26,7 @@ struct Batch {
     const u32* output_row;  // [outputs]
     const u32* output_seat; // [outputs]
     const float2* rotations; // [rows, head_dim / 2]: cosine and sine; written by the pass's first kernel
+    const u32* turns;       // [rows, 3]: time, down, across; null where rows turn by their positions alone
 };
 #define COUNT_ROWS 0
 #define COUNT_SEQS 1

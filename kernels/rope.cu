@@ -7,15 +7,19 @@
 static_assert(HEAD_DIM % 2 == 0, "a rotation turns pairs");
 
 // out[row][i] = scale * (cos, sin) of position * inv_freq[i]. One thread a number, rows * half of them. The product is
-// rounded to f32, as where models are trained; the functions are the accurate ones, also for large angles.
+// rounded to f32, as where models are trained; the functions are the accurate ones, also for large angles. Where rows have
+// turns, frequencies from `down` on take the second of them, and those from `across` on the third.
 extern "C" __global__ void __launch_bounds__(128)
-rotations(float2* __restrict__ out, Batch batch, const float* __restrict__ inv_freq, u32 half, float scale) {
+rotations(float2* __restrict__ out, Batch batch, const float* __restrict__ inv_freq, u32 half, u32 down, u32 across,
+          float scale) {
     const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
-    const u32 row = i / half;
+    const u32 row = i / half, freq = i % half;
     const bool mine = row < batch.counts[COUNT_ROWS];
     float2 turn = make_float2(0.0f, 0.0f);
     if (mine) {
-        sincosf(__fmul_rn((float)batch.positions[row], inv_freq[i % half]), &turn.y, &turn.x);
+        const u32 section = (freq >= down) + (freq >= across);
+        const u32 place = batch.turns ? batch.turns[(u64)row * 3 + section] : batch.positions[row];
+        sincosf(__fmul_rn((float)place, inv_freq[freq]), &turn.y, &turn.x);
     }
     wait_for_previous();
     let_next_start();

@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use serde::{Deserialize, Serialize};
+
 use crate::request::{Logprobs, SamplingParams};
 
 /// Tokens in one block of the KV cache.
@@ -11,6 +13,15 @@ pub const KV_BLOCK: usize = 16;
 /// seat in the device's table of last tokens.
 pub const ON_DEVICE: u32 = u32::MAX;
 
+/// The bit of an id that is no token but a row of the image store: the rest of it is the row's number. [`ON_DEVICE`]
+/// has it too, and is none.
+pub const IMAGE_ROW: u32 = 1 << 31;
+
+/// The row of the image store that an id stands for, if it is one.
+pub fn image_row(id: u32) -> Option<usize> {
+    (id & IMAGE_ROW != 0 && id != ON_DEVICE).then_some((id & !IMAGE_ROW) as usize)
+}
+
 /// A sequence: one sample of one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SeqId(pub u64);
@@ -18,10 +29,13 @@ pub struct SeqId(pub u64);
 /// Rows of several sequences that go through the stages together: prompt chunks and single steps.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct MicroBatch {
-    /// The tokens, all sequences' rows one after another; [`ON_DEVICE`] for one that only the device knows.
+    /// The tokens, all sequences' rows one after another; [`ON_DEVICE`] for one that only the device knows,
+    /// [`IMAGE_ROW`] for a part of an image.
     pub ids: Vec<u32>, // [rows]
     /// Each token's place in its sequence.
     pub positions: Vec<u32>, // [rows]
+    /// What each row is rotated by: time, down and across. Empty where each row's is its place, thrice: without images.
+    pub turns: Vec<[u32; 3]>, // [rows], or none
     /// Which rows belong to which sequence, in the order of the rows, without gaps.
     pub seqs: Vec<SeqRows>,
     /// The rows whose next token is wanted, in the order of the rows.
@@ -36,6 +50,16 @@ impl MicroBatch {
     /// How many rows (tokens) there are.
     pub fn rows(&self) -> usize {
         self.ids.len()
+    }
+
+    /// What is wrong with `turns` for a model whose rotation has sections, or has none.
+    pub(crate) fn check_turns(&self, sections: bool) -> Result<(), String> {
+        match self.turns.len() {
+            0 => Ok(()),
+            _ if !sections => Err("turns of a model that turns by places alone".into()),
+            turns if turns != self.rows() => Err(format!("{turns} turns for {} rows", self.rows())),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -90,7 +114,7 @@ pub struct SeqStart {
     pub sampling: Arc<SamplingParams>,
     /// The seed, drawn if the request named none.
     pub seed: u64,
-    /// The whole prompt, for the repetition penalty.
+    /// The whole prompt, for the repetition penalty. Parts of images are their placeholders' tokens.
     pub prompt: Arc<[u32]>,
     /// Tokens of the answer that have been chosen already, if it begins again: its penalties count them, and the next random
     /// number is the one after theirs.
@@ -117,4 +141,38 @@ pub struct Observation {
     pub step: u64,
     /// Without what it waited for.
     pub busy: Duration,
+}
+
+/// What a micro-batch's time depends on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PassShape {
+    /// Rows (tokens).
+    pub rows: usize,
+    /// Rows whose logits are wanted.
+    pub outputs: usize,
+    /// The tokens that each row attends to, itself among them; all rows together.
+    pub attended: usize,
+    /// Those of them that single rows attend to: nobody shares the reading of their keys and values.
+    pub read: usize,
+}
+
+impl PassShape {
+    /// A micro-batch's.
+    pub fn of(batch: &MicroBatch) -> Self {
+        let mut shape = PassShape { outputs: batch.outputs.len(), ..PassShape::default() };
+        for part in &batch.seqs {
+            shape = shape.with_rows(part.cached, part.len);
+        }
+        shape
+    }
+
+    /// With rows of one more sequence, behind `cached` tokens.
+    #[must_use]
+    pub fn with_rows(mut self, cached: usize, len: usize) -> Self {
+        let attended = len * cached + len * (len + 1) / 2;
+        self.rows += len;
+        self.attended += attended;
+        self.read += if len == 1 { attended } else { 0 };
+        self
+    }
 }

@@ -6,6 +6,8 @@ mod builder;
 mod counts;
 #[cfg(test)]
 mod fault_tests;
+mod images;
+mod measured;
 mod meter;
 mod place;
 mod progress;
@@ -18,25 +20,31 @@ mod start;
 mod stock;
 mod text;
 mod timeline;
+mod vision;
 mod wire;
 mod worker;
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use crossbeam_channel as channel;
 
 pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
+pub use measured::{Comparison, Watch};
 pub use meter::{Measurement, Measurements};
-pub use place::{gpus, profiles, scratch};
+pub use place::{cpu_scratch, device_specs, gpus, profiles, scratch};
 pub use progress::LoadProgress;
 pub use relayout::{MovedUnit, Relayout};
 
 use self::{
     answer::{Answer, Ending},
     counts::Counts,
+    images::{Images, Prepared, take_media},
     meter::Meter,
     worker::{Command, Submission},
 };
@@ -46,8 +54,8 @@ use crate::{
     layout::Layout,
     model::{config::GenerationConfig, spec::ModelSpec},
     pipeline::{StageMetrics, StageTimes},
-    request::{Event, FinishReason, Prompt, Request},
-    schedule::SchedulerStats,
+    request::{Event, FinishReason, Media, Prompt, Request},
+    schedule::{Keys, SchedulerStats},
     text::{Template, Tokenizer},
 };
 
@@ -69,7 +77,7 @@ pub struct Engine {
     threads: Vec<std::thread::JoinHandle<()>>,
     meter: Arc<Meter>,
     /// Writes the trace, if there is one.
-    timeline: Option<std::thread::JoinHandle<()>>,
+    timeline: Option<std::thread::JoinHandle<Result<()>>>,
 }
 
 /// What does not change while an engine runs.
@@ -81,11 +89,20 @@ struct Facts {
     dtype: DType,
     context_max: usize,
     kv_tokens: usize,
+    images: Option<Images>,
+    /// Whether what was measured in earlier runs is believed, and kept.
+    profiles: bool,
+    /// CPU threads, if it was said how many.
+    threads: Option<usize>,
+    /// What blocks are found by, where prompts may begin with others' blocks.
+    keys: Option<Keys>,
 }
 
 struct StageFacts {
     device: String,
     layers: String,
+    /// Whether it is one of the vision tower.
+    vision: bool,
     weight_bytes: usize,
     kv_bytes: usize,
     memory: Box<dyn Fn() -> Option<DeviceMemory> + Send + Sync>,
@@ -97,6 +114,9 @@ struct StageFacts {
 pub struct EngineStats {
     /// Its stages, in order.
     pub stages: Vec<StageStats>,
+    /// Those of the vision tower.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub vision: Vec<StageStats>,
     /// Queues and KV blocks now, and what was counted of them.
     pub scheduler: SchedulerStats,
     /// Measurements that found no room: what was too slow to read them has gaps.
@@ -114,7 +134,7 @@ pub struct EngineStats {
 pub struct StageStats {
     /// Its device.
     pub device: String,
-    /// Its layers, as in `--layout`: `0-9`.
+    /// Its layers, as in `--layout`: `0-9`; or its blocks of the vision tower: `v0-15`.
     pub layers: String,
     /// Bytes of its weights.
     pub weight_bytes: usize,
@@ -150,7 +170,7 @@ impl Engine {
     }
 
     /// Submits a request. What is wrong with it is said here; what goes wrong later is an [`Event::Error`].
-    pub fn submit(&self, request: Request) -> Result<Events> {
+    pub fn submit(&self, mut request: Request) -> Result<Events> {
         let facts = &self.facts;
         if request.n == 0 || request.n > SAMPLES_MAX {
             return Err(Error::Request(format!("n is {}; it must be 1 to {SAMPLES_MAX}", request.n)));
@@ -162,18 +182,27 @@ impl Engine {
                 "stop strings need a tokenizer, and the model folder has none".into(),
             ));
         }
-        let prompt: Arc<[u32]> = facts.prompt_ids(&request.prompt)?.into();
+        let (prompt, images, media) = facts.prepare(&mut request)?;
+        let prompt: Arc<[u32]> = prompt.into();
         facts.check_prompt(&prompt)?;
-        let place = self.counts.wait()?;
+        let ending = facts.ending(&request, prompt.len())?;
+        let place = self.counts.wait(prompt.len())?;
         let id = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, events) = channel::unbounded();
-        let (samples_left, ending) = (request.n, facts.ending(&request, prompt.len()));
+        let samples_left = request.n;
         let tokenizer = facts.tokenizer.as_ref();
         let answer = |sample| Answer::new(sample, &request, tokenizer, ending.clone(), prompt.len());
         let answers = (0..request.n).map(answer).collect::<Result<_>>()?;
         let submission = Submission {
             request: id,
             prompt: prompt.clone(),
+            keys: facts
+                .keys
+                .as_ref()
+                .map(|keys| keys.of_prompt(&prompt, images.as_deref()))
+                .unwrap_or_default(),
+            images,
+            media: media.into(),
             params: request,
             ending,
             answers,
@@ -184,6 +213,28 @@ impl Engine {
             .send(Command::Submit(Box::new(submission)))
             .map_err(|_| Error::Engine("it has ended".into()))?;
         Ok(Events { request: id, prompt_ids: prompt, events, commands: self.commands.clone(), samples_left })
+    }
+
+    /// An image for a request, from a file.
+    pub fn image_file(&self, path: &Path) -> Result<Media> {
+        let images = self.images()?;
+        images.image(path, &images.preprocessor.file(path)?)
+    }
+
+    /// An image for a request, from a file's bytes; `path` is for messages. What takes long is done here, on the caller's
+    /// thread.
+    pub fn image(&self, path: &Path, bytes: &[u8]) -> Result<Media> {
+        self.images()?.image(path, bytes)
+    }
+
+    /// A video for a request, from the files of its frames, of which there are `fps` a second.
+    pub fn video(&self, frames: &[PathBuf], fps: f64) -> Result<Media> {
+        self.images()?.video(frames, fps)
+    }
+
+    fn images(&self) -> Result<&Images> {
+        let why = "images are of no use to this model: it reads none";
+        self.facts.images.as_ref().ok_or_else(|| Error::Request(why.into()))
     }
 
     /// The model.
@@ -264,7 +315,8 @@ impl Engine {
         };
         let stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
         EngineStats {
-            stages: stages.iter().map(stats).collect(),
+            stages: stages.iter().filter(|stage| !stage.vision).map(stats).collect(),
+            vision: stages.iter().filter(|stage| stage.vision).map(stats).collect(),
             scheduler: self.meter.queues(),
             dropped: self.meter.dropped().load(Ordering::Relaxed),
             requests_waiting: self.counts.waiting(),
@@ -273,25 +325,49 @@ impl Engine {
         }
     }
 
+    /// Ends it, as dropping it does. An error says that the trace could not be written to its end.
+    pub fn end(mut self) -> Result<()> {
+        self.end_threads()
+    }
+
     /// What it does from now on, step by step. Up to `room` measurements wait to be read; more are dropped.
     pub fn measurements(&self, room: usize) -> Measurements {
         self.meter.listen(room).into()
     }
-}
 
-impl Drop for Engine {
-    fn drop(&mut self) {
+    fn end_threads(&mut self) -> Result<()> {
         let _ = self.commands.send(Command::End);
         for thread in self.threads.drain(..) {
             // A panic has been reported by the panic hook already.
             let _ = thread.join();
         }
         self.meter.end();
-        let _ = self.timeline.take().map(std::thread::JoinHandle::join);
+        let timeline = self.timeline.take().map(std::thread::JoinHandle::join);
+        let panicked = |_| Err(Error::Engine("writing the timeline panicked; this is a bug".into()));
+        timeline.map_or(Ok(()), |written| written.unwrap_or_else(panicked))
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if let Err(error) = self.end_threads() {
+            tracing::warn!(%error, "the trace has no end");
+        }
     }
 }
 
 impl Facts {
+    /// A request's tokens and images. The request keeps no copy of these.
+    fn prepare(&self, request: &mut Request) -> Result<Prepared> {
+        let media = take_media(request)?;
+        let ids = self.prompt_ids(&request.prompt)?;
+        match &self.images {
+            Some(images) => images.place(&ids, media),
+            None if media.is_empty() => Ok((ids, None, media)),
+            None => Err(Error::Request(format!("{} images, and the model reads none", media.len()))),
+        }
+    }
+
     fn prompt_ids(&self, prompt: &Prompt) -> Result<Vec<u32>> {
         let tokenizer = || {
             let why = "text needs a tokenizer, and the model folder has no tokenizer.json";
@@ -323,11 +399,19 @@ impl Facts {
     }
 
     /// What ends samples of this request by their tokens alone.
-    fn ending(&self, request: &Request, prompt_tokens: usize) -> Ending {
-        let room = self.context_max - prompt_tokens;
-        let eos = if request.stop.ignore_eos { &[][..] } else { &self.generation.eos };
-        let tokens_max = request.stop.max_tokens.map_or(room, |n| room.min(n as usize));
-        Ending { eos: eos.into(), tokens_max }
+    fn ending(&self, request: &Request, prompt_tokens: usize) -> Result<Ending> {
+        let (max, stop) = (self.context_max, &request.stop);
+        let room = max - prompt_tokens;
+        let tokens_max = match stop.max_tokens.map(|n| n as usize) {
+            Some(n) if n > room && !stop.shorten => {
+                return Err(Error::Request(format!(
+                    "the prompt has {prompt_tokens} tokens and max_tokens is {n}; prompt and answer together have room for {max}"
+                )));
+            }
+            asked => asked.map_or(room, |n| room.min(n)),
+        };
+        let eos = if stop.ignore_eos { &[][..] } else { &self.generation.eos };
+        Ok(Ending { eos: eos.into(), tokens_max })
     }
 }
 

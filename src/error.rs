@@ -75,6 +75,17 @@ pub enum Error {
         /// Requests that may wait.
         max: usize,
     },
+    /// A request whose prompt, with those of all that waited when it came, is longer than prompts that wait may be together;
+    /// later there may be room.
+    #[error("request: the prompts that wait have {waiting} tokens, and with its {tokens} more than {max}")]
+    BusyTokens {
+        /// Its own.
+        tokens: usize,
+        /// Of the prompts that wait already.
+        waiting: usize,
+        /// Tokens that may wait.
+        max: usize,
+    },
     /// A device that is absent, too small or failed.
     #[error("device {device}: {why}")]
     Device {

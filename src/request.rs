@@ -1,5 +1,7 @@
 //! What goes in and what comes out of the engine: plain data.
 
+use std::{fmt, sync::Arc};
+
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -32,13 +34,68 @@ pub struct Message {
     pub role: String,
     /// The text.
     pub content: String,
+    /// Images and videos within it, in their order.
+    #[serde(skip)]
+    pub media: Vec<Inset>,
 }
 
 impl Message {
     /// A message of the given role.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Message { role: role.into(), content: content.into() }
+        Message { role: role.into(), content: content.into(), media: Vec::new() }
     }
+
+    /// A message of text, images and videos, in this order.
+    pub fn of_parts(role: impl Into<String>, parts: impl IntoIterator<Item = Part>) -> Self {
+        let mut message = Message::new(role, "");
+        for part in parts {
+            match part {
+                Part::Text(text) => message.content.push_str(&text),
+                Part::Media(media) => message.media.push(Inset { at: message.content.len(), media }),
+            }
+        }
+        message
+    }
+}
+
+/// An image, or the frames of a video, decoded and at the size at which they are cut into patches.
+///
+/// 8-bit pixels are a tenth of the patches that become of them, which are cut when their turn comes. Copies share them.
+#[derive(Clone, PartialEq)]
+pub struct Media {
+    /// Pixels across.
+    pub width: u32,
+    /// Pixels down.
+    pub height: u32,
+    /// Three numbers a pixel, row by row, of each frame; an image is one frame.
+    pub frames: Arc<[Vec<u8>]>,
+    /// For videos: seconds from one patch's frames to the next one's.
+    pub seconds: Option<f64>,
+}
+
+impl fmt::Debug for Media {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Media { width, height, frames, seconds } = self;
+        write!(f, "Media {{ {width}x{height}, {} frames, seconds: {seconds:?} }}", frames.len())
+    }
+}
+
+/// A part of a message.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Part {
+    /// Text.
+    Text(String),
+    /// An image or a video.
+    Media(Media),
+}
+
+/// An image or a video within a message's text.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Inset {
+    /// Bytes of the text before it.
+    pub at: usize,
+    /// It.
+    pub media: Media,
 }
 
 /// A prompt, how to sample from it, and when to stop.
@@ -46,6 +103,8 @@ impl Message {
 pub struct Request {
     /// What to complete.
     pub prompt: Prompt,
+    /// Images and videos of a prompt that is no conversation: one for each placeholder in it, in their order.
+    pub media: Vec<Media>,
     /// How to choose tokens.
     pub sampling: SamplingParams,
     /// When to stop.
@@ -60,7 +119,7 @@ impl Request {
     /// A request with default sampling (greedy) and stopping.
     pub fn new(prompt: Prompt) -> Self {
         let (sampling, stop) = Default::default();
-        Request { prompt, sampling, stop, n: 1, priority: 0 }
+        Request { prompt, media: Vec::new(), sampling, stop, n: 1, priority: 0 }
     }
 }
 
@@ -140,8 +199,11 @@ impl SamplingParams {
 /// When to stop.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct StopParams {
-    /// At most this many new tokens; `None` goes on to the context's end.
+    /// At most this many new tokens; `None` goes on to the context's end. Where prompt and answer together would be longer than
+    /// the longest sequence, the request is refused.
     pub max_tokens: Option<u32>,
+    /// Takes fewer than `max_tokens` then, as many as there is room for.
+    pub shorten: bool,
     /// Ends before the first of these in the answer's text.
     pub strings: Vec<String>,
     /// Goes on past the model's end-of-sequence tokens.

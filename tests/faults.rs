@@ -97,7 +97,7 @@ fn step(step: u64, id: u32, started: bool) -> Step {
         outputs: vec![OutputRow { row: 0, seq, seat: 0 }],
         // The sampler, in the last stage, relies on it.
         starts: if started { vec![start] } else { vec![] },
-        ends: vec![],
+        ..MicroBatch::default()
     };
     Step { step, after: None, batch: Arc::new(batch) }
 }

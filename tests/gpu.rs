@@ -18,12 +18,20 @@ mod pages;
 mod rows;
 #[path = "gpu/sample.rs"]
 mod sample;
+#[path = "gpu/segments.rs"]
+mod segments;
 #[path = "gpu/speed.rs"]
 mod speed;
 #[path = "gpu/tokens.rs"]
 mod tokens;
+#[path = "gpu/tower.rs"]
+mod tower;
+#[path = "gpu/tower_time.rs"]
+mod tower_time;
 #[path = "gpu/transport.rs"]
 mod transport;
+#[path = "gpu/turns.rs"]
+mod turns;
 
 use common::numbers;
 use pipeline_infer::{

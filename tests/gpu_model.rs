@@ -9,8 +9,14 @@ mod device;
 mod faults;
 #[path = "gpu_model/goldens.rs"]
 mod goldens;
+#[path = "gpu_model/images.rs"]
+mod images;
+#[path = "gpu_model/mixed.rs"]
+mod mixed;
 #[path = "gpu_model/relayout.rs"]
 mod relayout;
+#[path = "gpu_model/seen.rs"]
+mod seen;
 #[path = "gpu_model/stages.rs"]
 mod stages;
 #[path = "gpu_model/tokens.rs"]

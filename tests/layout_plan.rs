@@ -1,4 +1,8 @@
-//! The planner finds the best cut there is: by hand and by brute force, over devices that differ.
+//! The planner finds the best cut there is: by hand and by brute force, over devices that differ. Cuts of plain numbers and what plans
+//! do with predictions are here; `cases` has real shapes on devices.
+
+#[path = "layout_plan/cases.rs"]
+mod cases;
 
 use pipeline_infer::{
     Layout,
@@ -98,7 +102,7 @@ fn with_head(mut problem: Problem, head: u64, bytes: u64) -> Problem {
 }
 
 #[test]
-fn twelve_hand_made_cases_have_the_optimum() {
+fn twelve_hand_made_problems_have_the_optimum() {
     let same = |layers, slots| alike(layers, &vec![(10, ROOMY); slots]);
     // 1. Nothing to choose.
     assert_eq!(planned(&same(28, 1)), Some(vec![28]));

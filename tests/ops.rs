@@ -9,6 +9,8 @@ mod linear;
 mod refused;
 #[path = "ops/rows.rs"]
 mod rows;
+#[path = "ops/turns.rs"]
+mod turns;
 
 use std::ops::Range;
 

@@ -79,12 +79,12 @@ fn more_requests_than_blocks_wait_their_turn_and_all_end() {
 fn dropping_the_events_cancels_and_gives_the_blocks_back() {
     // Room for one sequence: the second request runs only if the first one's blocks come back.
     let engine = build(|b| b.stages(2).kv_memory(1 << 15));
-    let room = engine.context_max();
+    let room = engine.context_max() as u32 - 3;
     for _ in 0..5 {
-        let mut events = engine.submit(request(&[1, 2, 3], room as u32)).unwrap();
+        let mut events = engine.submit(request(&[1, 2, 3], room)).unwrap();
         assert!(matches!(events.next(), Some(Event::Token { .. })));
     }
-    let mut events = engine.submit(request(&[1, 2, 3], room as u32)).unwrap();
+    let mut events = engine.submit(request(&[1, 2, 3], room)).unwrap();
     events.next().unwrap();
     events.cancel();
     let last = events.last().unwrap();
@@ -131,7 +131,18 @@ fn requests_that_cannot_be_served_are_refused_at_once() {
         long.to_string(),
         "request: the prompt has 32 tokens; prompt and answer together have room for 32"
     );
-    assert_eq!(collect(engine.submit(request(&[1; 31], 4)).unwrap()).len(), 2, "one token, then the end");
+    let mut asked = request(&[1; 29], 4);
+    assert_eq!(
+        engine.submit(asked.clone()).err().unwrap().to_string(),
+        "request: the prompt has 29 tokens and max_tokens is 4; prompt and answer together have room for 32"
+    );
+    asked.stop.shorten = true;
+    assert_eq!(collect(engine.submit(asked.clone()).unwrap()).len(), 4, "three tokens, then the end");
+    (asked.stop.max_tokens, asked.stop.shorten) = (None, false);
+    assert_eq!(collect(engine.submit(asked).unwrap()).len(), 4);
+    let engine = build(|b| b.max_context(32).waiting_tokens(20));
+    assert!(engine.submit(request(&[1; 21], 4)).err().unwrap().to_string().contains("21 tokens"));
+    assert_eq!(collect(engine.submit(request(&[1; 20], 4)).unwrap()).len(), 5);
 }
 
 #[test]
@@ -151,6 +162,7 @@ fn builders_values_are_checked() {
     assert!(said(|b| b.running(0)).contains("--running"));
     assert!(said(|b| b.running(1 << 20)).contains("--running"));
     assert!(said(|b| b.waiting(0)).contains("--waiting"));
+    assert!(said(|b| b.waiting_tokens(0)).contains("--waiting-tokens"));
     assert!(said(|b| b.max_context(1)).contains("--max-context"));
     assert!(said(|b| b.max_context(1 << 40)).contains("--max-context"));
     assert!(said(|b| b.kv_memory(3)).contains("--kv-memory"));
@@ -167,7 +179,7 @@ fn builders_values_are_checked() {
 fn dropping_the_engine_ends_open_requests_with_an_error() {
     let engine = build(|b| b.stages(2));
     let room = engine.context_max() as u32;
-    let mut events = engine.submit(request(&[1, 2, 3], room)).unwrap();
+    let mut events = engine.submit(request(&[1, 2, 3], room - 3)).unwrap();
     events.next().unwrap();
     drop(engine);
     assert!(matches!(events.last(), Some(Event::Error(Error::Engine(_)))));
@@ -176,7 +188,7 @@ fn dropping_the_engine_ends_open_requests_with_an_error() {
 #[test]
 fn every_transport_brings_what_was_sent_in_order_and_waits_for_room() {
     let cpu = Arc::new(Cpu::new(Some(1)));
-    for transport in transports::<Cpu>() {
+    for transport in transports::<Cpu, Cpu>() {
         crossing::brings_what_was_sent_in_order(transport, &cpu, &cpu);
         crossing::tells_a_sender_without_a_receiver(transport, &cpu, &cpu);
     }

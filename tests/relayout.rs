@@ -9,7 +9,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering::SeqCst},
 };
 
-use common::{Random, chat_llama, collect, golden::checkpoints, logprob_bits, request};
+use common::{Random, chat_llama, collect, data, golden::checkpoints, logprob_bits, request};
 use pipeline_infer::{
     Engine, Event, Request,
     engine::EngineBuilder,
@@ -171,4 +171,32 @@ fn an_engine_at_rest_changes_too_and_counts_on() {
     assert!(after.stages[0].times.batches > before.stages[0].times.batches);
     let refused = engine.relayout("0-2".parse().unwrap()).unwrap_err();
     assert!(refused.to_string().contains("layer 3 is in no stage"), "{refused}");
+}
+
+/// Images that prompts still need are encoded again for the new stages; those whose tokens are cached are not.
+#[test]
+fn images_are_seen_wherever_stages_are() {
+    let dir = data("qwen2_5_vl");
+    let build = |stages: usize| builder(&dir).max_context(400).stages(stages).build().unwrap();
+    let ask = |engine: &Engine, i: u32| {
+        let image = engine.image_file(&data("vision/odd.png")).unwrap();
+        let mut request = request(&[40 + i, 41, 320, 322, 321, 7, 8 + i, 320, 322, 321, 9], 12);
+        request.media.extend([image.clone(), image]);
+        engine.submit(request).unwrap()
+    };
+    let plain = build(1);
+    let want: Vec<_> = (0..8).map(|i| logprob_bits(&collect(ask(&plain, i)))).collect();
+    let engine = build(2);
+    let mut random = Random::new(5);
+    for _ in 0..6 {
+        let open: Vec<_> = (0..8).map(|i| ask(&engine, i)).collect();
+        for _ in 0..4 {
+            engine.relayout(random_layout(&mut random, engine.spec().layers.len())).unwrap();
+        }
+        for (events, want) in open.into_iter().zip(&want) {
+            assert_eq!(&logprob_bits(&collect(events)), want);
+        }
+    }
+    let images = engine.stats().scheduler.images.unwrap();
+    assert!(images.encoded > 1 && images.in_flight == 0, "{images:?}");
 }

@@ -4,10 +4,15 @@
 
 mod common;
 
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
 use common::world::{Wanted, World};
 use pipeline_infer::{
-    batch::{KV_BLOCK, Observation},
-    schedule::SchedulerConfig,
+    batch::{KV_BLOCK, Observation, Sampled, SeqId, Step},
+    schedule::{BlockPool, Keys, NewSequence, Scheduler, SchedulerConfig},
 };
 use proptest::prelude::*;
 
@@ -265,4 +270,74 @@ fn a_low_priority_ends_although_higher_ones_keep_coming() {
         }
         assert!(id > 50, "{id}: it comes last as long as it need not come first");
     }
+}
+
+fn new(seq: u64, prompt: impl IntoIterator<Item = u32>, answer: usize) -> NewSequence {
+    let prompt: Arc<[u32]> = prompt.into_iter().collect();
+    let tokens_max = prompt.len() + answer - 1;
+    NewSequence {
+        seq: SeqId(seq),
+        prompt,
+        tokens_max,
+        sampling: Arc::default(),
+        seed: 0,
+        priority: 0,
+        images: None,
+    }
+}
+
+fn apply(scheduler: &mut Scheduler, step: &Step) {
+    let token = |seq| Sampled { seq, id: 5, logprobs: None };
+    scheduler.apply(step.step, step.batch.outputs.iter().map(|output| token(output.seq)).collect());
+}
+
+/// The shortest time for a step of one sequence that decodes, while a prompt waits for room that begins with so many tokens of an
+/// earlier one.
+fn while_a_prompt_waits(context: u32) -> Duration {
+    let blocks = context as usize / KV_BLOCK + 64;
+    let mut scheduler = Scheduler::new(config(1, 1 << 20, 4), BlockPool::new(blocks));
+    scheduler.add(new(0, 0..context, 1));
+    let step = scheduler.plan().expect("the earlier prompt");
+    apply(&mut scheduler, &step);
+    scheduler.end(SeqId(0));
+    scheduler.add(new(1, 1 << 20..(1 << 20) + 32 * KV_BLOCK as u32, 300));
+    scheduler.add(new(2, 0..context + 40 * KV_BLOCK as u32, 1));
+    let mut shortest = Duration::MAX;
+    for _ in 0..200 {
+        let began = Instant::now();
+        let step = scheduler.plan().expect("the one that decodes");
+        shortest = shortest.min(began.elapsed());
+        assert_eq!(scheduler.waiting(), 1);
+        apply(&mut scheduler, &step);
+    }
+    scheduler.end(SeqId(1));
+    assert_eq!(scheduler.plan().expect("the one that waited").batch.rows(), 40 * KV_BLOCK);
+    assert_eq!(scheduler.stats().prefix_hit_tokens, u64::from(context));
+    shortest
+}
+
+#[test]
+fn a_prompt_that_waits_takes_no_time_however_long_it_is() {
+    let (short, long) = (while_a_prompt_waits(1024), while_a_prompt_waits(131_072));
+    assert!(long < 5 * short + Duration::from_micros(10), "{long:?}, and {short:?} for a short one");
+}
+
+#[test]
+fn prompts_are_found_by_the_keys_that_are_given() {
+    let keys = Keys::default();
+    let mut scheduler = Scheduler::new(config(1, 1024, 4), BlockPool::new(64)).with_keys(keys.clone());
+    let prompts = [0..100, 0..200].map(|ids| ids.collect::<Vec<u32>>());
+    scheduler.add_hashed(new(0, prompts[0].clone(), 1), &keys.of_prompt(&prompts[0], None));
+    let step = scheduler.plan().expect("a prompt");
+    apply(&mut scheduler, &step);
+    scheduler.end(SeqId(0));
+    // Those of another prompt: nobody looks at the tokens again.
+    scheduler.add_hashed(new(1, 500..700, 1), &keys.of_prompt(&prompts[1], None));
+    let step = scheduler.plan().expect("a prompt");
+    assert_eq!(step.batch.rows(), 200 - 96);
+    apply(&mut scheduler, &step);
+    scheduler.end(SeqId(1));
+    // And the same keys are made where none are given.
+    scheduler.add(new(2, prompts[1].clone(), 1));
+    assert_eq!(scheduler.plan().expect("a prompt").batch.rows(), 200 - 192);
 }

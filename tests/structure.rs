@@ -30,8 +30,13 @@ const RANKS: &[(&str, u32)] = &[
 /// Pairs of the same rank that are meant.
 const ALLOWED: &[(&str, &str)] = &[("batch", "request"), ("layout", "model")];
 
-const UNSAFE_ROOMS: &[&str] =
-    &["src/backend/cpu/", "src/backend/cuda/", "src/transport/peer", "src/model/mapped.rs"];
+const UNSAFE_ROOMS: &[&str] = &[
+    "src/backend/cpu/",
+    "src/backend/cuda/",
+    "src/transport/peer",
+    "src/transport/pinned.rs",
+    "src/model/mapped.rs",
+];
 
 fn sources(folder: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
@@ -148,6 +153,62 @@ fn unsafe_code_stays_in_its_rooms() {
         let meant = UNSAFE_ROOMS.iter().any(|room| name.starts_with(room));
         assert!(!allows || meant, "{name} allows unsafe code");
     }
+}
+
+/// Functions with their numbers of lines, as rustfmt leaves them: from the line that names one to the brace below it.
+fn functions(text: &str) -> Vec<(String, usize)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (first, line) in lines.iter().enumerate() {
+        let (head, name) = match line.split_once("fn ") {
+            Some((head, name)) => (head.trim_start(), name),
+            None => continue,
+        };
+        let qualifier = |word: &str| {
+            ["pub", "const", "async", "unsafe", "extern"].contains(&word)
+                || word.starts_with("pub(")
+                || word == "\"C\""
+                || word.ends_with(')') && head.contains("pub(in ")
+        };
+        if !head.split_whitespace().all(qualifier) || line.ends_with('}') || line.ends_with(';') {
+            continue;
+        }
+        let indent = &line[..line.len() - line.trim_start().len()];
+        let ends = |line: &&str| {
+            line.strip_prefix(indent).is_some_and(|l| l == "}" || l.starts_with(')') && l.ends_with(';'))
+        };
+        let len = 1 + lines[first..].iter().position(ends).expect("an end");
+        let name = name.split(|c: char| !c.is_alphanumeric() && c != '_').next().expect("a name");
+        found.push((name.to_owned(), len));
+    }
+    found
+}
+
+#[test]
+fn a_function_fits_a_screen() {
+    for folder in ["src", "benches", "examples"] {
+        for path in sources(folder) {
+            let text = fs::read_to_string(&path).unwrap();
+            for (name, lines) in functions(&text) {
+                assert!(lines <= 70, "{}: {name} has {lines} lines", relative(&path));
+            }
+        }
+    }
+    let seen: usize =
+        sources("src").iter().map(|path| functions(&fs::read_to_string(path).unwrap()).len()).sum();
+    assert!(seen > 1000, "{seen}");
+}
+
+#[test]
+fn the_function_reader_sees_what_there_is() {
+    let long = format!(
+        "    pub(in crate::a) unsafe fn long(\n        x: u32,\n    ) {{\n{}    }}\n",
+        "        x;\n".repeat(70)
+    );
+    let text = format!(
+        "fn short() {{\n}}\nfn one() {{}}\nimpl A {{\n{long}    fn gone(&self);\n}}\n// A fn of words\n"
+    );
+    assert_eq!(functions(&text), [("short".to_owned(), 2), ("long".to_owned(), 74)]);
 }
 
 #[test]

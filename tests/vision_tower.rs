@@ -4,7 +4,10 @@ mod common;
 
 use std::{fs, ops::Range, path::Path, sync::Arc};
 
-use common::data;
+use common::{
+    data,
+    tower::{FOLDER, Parts, golden, patches},
+};
 use pipeline_infer::{
     backend::{
         Backend, DType,
@@ -12,52 +15,19 @@ use pipeline_infer::{
     },
     grid::Grid,
     model::{
-        config::Config,
-        vision::{Tower, TowerConfig, VisionSpec},
+        vision::{Tower, TowerConfig},
         weights::Weights,
     },
 };
-use serde_json::Value;
-
-const FOLDER: &str = "vision-tower";
 
 fn config(folder: &Path, blocks: Range<usize>) -> TowerConfig {
-    let spec = VisionSpec::read(&Config::read(&data(FOLDER)).unwrap()).unwrap();
-    let weights = Weights::open(folder).unwrap();
-    TowerConfig { spec: spec.into(), weights: Arc::new(weights), blocks, dtype: DType::F16, rows_max: 400 }
-}
-
-fn golden() -> (Vec<Grid>, Vec<f32>) {
-    let value: Value = serde_json::from_slice(&fs::read(data(FOLDER).join("tower.json")).unwrap()).unwrap();
-    let grids: Vec<[u32; 3]> = serde_json::from_value(value["grids"].clone()).unwrap();
-    let tokens = fs::read(data(FOLDER).join("tokens.f32")).unwrap();
-    let number = |bytes: &[u8]| f32::from_le_bytes(bytes.try_into().unwrap());
-    (grids.into_iter().map(|[t, h, w]| Grid { t, h, w }).collect(), tokens.chunks(4).map(number).collect())
-}
-
-/// The patches of all images of the golden.
-fn patches(grids: &[Grid]) -> Vec<f32> {
-    let len = 1176 * grids.iter().map(|g| g.patches()).sum::<usize>();
-    (0..len).map(|i| (i * 7919 % 1009) as f32 / 1009.0 * 4.0 - 2.0).collect()
+    common::tower::config(folder, blocks, DType::F16)
 }
 
 /// The tokens of images that go through the parts in turn.
 fn run(cpu: &Cpu, folder: &Path, parts: &[Range<usize>], grids: &[Grid], patches: &[f32]) -> Vec<f32> {
-    let mut towers: Vec<Tower<Cpu>> =
-        parts.iter().map(|part| Tower::load(cpu, &config(folder, part.clone())).unwrap()).collect();
-    let mut hidden = vec![0.0; 32 * patches.len() / 1176];
-    for (i, tower) in towers.iter_mut().enumerate() {
-        tower.set(cpu, grids).unwrap();
-        match i {
-            0 => tower.write_patches(cpu, patches).unwrap(),
-            _ => cpu.write(tower.hidden(), &hidden).unwrap(),
-        }
-        tower.forward(cpu).unwrap();
-        cpu.read(&mut hidden, tower.hidden()).unwrap();
-    }
-    let mut tokens = vec![0.0; 24 * grids.iter().map(|g| g.tokens(2)).sum::<usize>()];
-    cpu.read(&mut tokens, towers.last().unwrap().tokens()).unwrap();
-    tokens
+    let configs: Vec<TowerConfig> = parts.iter().map(|part| config(folder, part.clone())).collect();
+    Parts::load(cpu, &configs).run(grids, patches)
 }
 
 fn whole(cpu: &Cpu, grids: &[Grid], patches: &[f32]) -> Vec<f32> {

@@ -9,13 +9,13 @@ cd "$(dirname "$0")/.."
 out=${1:-.gpu}
 
 # libtest's executables have a hash in their names: cargo says which they are.
-tests=$(cargo test --release --locked --no-run --test gpu --test gpu_model --message-format=json |
+tests=$(cargo test --release --locked --no-run --lib --test gpu --test gpu_model --message-format=json |
 	python3 -c '
 import json, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and message["target"]["kind"] == ["test"]:
-        print(message["target"]["name"], message["executable"])')
+    if message.get("executable") and message["profile"]["test"]:
+        print("lib" if "lib" in message["target"]["kind"] else message["target"]["name"], message["executable"])')
 cargo build --release --locked
 
 rm -rf "$out"

@@ -8,16 +8,22 @@ compute-sanitizer. No Rust. The checks:
 
     ops        every op on the GPU against the processor's (tests/gpu.rs)
     models     small checkpoints, stages, batches, sampling, faults (tests/gpu_model.rs)
+    faults     stages on GPUs that fail are built anew, with the same tokens in no more memory (the library's own tests)
     memcheck   the op suite over fewer shapes under compute-sanitizer: no access out of bounds
-    racecheck  the same: no race in shared memory
+    racecheck  the same: no race in shared memory, as far as the kernels are the project's own
     7b-…       tokens per second of random weights, with the goal for as many GPUs
+    …-one      four GPUs: the same on one of them, which what four reach is compared with
+    …-simulated  the bubble that `bench simulate` gives for what the run's passes cost, beside the measured one
+    …-hand, …-even  the same with layers cut by hand and into equal numbers, beside the planned cut
+    load       GB/s of loading a checkpoint of 7b's size from the page cache, and each GPU's memory (load_speed.py)
     attention  decode attention by itself (the ignored tests of tests/gpu.rs): its share of a copy's bytes per second
+    tower      the 7b's vision tower, whole and op by op: images per second, and its share of a large product's rate
     late       four GPUs: what a prompt of 8,192 tokens does to the time between tokens of 128 others
     prefix-…   four GPUs: time to the first token of 64 requests that begin with the same 2,048 tokens, without and with reuse
     relayout   four GPUs: how long 64 requests that run wait when a layer of 7b moves, and whether their tokens change
     boundary-… time per token of one request to 7b with so many stages: what a boundary adds to one stage's
 """
-import argparse, concurrent.futures, json, os, pathlib, re, shutil, signal, subprocess, sys, sysconfig, time
+import argparse, concurrent.futures, json, os, pathlib, re, shutil, signal, subprocess, sys, sysconfig, tempfile, time
 
 HERE = pathlib.Path(__file__).resolve().parent
 # Tests that would take the sanitizers minutes, and show nothing there that others do not.
@@ -37,6 +43,15 @@ BENCHES = [
 
 # Idle share of the slowest of several stages, at most, where so many requests decode.
 BUBBLE_GOAL, BUBBLE_REQUESTS = 0.03, 256
+# What the simulator's bubble may be off by, of what the same costs were measured with.
+SIMULATED_GOAL = 0.02
+# Four stages' rate over one's in the same run, at least.
+RATIO_GOALS = {"7b-256x512x256": 2.15, "7b-32x4096x1": 3.6}
+# Of four stages, the best cut by hand, and what the planned one may lose against others.
+HAND = {"7b-256x512x256": "0-7@cuda:0,8-14@cuda:1,15-21@cuda:2,22-27@cuda:3"}
+PLANNED_GOAL = 0.98
+# Bytes of disk that the checkpoint for `load` needs.
+LOAD_DISK = 17 << 30
 # Between others' tokens while a long prompt is worked on, the longest time in medians, at most.
 LATE_GOAL = 2.0
 # Milliseconds that requests wait when a layer moves, at most.
@@ -47,6 +62,9 @@ PREFIX_GOAL = 5.0
 NOT_OURS = ("nvjet", "cutlass", "sm80_xmma", "sm90_xmma", "ampere_")
 # Of a copy's rate, what decode attention should reach at least.
 ATTENTION_GOAL = 0.80
+# Of a large product's rate, what the vision tower should reach at least with one image of 1024x1024, and its attention to a
+# whole frame by itself.
+TOWER_GOAL = 0.50
 # Stages whose time per token is compared with one stage's, and microseconds that each boundary may add to it.
 BOUNDARY_STAGES, BOUNDARY_GOAL = (1, 2, 4), 15.0
 
@@ -101,14 +119,29 @@ def judge_tests(code, text):
     return ", ".join(parts), code == 0 and passed > 0 and (not errors or errors[1] == "0")
 
 
+def judge_memory(code, text):
+    """The same under memcheck, which must have come to its end."""
+    shown, ok = judge_tests(code, text)
+    if not re.search(r"ERROR SUMMARY: \d+ error", text):
+        return f"{shown}, no summary of the sanitizer's", False
+    return shown, ok
+
+
 def judge_races(code, text):
-    """The same under racecheck, for the project's own kernels."""
-    pairs = re.findall(r"Race reported between \w+ access at (\S+?)\+0x.*?and \w+ access at (\S+?)\+0x", text, re.S)
-    ours = [pair for pair in pairs if not all(name.startswith(NOT_OURS) for name in pair)]
+    """The same under racecheck, for the project's own kernels. What cannot be read counts as theirs nowhere."""
+    summary = re.search(r"RACECHECK SUMMARY: (\d+) hazard", text)
+    records = [re.findall(r"access at (\S.*?)\+0x", record) for record in text.split("Race reported between")[1:]]
+    unread = max(0, int(summary[1]) - len(records) if summary else 0) + sum(len(names) < 2 for names in records)
+    read = [names for names in records if len(names) >= 2]
+    ours = [names for names in read if not all(name.startswith(NOT_OURS) for name in names)]
     shown, _ = judge_tests(0, re.sub(r"RACECHECK SUMMARY: \d+", f"RACECHECK SUMMARY: {len(ours)}", text))
+    shown += f", {len(read) - len(ours)} in cublasLt's own kernels" * (len(read) > len(ours))
+    shown += f", {unread} hazards that could not be read" * (unread > 0)
+    shown += ", no summary of the sanitizer's" * (not summary)
+    # The sanitizer's code is for hazards alone where there are some.
+    ended = code == 0 or (code == 9 and len(records) > 0)
     passed = re.search(r"^test result: ok", text, re.M)
-    theirs = f", {len(pairs) - len(ours)} in cublasLt's own kernels" if len(pairs) > len(ours) else ""
-    return shown + theirs, bool(passed) and not ours and code in (0, 9)
+    return shown, bool(passed and summary) and not ours and not unread and ended
 
 
 def json_of(text):
@@ -117,19 +150,125 @@ def json_of(text):
     return json.loads(lines[-1]) if lines else None
 
 
-def judge_bench(goal, measured, bubble_goal=None):
-    def judge(code, text):
+def last_line(code, text):
+    return text.strip().splitlines()[-1][:160] if text.strip() else f"exit code {code}"
+
+
+class Bench:
+    """A workload on the bundle's model with random weights, and what its runs came to."""
+
+    def __init__(self, bundle, logs, model, requests, given, new, measured):
+        self.name, self.logs, self.measured, self.requests = f"{model}-{requests}x{given}x{new}", logs, measured, requests
+        self.program = [bundle / "bin" / "pipeline-infer", "bench"]
+        self.model = ["--model", bundle / "models" / model, "--weights", "dummy"]
+        self.work = ["--requests", requests, "--input-len", given, "--output-len", new, "--format", "json"]
+        self.rates = {}  # By what is appended to the name: tokens per second.
+
+    def check(self, flags, judge, suffix=""):
+        return Check(self.name + suffix, [*self.program, "throughput", *self.model, *flags, *self.work], 180, judge=judge,
+                     log="benches")
+
+    def figures(self, code, text, suffix=""):
         figures = json_of(text)
         if code != 0 or not figures:
-            return text.strip().splitlines()[-1][:160] if text.strip() else f"exit code {code}", False
-        rate = figures[f"{measured}_tokens_per_s"]["median"]
-        share = f", {rate / goal:.2f} of the goal of {goal:,}" if goal else ""
-        ok, steady = not goal or rate >= goal, figures["pipeline"]["steady"]
-        if bubble_goal and steady:
-            share += f", bubble {steady['bubble']:.1%} (goal {bubble_goal:.0%}), imbalance {steady['imbalance']:.1%}"
-            ok = ok and steady["bubble"] <= bubble_goal
-        return f"{rate:,.1f} {measured} tokens/s{share}", ok
-    return judge
+            return None
+        self.rates[suffix] = figures[f"{self.measured}_tokens_per_s"]["median"]
+        return figures
+
+    def planned(self, stages, goal):
+        """The cut that is made where nobody asks for one."""
+        bubble_goal = BUBBLE_GOAL if stages > 1 and self.requests == BUBBLE_REQUESTS else None
+
+        def judge(code, text):
+            figures = self.figures(code, text)
+            if not figures:
+                self.costs().unlink(missing_ok=True)
+                return last_line(code, text), False
+            self.costs().write_text(json.dumps(figures))
+            rate, steady = self.rates[""], figures["pipeline"]["steady"]
+            shown, ok = f"{rate:,.1f} {self.measured} tokens/s", not goal or rate >= goal
+            if goal:
+                shown += f", {rate / goal:.2f} of the goal of {goal:,}"
+            if bubble_goal and steady:
+                shown += f", bubble {steady['bubble']:.1%} (goal {bubble_goal:.0%}), imbalance {steady['imbalance']:.1%}"
+                ok = ok and steady["bubble"] <= bubble_goal
+            if bubble_goal and not steady:
+                shown, ok = f"{shown}, no bubble measured", False
+            return self.against_one(shown, ok)
+        return self.check(["--stages", stages, *["--exact"] * (bubble_goal is not None)], judge)
+
+    def against_one(self, shown, ok):
+        goal = RATIO_GOALS.get(self.name)
+        if not goal or "-one" not in self.rates:
+            return shown, ok
+        ratio = self.rates[""] / self.rates["-one"]
+        return f"{shown}, {ratio:.2f} times one stage (goal {goal})", ok and ratio >= goal
+
+    def one(self):
+        def judge(code, text):
+            if not self.figures(code, text, "-one"):
+                return last_line(code, text), False
+            return f"{self.rates['-one']:,.1f} {self.measured} tokens/s on one stage", True
+        return self.check(["--stages", 1], judge, "-one")
+
+    def other(self, suffix, flags):
+        """Another cut than the planned one, which should be as good or better."""
+        def judge(code, text):
+            figures = self.figures(code, text, suffix)
+            if not figures:
+                return last_line(code, text), False
+            steady, rate = figures["pipeline"]["steady"], self.rates[suffix]
+            shown = f"{rate:,.1f} {self.measured} tokens/s, {figures['layout']}"
+            shown += f", imbalance {steady['imbalance']:.1%}" if steady else ""
+            if "" not in self.rates:
+                return shown, True
+            ratio = self.rates[""] / rate
+            return f"{shown}; the planned cut reaches {ratio:.3f} of it (goal {PLANNED_GOAL})", ratio >= PLANNED_GOAL
+        return self.check(flags, judge, suffix)
+
+    def costs(self):
+        return self.logs / f"{self.name}.json"
+
+    def simulated(self):
+        """The scheduler under a virtual clock, with what the measured run's passes cost."""
+        def judge(code, text):
+            figures = json_of(text)
+            if code != 0 or not figures:
+                return last_line(code, text), False
+            measured = json.loads(self.costs().read_text())["pipeline"]
+            if not measured["steady"] or not figures["decode"]:
+                return "no steady phase to compare", False
+            is_, was = figures["decode"]["bubble"], measured["steady"]["bubble"]
+            whole = 1 - max(stage["busy"] for stage in figures["stages"]), measured["whole"]["bubble"]
+            shown = f"bubble {is_:.1%}, measured {was:.1%} (goal: within {SIMULATED_GOAL:.0%})"
+            return f"{shown}; of the whole run {whole[0]:.1%}, measured {whole[1]:.1%}", abs(is_ - was) <= SIMULATED_GOAL
+        return Check(f"{self.name}-simulated", [*self.program, "simulate", "--costs", self.costs(), *self.work], 60, judge=judge,
+                     log="benches")
+
+    def groups(self, count, goal):
+        """Its checks, one after another."""
+        several = count >= 4
+        checks = [self.one()] if several and self.name in RATIO_GOALS else []
+        checks.append(self.planned(count, goal))
+        if several and self.requests == BUBBLE_REQUESTS:
+            checks.append(self.simulated())
+        if several and self.name in HAND:
+            checks.append(self.other("-hand", ["--layout", HAND[self.name]]))
+            checks.append(self.other("-even", ["--stages", count, "--split", "even"]))
+        return [[check] for check in checks]
+
+
+def judge_load(code, text):
+    """Of load_speed.py: each number of stages' last loading, and the GPU that has most in use beyond what was said of it."""
+    parts, ok = [], code == 0
+    for block in re.split(r"(?=^\d+ stages, loading 1:)", text, flags=re.M)[1:]:
+        stages = re.match(r"\d+", block)[0]
+        rates = re.findall(r"GB/s, ([\d.]+) a GPU$", block, re.M)
+        over = [float(percent) for percent in re.findall(r"in use, ([+-][\d.]+)%", block)]
+        ok = ok and bool(rates) and bool(over) and "not counted" not in block
+        memory = f"{max(over):+.2f}% of memory" if over else "memory not counted"
+        parts.append(f"{stages} stages {rates[-1] if rates else '?'} GB/s a GPU, {memory}")
+    return "; ".join(parts) or last_line(code, text), ok and bool(parts)
 
 
 def judge_late(code, text):
@@ -178,12 +317,24 @@ def judge_attention(code, text):
     return f"{shown} (goal {ATTENTION_GOAL:.2f})", all(float(share) >= ATTENTION_GOAL for *_, share in found)
 
 
+def judge_tower(code, text):
+    product = re.search(r"^8192x8192x8192: (\d+) TFLOP/s", text, re.M)
+    towers = re.findall(r"^tower (\S+): \d+ us, ([\d.]+) images/s, (\d+) TFLOP/s, ([\d.]+) of", text, re.M)
+    frame = re.search(r"^op frame: .*, (\d+) TFLOP/s", text, re.M)
+    if code != 0 or not (product and towers and frame):
+        return judge_tests(code, text)[0], False
+    attention = int(frame[1]) / int(product[1])
+    shown = "; ".join(f"{size} {images} images/s, {share} of a product" for size, images, _, share in towers)
+    ok = float(towers[0][3]) >= TOWER_GOAL and attention >= TOWER_GOAL
+    return f"{shown}; attention to a frame {attention:.2f} (goals {TOWER_GOAL:.2f})", ok
+
+
 def judge_boundary(stages, times):
     """`times`: microseconds per token by number of stages, of the checks so far."""
     def judge(code, text):
         lines = [line for line in text.splitlines() if line.startswith("{")]
         if code != 0 or not lines:
-            return text.strip().splitlines()[-1][:160] if text.strip() else f"exit code {code}", False
+            return last_line(code, text), False
         times[stages] = json.loads(lines[-1])["tpot_ms"]["median"] * 1e3
         shown = f"{times[stages]:,.1f} us per token"
         if stages == 1 or 1 not in times:
@@ -260,13 +411,15 @@ def gpus():
     return [line for line in listed.splitlines() if line.startswith("GPU ")]
 
 
-def plan(bundle, count, test_filter):
+def plan(bundle, logs, count, test_filter, load_folder):
     """Groups of checks; those of a group run at the same time."""
     programs = bundle / "bin"
     threads = f"--test-threads={max(1, min(8, (os.cpu_count() or 2) // 2))}"
     chosen = [test_filter] if test_filter else []
     groups = [[Check("ops", [programs / "gpu", threads, *chosen], 300)],
               [Check("models", [programs / "gpu_model", threads, *chosen], 300)]]
+    if not test_filter:
+        groups.append([Check("faults", [programs / "lib", "--nocapture", "fault_tests::gpu"], 300)])
     if sanitizer():
         skips = [part for name in NOT_SANITIZED for part in ("--skip", name)]
         quick = {"PIPELINE_INFER_GPU_QUICK": "1"}
@@ -274,19 +427,12 @@ def plan(bundle, count, test_filter):
         def under(tool, *more):
             command = [sanitizer(), "--tool", tool, "--error-exitcode", "9", "--print-limit", "100", *more,
                        programs / "gpu", "--test-threads=1", *skips, *chosen]
-            judge = judge_races if tool == "racecheck" else judge_tests
+            judge = judge_races if tool == "racecheck" else judge_memory
             return Check(tool, command, 240, quick, judge)
         groups.append([under("memcheck"), under("racecheck", "--racecheck-report", "analysis")])
     for model, requests, given, new, measured, goals in BENCHES:
-        fits = count >= (1 if model == "7b" else 4)
-        if fits and not test_filter:
-            command = [programs / "pipeline-infer", "bench", "throughput", "--model", bundle / "models" / model, "--weights",
-                       "dummy", "--stages", count, "--requests", requests, "--input-len", given, "--output-len", new,
-                       "--format", "json"]
-            name, goal = f"{model}-{requests}x{given}x{new}", goals.get(count)
-            bubble = BUBBLE_GOAL if count > 1 and requests == BUBBLE_REQUESTS else None
-            command += ["--exact"] * (bubble is not None)
-            groups.append([Check(name, command, 180, judge=judge_bench(goal, measured, bubble), log="benches")])
+        if count >= (1 if model == "7b" else 4) and not test_filter:
+            groups += Bench(bundle, logs, model, requests, given, new, measured).groups(count, goals.get(count))
     if count >= 4 and not test_filter:
         bench = [programs / "pipeline-infer", "bench", "throughput", "--model", bundle / "models" / "7b", "--weights", "dummy",
                  "--stages", count, "--format", "json", "--requests"]
@@ -305,13 +451,26 @@ def plan(bundle, count, test_filter):
     if not test_filter:
         command = [programs / "gpu", "--ignored", "--nocapture", "--test-threads=1", "speed::"]
         groups.append([Check("attention", command, 120, judge=judge_attention)])
+        command = [programs / "gpu", "--ignored", "--nocapture", "--test-threads=1", "tower_time::"]
+        groups.append([Check("tower", command, 180, judge=judge_tower)])
         times = {}
         for stages in BOUNDARY_STAGES:
             command = [programs / "pipeline-infer", "bench", "throughput", "--model", bundle / "models" / "7b", "--weights", "dummy",
                        "--stages", stages, "--requests", 1, "--input-len", 512, "--output-len", 128, "--repeat", 5,
                        "--format", "json"]
             groups.append([Check(f"boundary-{stages}", command, 120, judge=judge_boundary(stages, times), log="benches")])
+    if not test_filter and room_to_load(load_folder):
+        command = [sys.executable, HERE / "load_speed.py", load_folder, "--bundle", bundle, "--stages", *sorted({1, count})]
+        groups.append([Check("load", command, 300, {"PYTHONUNBUFFERED": "1"}, judge_load)])
     return groups
+
+
+def room_to_load(folder):
+    """Whether there is a disk for the checkpoint, or the checkpoint."""
+    if (folder / "model.safetensors.index.json").exists():
+        return True
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    return shutil.disk_usage(parent).free >= LOAD_DISK
 
 
 def main():
@@ -320,6 +479,8 @@ def main():
     args.add_argument("--only", nargs="+", default=[], help="names of checks, or their beginnings")
     args.add_argument("--skip", nargs="+", default=[], help="likewise")
     args.add_argument("--filter", help="only tests with this in their names, and no benches")
+    args.add_argument("--load-folder", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "pipeline-infer-7b",
+                      help="where the checkpoint for `load` is or is written, 15 GB")
     args.add_argument("--logs", type=pathlib.Path, default=pathlib.Path("gpu_check_logs"))
     args = args.parse_args()
     bundle = args.bundle.resolve()
@@ -335,7 +496,7 @@ def main():
     wanted = lambda name: ((not args.only or any(name.startswith(o) for o in args.only))
                            and not any(name.startswith(s) for s in args.skip))
     done = []
-    for group in plan(bundle, len(found), args.filter):
+    for group in plan(bundle, args.logs.resolve(), len(found), args.filter, args.load_folder):
         group = [check for check in group if wanted(check.name)]
         for check in group:
             check.start(args.logs, env)
@@ -345,12 +506,14 @@ def main():
                 alone(check, check.text(), env, 120)
             done.append(check)
             print(f"{check.name}: {check.outcome} ({check.seconds:.0f} s)", flush=True)
-    print(f"\n{'check':16} {'':6} {'seconds':>8}  outcome")
+    print(f"\n{'check':24} {'':6} {'seconds':>8}  outcome")
+    if not args.filter and wanted("load") and not any(check.name == "load" for check in done):
+        print(f"{'load':24} SKIPPED: {LOAD_DISK / 1e9:.0f} GB of disk are wanted for {args.load_folder}")
     if not sanitizer():
         for name in filter(wanted, ("memcheck", "racecheck")):
-            print(f"{name:16} SKIPPED: no compute-sanitizer")
+            print(f"{name:24} SKIPPED: no compute-sanitizer")
     for check in done:
-        print(f"{check.name:16} {'FAILED' if check.failed else 'ok':6} {check.seconds:8.1f}  {check.outcome}")
+        print(f"{check.name:24} {'FAILED' if check.failed else 'ok':6} {check.seconds:8.1f}  {check.outcome}")
     sys.exit(any(check.failed for check in done))
 
 

@@ -32,6 +32,33 @@ pub struct Limits {
     pub context_max: usize,
 }
 
+/// What rows' queries and keys are rotated by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rotation<'a> {
+    /// Radians a position, for each pair of numbers.
+    pub inv_freq: &'a [f32], // [head_dim / 2]
+    /// Multiplies sines and cosines.
+    pub scale: f32,
+    /// How many of the frequencies, from the first on, turn by a row's time, how many by its place down, and how many across.
+    /// `None`: all by its place in the sequence.
+    pub sections: Option<[usize; 3]>,
+}
+
+impl<'a> Rotation<'a> {
+    /// By the place in the sequence alone.
+    pub fn plain(inv_freq: &'a [f32], scale: f32) -> Self {
+        Rotation { inv_freq, scale, sections: None }
+    }
+
+    /// The first frequency that turns by the place down, and the first that turns by the place across.
+    fn bounds(&self) -> [usize; 2] {
+        let half = self.inv_freq.len();
+        let Some([time, down, across]) = self.sections else { return [half; 2] };
+        assert_eq!(time + down + across, half, "sections of other frequencies; this is a bug");
+        [time, time + down]
+    }
+}
+
 /// One layer's KV pages.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct KvShape {
@@ -189,9 +216,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn read_pages(&self, from: &Self::Kv, blocks: Range<usize>) -> Result<Vec<u8>>;
     /// Writes what has been read so, of any device's pages of the same shape.
     fn write_pages(&self, to: &mut Self::Kv, blocks: Range<usize>, bytes: &[u8]) -> Result<()>;
-    /// Makes room for a micro-batch. `inv_freq` is what the positions are multiplied by for the
-    /// rotation, `rotation_scale` multiplies its sines and cosines.
-    fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Self::Batch>;
+    /// Makes room for a micro-batch.
+    fn batch(&self, limits: Limits, rotation: Rotation<'_>) -> Result<Self::Batch>;
     /// Makes the state of sampling from `vocab` logits.
     fn sampler(&self, vocab: usize) -> Result<Self::Sampler>;
 
@@ -221,8 +247,14 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Copies from the host.
     fn write(&self, to: &mut Self::Buf, from: &[f32]) -> Result<()>;
 
-    /// `out[row] = table[id of row]`.
-    fn embed(&self, out: &mut Self::Buf, table: &Self::Matrix, batch: &Self::Batch) -> Result<()>;
+    /// `out[row] = table[id of row]`, or the row of `images` that the id stands for.
+    fn embed(
+        &self,
+        out: &mut Self::Buf,
+        table: &Self::Matrix,
+        images: Option<&Self::Buf>,
+        batch: &Self::Batch,
+    ) -> Result<()>;
     /// `out = norm(x) · wᵀ + bias`. `normed` is scratch for the rows in between.
     fn norm_linear(
         &self,

@@ -208,6 +208,34 @@ impl Tensor {
         }
     }
 
+    /// The same numbers in a larger shape, with zeros after the rows and after each row's numbers. One dimension is rows of
+    /// one number.
+    pub fn padded(&self, shape: &[usize]) -> Result<Tensor> {
+        let of = |shape: &[usize]| (shape[0], shape.get(1).copied().unwrap_or(1) * self.dtype.size());
+        let ((rows, row), (rows_new, row_new)) = (of(&self.shape), of(shape));
+        assert!(
+            shape.len() == self.shape.len() && shape.len() <= 2 && rows <= rows_new && row <= row_new,
+            "tensor {} of {:?} padded to {shape:?}; this is a bug",
+            self.name,
+            self.shape
+        );
+        if self.shape == shape {
+            return Ok(self.clone());
+        }
+        let made = self.made()?;
+        let size = rows_new * row_new;
+        let mut bytes: Vec<u8> = Vec::new();
+        bytes
+            .try_reserve_exact(size)
+            .map_err(|e| Error::Engine(format!("tensor {}: no memory for {size} bytes: {e}", self.name)))?;
+        for from in made.bytes().chunks_exact(row) {
+            bytes.extend_from_slice(from);
+            bytes.resize(bytes.len() + row_new - row, 0);
+        }
+        bytes.resize(size, 0);
+        Tensor::new(&*self.name, shape.to_vec(), self.dtype, Bytes::new(Arc::new(bytes), 0..size))
+    }
+
     /// How many numbers.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
@@ -249,5 +277,24 @@ impl Tensor {
             return Ok(Tensor { dtype, ..self.clone() });
         }
         Tensor::collect(self.name.clone(), self.shape.clone(), dtype, self.len(), self.numbers())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padding_is_zeros_after_rows_and_numbers() {
+        let tensor = Tensor::from_f32("t", vec![2, 3], DType::BF16, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
+        let padded = tensor.padded(&[3, 4]).unwrap();
+        let want = [1.0, 2.0, 3.0, 0.0, 4.0, 5.0, 6.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        assert_eq!((padded.shape.clone(), padded.to_f32()), (vec![3, 4], want.to_vec()));
+        assert_eq!(tensor.padded(&[2, 3]).unwrap().to_f32(), tensor.to_f32());
+        let bias = Tensor::from_f32("b", vec![2], DType::F32, &[7.0, 8.0]).unwrap();
+        assert_eq!(bias.padded(&[4]).unwrap().to_f32(), [7.0, 8.0, 0.0, 0.0]);
+        let random = Tensor::random("r", vec![2, 2], DType::F32, Random { key: 3, centre: 0.0 }).unwrap();
+        let made = random.to_f32();
+        assert_eq!(random.padded(&[2, 3]).unwrap().to_f32(), [made[0], made[1], 0.0, made[2], made[3], 0.0]);
     }
 }

@@ -64,6 +64,19 @@ impl Places {
     }
 }
 
+/// Rows that go from one buffer to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowRun {
+    /// The first of them where they come from.
+    pub from: usize,
+    /// The first of them where they go to.
+    pub to: usize,
+    /// How many.
+    pub rows: usize,
+    /// Numbers a row.
+    pub dim: usize,
+}
+
 /// A device that a vision tower can run on.
 ///
 /// What a tower shares with a decoder is in [`Backend`]: [`Backend::norm_linear`], [`Backend::norm_gate_up`] and
@@ -77,6 +90,8 @@ pub trait VisionOps: Backend {
     /// Brings places to the device.
     fn set_images(&self, images: &mut Self::Images, from: &Places) -> Result<()>;
 
+    /// How long rows of `len` numbers between two products should be made, with zeros, so that the products are quick.
+    fn row_width(&self, len: usize) -> usize;
     /// `out = x · wᵀ + bias`, for `rows` rows, each as long as those of `w`.
     fn linear(&self, out: &mut Self::Buf, x: &Self::Buf, w: &Self::Matrix, rows: usize) -> Result<()>;
     /// `out = norm(x)`.
@@ -102,4 +117,6 @@ pub trait VisionOps: Backend {
         images: &Self::Images,
         dim: usize,
     ) -> Result<()>;
+    /// Copies f32 rows: finished tokens to their place in the image store.
+    fn copy_rows(&self, to: &mut Self::Buf, from: &Self::Buf, run: RowRun) -> Result<()>;
 }

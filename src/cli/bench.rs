@@ -1,13 +1,32 @@
 //! `pipeline-infer bench`: measurements with made-up work, one file each, in [`MEASUREMENTS`].
 
+mod arrivals;
+mod compare;
+mod drive;
 mod figures;
+mod goodput;
+mod host;
 mod late;
+mod latency;
+mod limits;
+mod output;
 mod phases;
+mod plot;
+mod random;
 mod record;
 mod relayout;
+mod report;
+mod results;
+mod serve;
+mod session;
 mod simulate;
 mod spread;
+mod summary;
+mod sweep;
+mod tables;
 mod throughput;
+mod uses;
+mod workload;
 
 use clap::{ArgMatches, Command};
 
@@ -17,8 +36,17 @@ use crate::error::Result;
 pub(super) const SUBCOMMAND: Subcommand =
     Subcommand { name: "bench", about: "Measures a model with made-up requests", flags, run };
 
-/// All measurements.
-const MEASUREMENTS: &[Subcommand] = &[throughput::SUBCOMMAND, relayout::SUBCOMMAND, simulate::SUBCOMMAND];
+/// All measurements, and what can be done with their results.
+const MEASUREMENTS: &[Subcommand] = &[
+    throughput::SUBCOMMAND,
+    latency::SUBCOMMAND,
+    serve::SUBCOMMAND,
+    sweep::SUBCOMMAND,
+    relayout::SUBCOMMAND,
+    compare::SUBCOMMAND,
+    report::SUBCOMMAND,
+    simulate::SUBCOMMAND,
+];
 
 fn flags(command: Command) -> Command {
     command.subcommand_required(true).subcommands(MEASUREMENTS.iter().map(Subcommand::command))

@@ -19,7 +19,7 @@ const MAX_TOKENS: u32 = 512;
 #[serde(deny_unknown_fields, default)]
 #[command(next_help_heading = "Sampling and stopping")]
 pub(super) struct Choices {
-    /// New tokens at most [default: 512]
+    /// New tokens at most; a prompt that leaves no room for as many is refused [default: 512, or as many as there is room for]
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
     /// 0 takes the most likely token [default: 0, or generation_config.json's if that says do_sample; so
@@ -62,6 +62,9 @@ pub(super) struct Choices {
     /// Independent samples to draw of each prompt
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     n: Option<u32>,
+    /// Prompts of higher priority come first; those of one priority in their order [default: 0]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    priority: Option<i32>,
     /// Reports each token's log-probability and the K most likely tokens (JSON only)
     #[arg(long, value_name = "K")]
     logprobs: Option<u32>,
@@ -95,9 +98,10 @@ impl Choices {
     /// The request for a prompt: these choices over the model's own. `over` are a line's, which go first.
     pub(super) fn request(&self, prompt: Prompt, model: &GenerationConfig, over: &Choices) -> Request {
         let mut request = Request {
+            media: Vec::new(),
             prompt,
             sampling: model_default(model),
-            stop: StopParams { max_tokens: Some(MAX_TOKENS), ..StopParams::default() },
+            stop: StopParams { max_tokens: Some(MAX_TOKENS), shorten: true, ..StopParams::default() },
             n: 1,
             priority: 0,
         };
@@ -109,13 +113,14 @@ impl Choices {
         request
     }
 
-    fn apply(&self, request: &mut Request) {
+    /// Changes a request in what is chosen.
+    pub(super) fn apply(&self, request: &mut Request) {
         fn set<T: Clone>(to: &mut T, from: &Option<T>) {
             if let Some(value) = from {
                 to.clone_from(value);
             }
         }
-        let Request { sampling, stop, n, .. } = request;
+        let Request { sampling, stop, n, priority, .. } = request;
         set(&mut sampling.temperature, &self.temperature);
         set(&mut sampling.top_k, &self.top_k);
         set(&mut sampling.top_p, &self.top_p);
@@ -126,10 +131,14 @@ impl Choices {
         set(&mut sampling.logit_bias, &self.logit_bias);
         sampling.seed = self.seed.or(sampling.seed);
         sampling.logprobs = self.logprobs.or(sampling.logprobs);
-        stop.max_tokens = self.max_tokens.or(stop.max_tokens);
+        if let Some(max_tokens) = self.max_tokens {
+            // Whoever asks for so many wants no fewer.
+            (stop.max_tokens, stop.shorten) = (Some(max_tokens), false);
+        }
         set(&mut stop.strings, &self.stop);
         set(&mut stop.ignore_eos, &self.ignore_eos);
         set(n, &self.n);
+        set(priority, &self.priority);
     }
 
     /// Choices that greedy decoding silently passes over would surprise.
@@ -213,8 +222,11 @@ mod tests {
 
     #[test]
     fn a_line_goes_before_flags_and_flags_before_the_model() {
-        let flags = line(r#"{"temperature": 0.5, "seed": 7, "ignore_eos": true, "stop": ["a", "b"]}"#);
-        let over = line(r#"{"seed": 8, "ignore_eos": false, "stop": "c", "logit_bias": {"3": -1.5}}"#);
+        let flags =
+            line(r#"{"temperature": 0.5, "priority": 3, "seed": 7, "ignore_eos": true, "stop": ["a", "b"]}"#);
+        let over = line(
+            r#"{"priority": -2, "seed": 8, "ignore_eos": false, "stop": "c", "logit_bias": {"3": -1.5}}"#,
+        );
         let request = flags.request(Prompt::Ids(vec![1]), &sampling_model(), &over);
         assert_eq!(request.sampling.temperature, 0.5);
         assert_eq!(request.sampling.top_p, 0.9);
@@ -223,8 +235,13 @@ mod tests {
         assert_eq!(request.sampling.seed, Some(8));
         assert_eq!(request.sampling.logit_bias, [(3, -1.5)]);
         assert_eq!(request.stop.strings, ["c"]);
+        assert_eq!(request.priority, -2);
+        let alone = flags.request(Prompt::Ids(vec![1]), &sampling_model(), &Choices::default());
+        assert_eq!(alone.priority, 3);
         assert!(!request.stop.ignore_eos);
-        assert_eq!(request.stop.max_tokens, Some(MAX_TOKENS));
+        assert_eq!((request.stop.max_tokens, request.stop.shorten), (Some(MAX_TOKENS), true));
+        let asked = flags.request(Prompt::Ids(vec![1]), &sampling_model(), &line(r#"{"max_tokens": 512}"#));
+        assert_eq!((asked.stop.max_tokens, asked.stop.shorten), (Some(512), false));
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod answer;
 mod bench;
 mod chat;
 mod choices;
+mod compared;
 mod completions;
 mod devices;
 mod interrupt;
@@ -34,6 +35,8 @@ use crate::{
 
 /// Wrong usage: an unknown flag, a value that cannot be used, a request that cannot be served.
 const EXIT_USAGE: u8 = 2;
+/// Something is worse than it was.
+const EXIT_WORSE: u8 = 3;
 /// A signal ended it.
 const EXIT_INTERRUPTED: u8 = 130;
 

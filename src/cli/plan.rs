@@ -12,13 +12,13 @@ use super::{
     Subcommand,
     interrupt::Interrupt,
     print,
-    setup::{Cut, Kept, Source, Stages},
+    setup::{Cut, Kept, Source, Stages, named_devices},
 };
 use crate::{
     backend::DType,
     engine,
     error::{Error, Result},
-    layout::{DeviceSpec, Given, Layout, Planner, Prediction, Workload, planner::Scratch},
+    layout::{DeviceSpec, Given, Layout, MemoryLimits, Planner, Prediction, Workload, planner::Scratch},
     model::{config::Config, hub, open_model, shapes, spec::ModelSpec},
 };
 
@@ -50,9 +50,16 @@ struct PlanArgs {
     /// In any order of the devices, where they differ
     #[arg(long, conflicts_with = "layout")]
     any_order: bool,
-    /// 8xh100-80g,4xl4, or NAME:mem=24g,bw=900g,bf16=150t (also free=, f16=, f32=, link=) [default: this machine's GPUs]
+    /// 8xh100-80g,4xl4, or NAME:mem=24g,bw=900g,bf16=150t (also free=, f16=, f32=, link=); cpu, cuda and cuda:N are this
+    /// machine's [default: this machine's GPUs]
     #[arg(long, value_name = "DEVICES")]
     devices: Option<String>,
+    /// Takes at most so many bytes of devices' memory, as if no more were free: cuda:1=40g,cuda:3=20g (powers of 1000)
+    #[arg(long, value_name = "DEVICE=BYTES")]
+    device_memory: Option<String>,
+    /// Predicts from device data alone, not from what earlier runs have measured
+    #[arg(long)]
+    no_profiles: bool,
     /// The type that weights, keys and values are kept in; auto is the checkpoint's
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     dtype: Kept,
@@ -128,7 +135,10 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     planner.workload = args.asked.workload();
     planner.kv_tokens = args.kv_tokens.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
     planner.scratch = engine::scratch(&spec, dtype, planner.workload, CONTEXT_MAX.min(spec.context_max));
-    planner.profiles = engine::profiles(&spec, dtype, &devices);
+    planner.cpu_scratch = engine::cpu_scratch(&spec, planner.workload);
+    if !args.no_profiles {
+        planner.profiles = engine::profiles(&spec, dtype, &devices);
+    }
     let given = match given {
         Some(Given { layout, placed: false }) => Some(planner.place(&layout)?),
         given => given.map(|given| given.layout),
@@ -157,9 +167,22 @@ fn run(matches: &ArgMatches) -> Result<u8> {
 
 impl PlanArgs {
     fn devices(&self) -> Result<Vec<DeviceSpec>> {
-        if let Some(text) = &self.devices {
-            return DeviceSpec::list(text);
-        }
+        let limits = self.device_memory.as_ref().map(|text| text.parse::<MemoryLimits>()).transpose()?;
+        let here = |part: &str| part == "cpu" || part == "cuda" || part.starts_with("cuda:");
+        let mut devices = match &self.devices {
+            Some(text) if text.split(',').all(|part| here(part.trim())) => {
+                engine::device_specs(&named_devices(text)?, None)?
+            }
+            Some(text) => DeviceSpec::list(text)?,
+            None => self.gpus()?,
+        };
+        let limits = limits.unwrap_or_default();
+        limits.check(&devices)?;
+        limits.apply(&mut devices);
+        Ok(devices)
+    }
+
+    fn gpus(&self) -> Result<Vec<DeviceSpec>> {
         engine::gpus().map_err(|error| match error {
             Error::Device { why, .. } => Error::usage(
                 "--devices",
@@ -224,7 +247,7 @@ impl Told {
             text += &ranking.table();
         }
         if let Some(plan) = &self.plan {
-            text += &tables::plan(plan);
+            text += &tables::plan(plan, self.workload.running);
             let wanted = self.workload.kv_tokens().min(plan.kv_tokens);
             text += &Picture::of_terminal().draw(plan, wanted);
         }

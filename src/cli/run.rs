@@ -12,11 +12,11 @@ use clap::{ArgAction, ArgMatches, Args, FromArgMatches, ValueEnum};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::{
-    EXIT_INTERRUPTED, Subcommand,
+    EXIT_INTERRUPTED, Subcommand, VERBOSE,
     answer::{Answer, End, Halt, PATIENCE, Stream},
     chat::{self, Terminal},
     choices::Choices,
-    complain, flag_name,
+    compared, complain, flag_name,
     interrupt::Interrupt,
     output::{Json, Printer, Text},
     prompts::{self, Asked, Content, Prompts},
@@ -25,7 +25,7 @@ use super::{
     table::{Totals, report},
 };
 use crate::{
-    engine::{Engine, Events},
+    engine::{Engine, Events, Watch},
     error::{Error, Result},
     request::{Message, Prompt},
 };
@@ -98,15 +98,42 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     let source = args.source()?;
     let interrupt = Interrupt::install()?;
     let engine = Arc::new(args.setup.start(builder, args.format == Format::Text)?);
-    let asker = Asker::new(args.clone(), engine)?;
-    match source {
+    let watch = (matches.get_count(VERBOSE) > 0).then(|| engine.watch()).transpose()?;
+    let asker = Asker::new(args.clone(), engine.clone())?;
+    let code = match source {
         Source::One(content) => {
             let run = Run::new(&asker, &interrupt, false);
             run.all(Box::new(std::iter::once(Ok(content.into()))))
         }
         Source::Many(prompts) => Run::new(&asker, &interrupt, true).all(prompts),
         Source::Person => converse(&asker, &interrupt),
+    }?;
+    drop(asker);
+    // The answers are out, whatever becomes of the figures.
+    if let Some(watch) = watch
+        && let Err(error) = compare(&engine, watch, args.format)
+    {
+        tracing::warn!(%error, "stage times are not told");
     }
+    // An interrupted run may leave a thread that waits for prompts, and has it.
+    match Arc::into_inner(engine).map_or(Ok(()), Engine::end) {
+        Err(e) if code != 0 => complain(&e.to_string()),
+        ended => ended?,
+    }
+    Ok(code)
+}
+
+/// Tells what stages took beside what plans say, and keeps it for plans to come.
+fn compare(engine: &Engine, watch: Watch, format: Format) -> Result<()> {
+    let measured = watch.end();
+    let comparison = engine.compare(&measured)?;
+    compared::keep(engine, &measured, &comparison);
+    match format {
+        // Stderr may be gone; the answer is out.
+        Format::Text => _ = write!(io::stderr(), "\n{}", compared::table(&comparison)),
+        Format::Json => compared::log(&comparison),
+    }
+    Ok(())
 }
 
 impl RunArgs {
@@ -167,7 +194,7 @@ impl Asker {
         // Some wait for long enough to be refused: there is room when one of them starts.
         let events = loop {
             match self.engine.submit(request.clone()) {
-                Err(Error::Busy { .. }) => thread::sleep(PATIENCE),
+                Err(Error::Busy { .. } | Error::BusyTokens { .. }) => thread::sleep(PATIENCE),
                 submitted => break submitted?,
             }
         };

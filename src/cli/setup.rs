@@ -1,15 +1,19 @@
 //! The flags that make an engine: the model, where its stages run, and how much they may use.
 
-use std::{path::PathBuf, str::FromStr, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Instant,
+};
 
 use clap::{Args, ValueEnum};
 
 use super::loading::{Loaded, Meter, Speed};
 use crate::{
     backend::DType,
-    engine::{Engine, EngineBuilder, WeightSource},
-    error::{Error, Result},
-    layout::{Device, Given, planner::Split},
+    engine::{self, Engine, EngineBuilder, WeightSource},
+    error::{Error, Result, shown},
+    layout::{Device, Given, MemoryLimits, planner::Split},
     model::hub,
 };
 
@@ -19,21 +23,25 @@ use crate::{
 pub(super) struct Setup {
     /// A folder with config.json and safetensors, or OWNER/NAME[@REVISION] on the Hugging Face hub
     #[arg(long, value_name = "DIR")]
-    model: String,
+    pub(super) model: String,
     /// Cuts the layers into N stages, or into as many as are worth it (auto: at most one a GPU) [default: 1]
     #[arg(long, value_name = "N|auto", conflicts_with = "layout")]
-    stages: Option<Stages>,
+    pub(super) stages: Option<Stages>,
     /// How they are cut: even (near-equal lengths) or planned (the slowest stage as fast as can be) [default:
     /// planned on several GPUs, else even]
     #[arg(long, value_name = "SPLIT", conflicts_with = "layout")]
-    split: Option<Cut>,
+    pub(super) split: Option<Cut>,
     /// Which layers make each stage, and on which device: 0-9,10-29 or 0-9@cuda:0,10-29@cuda:1, or a file that
     /// ends in .toml
     #[arg(long, value_name = "STAGES")]
-    layout: Option<String>,
+    pub(super) layout: Option<String>,
     /// Where the stages run: auto (GPUs if there are any), cpu, cuda (successive GPUs) or cuda:N; a layout names devices itself
     #[arg(long, value_name = "DEVICE", default_value = "auto", conflicts_with = "layout")]
     device: String,
+    /// Which devices the stages may be on, in as many stages as are worth it unless --stages says: cuda:0,cuda:1 or, for a model
+    /// larger than all GPUs, cuda,cpu (cuda: all GPUs; cpu: what has no room there)
+    #[arg(long, value_name = "DEVICES", conflicts_with_all = ["layout", "device"])]
+    devices: Option<String>,
     /// The type that weights, keys and values are kept in; auto is the checkpoint's
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     dtype: Kept,
@@ -48,13 +56,19 @@ pub(super) struct Setup {
     /// most a quarter of the free memory; on GPUs what weights and buffers leave]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     kv_memory: Option<usize>,
+    /// Takes at most so many bytes of devices' memory, as if no more were free: cuda:1=40g,cuda:3=20g (powers of 1000)
+    #[arg(long, value_name = "DEVICE=BYTES")]
+    device_memory: Option<String>,
+    /// Plans from device data alone, not from what earlier runs have measured; and keeps nothing of this run's
+    #[arg(long)]
+    no_profiles: bool,
     /// Micro-batches in flight at most [default: the number of devices]
     #[arg(long, value_name = "N")]
-    slots: Option<usize>,
-    /// Prompt tokens in each micro-batch [default: up to 256 on the CPU and 2048 on GPUs, fewer where few wait and where
-    /// answers that are under way would notice]
+    pub(super) slots: Option<usize>,
+    /// Prompt tokens in each micro-batch [default: up to 256 on the CPU, and on GPUs 8192 over the number of stages, at
+    /// least 2048; fewer where few wait and where answers that are under way would notice]
     #[arg(long, value_name = "TOKENS")]
-    chunk: Option<usize>,
+    pub(super) chunk: Option<usize>,
     /// Sequences that run at once at most; others wait [default: 64 on the CPU, 256 on GPUs]
     #[arg(long, value_name = "N")]
     pub(super) running: Option<usize>,
@@ -64,10 +78,15 @@ pub(super) struct Setup {
     /// Requests that wait for their first step at most; more are refused [default: 4096]
     #[arg(long, value_name = "N")]
     pub(super) waiting: Option<usize>,
+    /// Tokens of the prompts of all requests that wait, together, at most; more are refused [default: 67108864]
+    #[arg(long, value_name = "TOKENS")]
+    pub(super) waiting_tokens: Option<usize>,
     /// Moves a layer to another GPU where a stage is slower than the others for long: another process is on its GPU, or it
     /// is throttled. Each GPU keeps room for one more layer
     #[arg(long)]
     balance: bool,
+    #[arg(skip)]
+    movable: bool,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -99,6 +118,16 @@ impl FromStr for Stages {
 pub(super) enum Cut {
     Even,
     Planned,
+}
+
+impl Cut {
+    /// As in the flag.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Cut::Even => "even",
+            Cut::Planned => "planned",
+        }
+    }
 }
 
 impl From<Cut> for Split {
@@ -138,15 +167,36 @@ pub(super) enum Source {
 }
 
 impl Setup {
+    /// With room to move, and with prompts that are computed each from its first token on.
+    pub(super) fn moving(self) -> Setup {
+        Setup { movable: true, no_prefix_cache: true, ..self }
+    }
+
+    /// The model's own name: its folder's, or its name on the hub.
+    pub(super) fn model_name(&self) -> String {
+        let path = Path::new(&self.model);
+        // Of `.` and the like, what they stand for.
+        let path = match path.file_name() {
+            Some(_) => path.to_path_buf(),
+            None => path.canonicalize().unwrap_or_default(),
+        };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        match name.split('@').next().unwrap_or_default() {
+            "" => "model".into(),
+            name => name.replace(char::is_whitespace, "-"),
+        }
+    }
+
     /// The engine's description, with what can be checked before a file is opened.
     pub(super) fn builder(&self) -> Result<EngineBuilder> {
-        let mut builder = Engine::builder()
-            .prefix_cache(!self.no_prefix_cache)
-            .balance(self.balance)
-            .weights(match self.weights {
-                Source::Real => WeightSource::Real,
-                Source::Dummy => WeightSource::Dummy,
-            });
+        let mut builder = Engine::builder().prefix_cache(!self.no_prefix_cache).weights(match self.weights {
+            Source::Real => WeightSource::Real,
+            Source::Dummy => WeightSource::Dummy,
+        });
+        builder = builder.profiles(!self.no_profiles).balance(self.balance).movable(self.movable);
+        if let Some(text) = &self.device_memory {
+            builder = builder.device_memory(text.parse::<MemoryLimits>()?);
+        }
         if let Some(layout) = &self.layout {
             // Cuts alone say nothing of devices.
             let Given { layout, placed } = Given::from_arg(layout)?;
@@ -159,6 +209,9 @@ impl Setup {
                 Error::usage(format!("--device {text}"), "it is none of auto, cpu, cuda and cuda:N")
             })?),
         };
+        if let Some(text) = &self.devices {
+            builder = builder.devices(named_devices(text)?);
+        }
         if let Some(dtype) = self.dtype.dtype() {
             builder = builder.dtype(dtype);
         }
@@ -174,7 +227,7 @@ impl Setup {
             builder = builder.split(cut.into());
         }
         type Set = fn(EngineBuilder, usize) -> EngineBuilder;
-        let counts: [(&str, Option<usize>, Set); 8] = [
+        let counts: [(&str, Option<usize>, Set); 9] = [
             ("--stages", stages, EngineBuilder::stages),
             ("--max-context", self.max_context, EngineBuilder::max_context),
             ("--kv-memory", self.kv_memory, EngineBuilder::kv_memory),
@@ -182,6 +235,7 @@ impl Setup {
             ("--chunk", self.chunk, EngineBuilder::chunk),
             ("--running", self.running, EngineBuilder::running),
             ("--waiting", self.waiting, EngineBuilder::waiting),
+            ("--waiting-tokens", self.waiting_tokens, EngineBuilder::waiting_tokens),
             ("--threads", self.threads, EngineBuilder::threads),
         ];
         for (flag, count, set) in counts {
@@ -226,6 +280,20 @@ impl Setup {
         );
         Ok((engine, Loaded { took, weights }))
     }
+}
+
+/// `cuda:0,cuda:1,cpu`, or `cuda,cpu` with all GPUs that can be used.
+pub(super) fn named_devices(text: &str) -> Result<Vec<Device>> {
+    let mut devices = Vec::new();
+    for part in text.split(',').map(str::trim) {
+        match part {
+            "cuda" => devices.extend(engine::gpus()?.into_iter().map(|gpu| gpu.device)),
+            _ => devices.push(part.parse::<Device>().map_err(|_| {
+                Error::usage(format!("--devices {}", shown(part)), "it is none of cpu, cuda and cuda:N")
+            })?),
+        }
+    }
+    Ok(devices)
 }
 
 /// `512`, `1.5G`, `64MiB`.

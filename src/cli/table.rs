@@ -76,7 +76,11 @@ pub(super) fn report(totals: &Totals, wall: Duration, before: &[StageStats], aft
 
 /// A time in its unit.
 pub(super) fn seconds(s: f64) -> String {
-    if s < 1.0 { format!("{:.1} ms", 1e3 * s) } else { format!("{s:.2} s") }
+    match s {
+        s if s < 1e-4 => format!("{:.3} ms", 1e3 * s),
+        s if s < 1.0 => format!("{:.1} ms", 1e3 * s),
+        _ => format!("{s:.2} s"),
+    }
 }
 
 /// How a stage spent its time, each as a share of all of it.

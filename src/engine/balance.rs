@@ -221,7 +221,9 @@ impl Balancer {
             }
             stages[left + 1].layers.start = *cut;
         }
-        Layout::new(stages).expect("a layer fewer of several, one more elsewhere; this is a bug")
+        let shifted =
+            Layout::new(stages).and_then(|layout| layout.with_vision(self.layout.vision().to_vec()));
+        shifted.expect("a layer fewer of several, one more elsewhere; this is a bug")
     }
 }
 

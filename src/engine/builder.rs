@@ -1,58 +1,44 @@
 //! From a description to running threads.
 
-use std::{
-    path::PathBuf,
-    sync::{Arc, Mutex},
-    time::Instant,
-};
+mod plan;
+mod vision;
+
+use std::{path::PathBuf, sync::Arc, time::Instant};
+
+pub(super) use self::vision::place_tower;
 
 use super::{
     Engine, Facts,
     balance::Pace,
+    counts::WaitingLimits,
     meter::Meter,
-    place::{Count, Free, Place, Room, Unplaced},
+    place::{Count, Free, Place, check_limits},
     progress::{LoadProgress, Observer, Progress},
-    recipe::{Model as Plan, slots_of},
     start::{Ready, start},
     timeline::Timeline,
     wire::{Shared, Wired, wire},
 };
 use crate::{
-    backend::{DType, Limits, cuda},
+    backend::DType,
     batch::KV_BLOCK,
     error::{Error, Result},
-    layout::{Device, Layout, Stage, Workload, planner::Split},
+    layout::{Device, Layout, MemoryLimits, Stage, planner::Split},
     model::{
-        Model,
         decoder::{DecoderConfig, weight_bytes},
         open_model,
-        spec::ModelSpec,
     },
-    schedule::{BlockPool, Scheduler, SchedulerConfig},
     text::{Template, Tokenizer},
 };
 
-/// Tokens of a sequence at most, unless asked otherwise: long contexts cost memory whether used or not.
-const CONTEXT_DEFAULT: usize = 8192;
-/// Prompt tokens in a micro-batch. Beyond this the CPU's matrix products gain nothing and buffers grow.
-const CHUNK_CPU: usize = 256;
-/// A GPU's matrix units want more rows; beyond this they gain a few percent.
-const CHUNK_GPU: usize = 2048;
-/// With fewer a pass takes as long, since it reads all weights.
-const CHUNK_MIN_GPU: usize = 128;
-/// Passes over the CPU's weights are cheap against so many rows.
-const CHUNK_MIN_CPU: usize = 32;
-/// Sequences that run at once, unless asked otherwise.
-const RUNNING_CPU: usize = 64;
-const RUNNING_GPU: usize = 256;
-/// Sequences of the longest context that the KV cache holds, where nobody says how many run at once.
-const KV_SEQUENCES_DEFAULT: usize = 8;
 /// Requests that wait, unless asked otherwise.
 const WAITING_DEFAULT: usize = 4096;
+/// Tokens of their prompts: as many short requests as may wait never come to this, and long ones do not fill the memory.
+const WAITING_TOKENS_DEFAULT: usize = 1 << 26;
 /// The most sequences that can be said to run at once.
 pub const RUNNING_MAX: usize = 4096;
 /// Bounds of flags, so that sizes computed from them cannot overflow.
 const WAITING_MAX: usize = 1 << 24;
+const WAITING_TOKENS_MAX: usize = usize::MAX >> 1;
 const SLOTS_MAX: usize = 1024;
 const CHUNK_MAX: usize = 65_536;
 const THREADS_MAX: usize = 1024;
@@ -81,15 +67,21 @@ pub struct EngineBuilder {
     max_context: Option<usize>,
     expected: Option<(usize, usize)>,
     kv_memory: Option<usize>,
+    device_memory: MemoryLimits,
+    no_profiles: bool,
     slots: Option<usize>,
     chunk: Option<usize>,
     running: Option<usize>,
     no_prefix_cache: bool,
     waiting: Option<usize>,
+    waiting_tokens: Option<usize>,
     threads: Option<usize>,
     observer: Option<Observer>,
     timeline: Option<PathBuf>,
     measure_all: bool,
+    pixels: (Option<u64>, Option<u64>),
+    image_patches: Option<usize>,
+    image_rows: Option<usize>,
     movable: bool,
     balance: Option<Pace>,
     free: Option<Free>,
@@ -141,6 +133,13 @@ impl EngineBuilder {
         self
     }
 
+    /// On any of these devices, when no layout is given, and by default in as many stages as are worth it. With the CPU among
+    /// them, it gets the layers that have no room on the GPUs.
+    pub fn devices(mut self, devices: impl Into<Vec<Device>>) -> Self {
+        self.place = Place::Among(devices.into());
+        self
+    }
+
     /// On successive GPUs, when no layout is given. It is an error if there are none.
     pub fn gpus(mut self) -> Self {
         self.place = Place::Gpus;
@@ -173,10 +172,30 @@ impl EngineBuilder {
     }
 
     /// Bytes for the KV cache, all stages together. Default: on the CPU enough for 8 sequences of the longest context,
-    /// or for as many as are said to run at once, at most a quarter of the free memory; on GPUs what weights and
-    /// buffers leave.
+    /// or for as many as are said to run at once, at most a quarter of the free memory; on GPUs, and on the CPU beside
+    /// them, what weights and buffers leave.
     pub fn kv_memory(mut self, bytes: usize) -> Self {
         self.kv_memory = Some(bytes);
+        self
+    }
+
+    /// How much of devices' memory may be taken: layouts are planned, and the KV cache is made, as if no more were free.
+    /// Default: what is free.
+    ///
+    /// ```no_run
+    /// # use pipeline_infer::Engine;
+    /// let builder = Engine::builder().model("DIR").stages(4).device_memory("cuda:1=40g".parse()?);
+    /// # Ok::<(), pipeline_infer::Error>(())
+    /// ```
+    pub fn device_memory(mut self, limits: MemoryLimits) -> Self {
+        self.device_memory = limits;
+        self
+    }
+
+    /// Whether plans and comparisons believe what was measured in earlier runs, and [`Engine::keep_profiles`] keeps what this one
+    /// measures. Default: yes.
+    pub fn profiles(mut self, wanted: bool) -> Self {
+        self.no_profiles = !wanted;
         self
     }
 
@@ -186,8 +205,8 @@ impl EngineBuilder {
         self
     }
 
-    /// Prompt tokens in each micro-batch, where as many wait. Default: up to 256 on the CPU and 2048 on GPUs, fewer where
-    /// few wait and where sequences that decode would notice.
+    /// Prompt tokens in each micro-batch, where as many wait. Default: up to 256 on the CPU, and on GPUs 8192 over the
+    /// number of stages, at least 2048; fewer where few wait and where sequences that decode would notice.
     pub fn chunk(mut self, tokens: usize) -> Self {
         self.chunk = Some(tokens);
         self
@@ -209,6 +228,13 @@ impl EngineBuilder {
     /// Requests that wait for their first step at most; more are refused with [`Error::Busy`]. Default: 4096.
     pub fn waiting(mut self, requests: usize) -> Self {
         self.waiting = Some(requests);
+        self
+    }
+
+    /// Tokens of the prompts of all requests that wait, together, at most; more are refused with [`Error::BusyTokens`].
+    /// Default: 67,108,864, which take some 300 MB.
+    pub fn waiting_tokens(mut self, tokens: usize) -> Self {
+        self.waiting_tokens = Some(tokens);
         self
     }
 
@@ -273,24 +299,29 @@ impl EngineBuilder {
     }
 
     /// The same, with stages that are started in this way, and of which it can be said whether they choose tokens after
-    /// their ops have returned; by default GPUs do.
+    /// their ops have returned, and hand them on by themselves; by default GPUs do.
     pub(super) fn build_on(mut self, ahead: Option<bool>, wire: Arc<Wire>) -> Result<Engine> {
         within("--slots", self.slots, SLOTS_MAX)?;
         within("--chunk", self.chunk, CHUNK_MAX)?;
         within("--running", self.running, RUNNING_MAX)?;
         within("--waiting", self.waiting, WAITING_MAX)?;
+        within("--waiting-tokens", self.waiting_tokens, WAITING_TOKENS_MAX)?;
         within("--threads", self.threads, THREADS_MAX)?;
+        self.check_image_room()?;
+        check_limits(&self.device_memory)?;
         let timeline = self.timeline.take().map(Timeline::open).transpose()?;
         let meter = Meter::new(self.measure_all || timeline.is_some());
         let model = open_model(&self.model, self.weights == WeightSource::Dummy)?;
         let generation = model.generation.clone();
-        let (layout, plan) = self.plan(model, (ahead, wire), meter.clone())?;
-        let config = &plan.config;
+        let (layout, runs) = self.plan(model, (ahead, wire), meter.clone())?;
+        let config = &runs.config;
+        let read = self.open_images(&config.spec)?;
         let weights = |stage: &Stage| weight_bytes(&config.spec, config.dtype, &stage.layers);
         let progress = Progress::new(self.observer.take(), layout.stages().iter().map(weights).sum());
         let (spec, dtype, blocks) = (config.spec.clone(), config.dtype, config.kv_blocks);
         let (context_max, kv_tokens) = (config.limits.context_max, blocks * KV_BLOCK);
-        let (since, recipe) = (Instant::now(), Arc::new(plan).recipe(&layout));
+        let keys = runs.scheduling.prefix_reuse.then(|| runs.keys.clone());
+        let (since, recipe) = (Instant::now(), Arc::new(runs).recipe(&layout)?);
         let wired = (recipe.start)(None, progress)?;
         // The stages load while the tokenizer is read.
         let tokenizer = Tokenizer::open(&self.model)?.map(Arc::new);
@@ -298,158 +329,26 @@ impl EngineBuilder {
             Some(tokenizer) => Template::open(&self.model, tokenizer)?,
             None => None,
         };
-        let facts = Facts { spec, generation, tokenizer, template, dtype, context_max, kv_tokens };
-        let waiting = self.waiting.unwrap_or(WAITING_DEFAULT);
+        let (images, profiles, threads) = (read, !self.no_profiles, self.threads);
+        let facts = Facts {
+            profiles,
+            threads,
+            spec,
+            generation,
+            tokenizer,
+            template,
+            dtype,
+            context_max,
+            kv_tokens,
+            images,
+            keys,
+        };
+        let waiting = WaitingLimits {
+            requests: self.waiting.unwrap_or(WAITING_DEFAULT),
+            tokens: self.waiting_tokens.unwrap_or(WAITING_TOKENS_DEFAULT),
+        };
         let balance = self.balance;
         start(Ready { facts, recipe, wired, since, waiting, meter, timeline, balance })
-    }
-
-    fn plan(
-        &self,
-        model: Model,
-        (ahead, wire): (Option<bool>, Arc<Wire>),
-        meter: Arc<Meter>,
-    ) -> Result<(Layout, Plan)> {
-        let spec = Arc::new(model.spec);
-        let dtype = self.dtype.unwrap_or(model.dtype);
-        let context = self.plan_context(&spec)?;
-        let layout = self.plan_layout(&spec, dtype, context)?;
-        let gpus = layout.stages().iter().any(|stage| stage.device != Device::Cpu);
-        let running = self.running.unwrap_or(if gpus { RUNNING_GPU } else { RUNNING_CPU });
-        // Several short prompts share a chunk; more than all sequences together hold never comes.
-        let chunk = self.chunk.unwrap_or(if gpus { CHUNK_GPU } else { CHUNK_CPU });
-        let chunk = chunk.min(context.saturating_mul(running));
-        let chunk_min = match (self.chunk, gpus) {
-            (Some(_), _) => chunk,
-            (None, true) => CHUNK_MIN_GPU.min(chunk),
-            (None, false) => CHUNK_MIN_CPU.min(chunk),
-        };
-        let (slots, steps_ahead) = slots_of(&layout, self.slots, ahead);
-        let mut scheduling = SchedulerConfig {
-            slots,
-            chunk,
-            chunk_min,
-            running_max: running,
-            ahead: steps_ahead,
-            prefix_reuse: !self.no_prefix_cache,
-        };
-        let limits = |scheduling: SchedulerConfig, context_max| Limits {
-            rows_max: Scheduler::rows_max(scheduling),
-            seqs_max: scheduling.running_max,
-            outputs_max: scheduling.running_max,
-            context_max,
-        };
-        let (in_flight, spare) = (scheduling.in_flight_max(), self.movable || self.balance.is_some());
-        let room = Room {
-            layout: &layout,
-            spec: &spec,
-            dtype,
-            limits: limits(scheduling, context),
-            in_flight,
-            spare,
-        };
-        let (context_max, blocks) = self.plan_kv(&room, context)?;
-        scheduling.running_max = scheduling.running_max.min(blocks);
-        let config = DecoderConfig {
-            layers: 0..spec.layers.len(),
-            spec,
-            arch: model.arch,
-            weights: Arc::new(model.weights),
-            dtype,
-            limits: limits(scheduling, context_max),
-            kv_blocks: blocks,
-        };
-        let plan = Plan {
-            wire,
-            config,
-            scheduling,
-            slots: self.slots,
-            ahead,
-            threads: self.threads,
-            spare,
-            free: self.free.unwrap_or(cuda::free_bytes),
-            meter,
-            metrics: Mutex::default(),
-        };
-        Ok((layout, plan))
-    }
-
-    fn plan_layout(&self, spec: &ModelSpec, dtype: DType, context: usize) -> Result<Layout> {
-        let layers = spec.layers.len();
-        let given = self.layout.as_ref().or(self.cuts.as_ref());
-        let refused = [("--stages", self.stages.is_some()), ("--split", self.split.is_some())];
-        if let (Some(_), Some((flag, _))) = (given, refused.iter().find(|(_, given)| *given)) {
-            return Err(Error::usage(*flag, "it cannot be used with --layout"));
-        }
-        if let Some(layout) = given {
-            layout.check(layers)?;
-        }
-        if let Some(layout) = &self.layout {
-            return Ok(layout.clone());
-        }
-        let usual = Workload::default();
-        let running = self.running.unwrap_or(RUNNING_GPU);
-        // Sequences with a third of them new, as usual, where contexts are short.
-        let short = (usual.prompt.min(context * 2 / 3), usual.new.min(context / 3).max(1));
-        let (prompt, new) = self.expected.unwrap_or(short);
-        let chunk = self.chunk.unwrap_or(CHUNK_GPU).min(context.saturating_mul(running));
-        let all_layers = spec.kv_bytes_per_token(dtype) * layers;
-        let unplaced = Unplaced {
-            spec,
-            dtype,
-            place: self.place,
-            workload: Workload { running, prompt, new, chunk },
-            kv_tokens: self.kv_memory.map(|bytes| bytes / all_layers),
-            context,
-            spare: self.movable || self.balance.is_some(),
-        };
-        match &self.cuts {
-            Some(layout) => unplaced.cuts(layout),
-            None => unplaced.stages(self.stages.unwrap_or(Count::Of(1)), self.split),
-        }
-    }
-
-    /// The longest sequence and the number of KV blocks.
-    fn plan_kv(&self, place: &Room, context: usize) -> Result<(usize, usize)> {
-        let block_bytes = place.spec.kv_bytes_per_token(place.dtype) * place.spec.layers.len() * KV_BLOCK;
-        let wanted = self.running.unwrap_or(KV_SEQUENCES_DEFAULT) * BlockPool::blocks_for(context);
-        let blocks = match self.kv_memory {
-            Some(bytes) => bytes / block_bytes,
-            None => place.blocks(wanted)?,
-        };
-        // More could never be leased.
-        let blocks = blocks.min(place.limits.seqs_max * BlockPool::blocks_for(context));
-        if self.kv_memory.is_some() {
-            place.check(blocks)?;
-        }
-        let room = blocks * KV_BLOCK;
-        if room < context && (self.kv_memory.is_some() && self.max_context.is_some() || room < 2) {
-            let (need, have) = (BlockPool::blocks_for(context) * block_bytes, blocks * block_bytes);
-            let why = format!("a sequence of {context} tokens needs {need} bytes, and there are {have}");
-            return Err(Error::usage("--kv-memory", why));
-        }
-        if room < context {
-            tracing::warn!(
-                tokens = room,
-                "the KV cache is smaller than the longest context, which it limits"
-            );
-        }
-        Ok((context.min(room), blocks))
-    }
-
-    fn plan_context(&self, spec: &ModelSpec) -> Result<usize> {
-        let made_for = spec.context_max;
-        match self.max_context {
-            None => Ok(made_for.min(CONTEXT_DEFAULT)),
-            Some(tokens) if tokens < 2 => {
-                Err(Error::usage("--max-context", "a prompt and an answer need at least 2 tokens"))
-            }
-            Some(tokens) if tokens > made_for => {
-                let why = format!("{tokens} tokens are more than the {made_for} that the model was made for");
-                Err(Error::usage("--max-context", why))
-            }
-            Some(tokens) => Ok(tokens),
-        }
     }
 }
 

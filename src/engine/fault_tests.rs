@@ -1,6 +1,8 @@
 //! Whatever fails in a stage, at whatever point of a step: each request ends once, nothing hangs, and the engine goes on.
 
 pub(super) mod faulty;
+mod gpu;
+mod images;
 
 use std::{
     path::PathBuf,
@@ -14,7 +16,7 @@ use self::faulty::Faulty;
 use super::{
     Engine, EngineBuilder, Events,
     builder::Wire,
-    wire::{On, Shared, wire_on},
+    wire::{Either, On, Shared, Ways, wire_on},
 };
 use crate::{
     backend::mix,
@@ -39,28 +41,59 @@ enum Mode {
     Apart,
     /// On a thread each, ops return before they are done, and the host is a step ahead.
     Ahead,
+    /// On devices of two kinds. Ops return before they are done on those that are called GPUs here.
+    Mixed(&'static str),
 }
 
-const MODES: [Mode; 3] = [Mode::Together, Mode::Apart, Mode::Ahead];
+const MIXED: [Mode; 6] = [
+    Mode::Mixed("0@cpu,1@cuda:0,2-3@cpu"),
+    Mode::Mixed("0@cuda:0,1@cpu,2-3@cuda:1"),
+    Mode::Mixed("0@cpu,1@cuda:0,2-3@cuda:1"),
+    Mode::Mixed("0@cuda:0,1@cuda:0,2-3@cpu"),
+    Mode::Mixed("0@cpu,1@cpu,2-3@cuda:0"),
+    Mode::Mixed("0@cuda:0,1@cpu,2-3@cpu"),
+];
+const MODES: [Mode; 9] =
+    [Mode::Together, Mode::Apart, Mode::Ahead, MIXED[0], MIXED[1], MIXED[2], MIXED[3], MIXED[4], MIXED[5]];
+
+impl Mode {
+    fn layout(self) -> Layout {
+        let layout = match self {
+            Mode::Together => "0,1,2-3",
+            // Stages on GPUs have a thread each.
+            Mode::Apart | Mode::Ahead => "0@cuda:0,1@cuda:1,2-3@cuda:2",
+            Mode::Mixed(layout) => layout,
+        };
+        layout.parse().unwrap()
+    }
+
+    /// Whether the device of a stage poses as one whose ops return early.
+    fn early(self, stage: usize) -> bool {
+        self != Mode::Apart && self.layout().stages()[stage].device != Device::Cpu
+    }
+
+    /// Tokens that the host does not know must be known where they are embedded.
+    fn ahead(self) -> bool {
+        self.early(0) && self.early(2)
+    }
+}
 
 /// Stages that fail as planned. `patience`: how long they may take to end.
 fn wire(mode: Mode, plan: Arc<Plan>, patience: Duration) -> Arc<Wire> {
     Arc::new(move |_, config, shared, progress| {
-        let layout = match mode {
-            Mode::Together => "0,1,2-3",
-            // Stages on GPUs have a thread each.
-            _ => "0@cuda:0,1@cuda:1,2-3@cuda:2",
-        };
-        let layout: Layout = layout.parse()?;
         let (meter, metrics) = (shared.meter.clone(), shared.metrics.clone());
-        let before = shared.before.clone();
-        let shared = Shared { meter, metrics, patience, before, ..*shared };
-        if mode == Mode::Ahead {
-            let on = On { backends: &Faulty::<true>::pipeline(3, &plan), transport: &Host, lost: || false };
-            return wire_on(on, &layout, config, &shared, progress);
-        }
-        let on = On { backends: &Faulty::<false>::pipeline(3, &plan), transport: &Host, lost: || false };
-        wire_on(on, &layout, config, &shared, progress)
+        let Shared { in_flight, threads, .. } = *shared;
+        let (vision, before) = (shared.vision.clone(), shared.before.clone());
+        let shared = Shared { in_flight, threads, meter, metrics, patience, vision, before };
+        let kinds = Faulty::<false>::pipeline(3, &plan).into_iter().zip(Faulty::<true>::pipeline(3, &plan));
+        let backend = |(stage, (one, two))| match mode.early(stage) {
+            false => Either::One(one),
+            true => Either::Two(two),
+        };
+        let backends = kinds.enumerate().map(backend).collect();
+        let ways = Ways { ones: &Host, twos: &Host, one_to_two: &Host, two_to_one: &Host };
+        let on = On { backends, ways, lost: || false, vision: None };
+        wire_on(on, &mode.layout(), config, &shared, progress)
     })
 }
 
@@ -71,7 +104,7 @@ fn builder() -> EngineBuilder {
 
 /// An engine in which two requests run at a time.
 fn engine(mode: Mode, plan: &Arc<Plan>) -> Result<Engine> {
-    builder().build_on(Some(mode == Mode::Ahead), wire(mode, plan.clone(), PATIENCE / 2))
+    builder().build_on(Some(mode.ahead()), wire(mode, plan.clone(), PATIENCE / 2))
 }
 
 fn plan(faults: Vec<Fault>) -> Arc<Plan> {
@@ -226,6 +259,13 @@ fn every_fault_at_every_point_of_stages_that_run_ahead() {
 }
 
 #[test]
+fn every_fault_at_every_point_of_stages_on_devices_of_two_kinds() {
+    for mode in MIXED {
+        every_fault(mode);
+    }
+}
+
+#[test]
 fn a_fault_while_loading_is_told() {
     for mode in MODES {
         for (stage, kind) in (0..3).flat_map(|stage| KINDS.map(|kind| (stage, kind))) {
@@ -292,7 +332,8 @@ fn faults_that_repeat_fail_fast() {
 
 #[test]
 fn a_thread_that_hangs_is_left_behind() {
-    for mode in [Mode::Apart, Mode::Ahead] {
+    // Of stages that have a thread each.
+    for mode in [Mode::Apart, Mode::Ahead, MIXED[0], MIXED[1], MIXED[2], MIXED[3]] {
         watched(format!("{mode:?}"), move || {
             let faults = vec![
                 // What comes after the fault is a step, or the end.
@@ -300,7 +341,7 @@ fn a_thread_that_hangs_is_left_behind() {
                 Fault::new(2, Point::Sample, Kind::DeviceError, 5..6),
             ];
             let wire = wire(mode, plan(faults), Duration::from_millis(100));
-            let engine = builder().build_on(Some(mode == Mode::Ahead), wire).unwrap();
+            let engine = builder().build_on(Some(mode.ahead()), wire).unwrap();
             let begun = Instant::now();
             let open: Vec<Events> = (0..4).map(|i| engine.submit(request(i, ANSWER)).unwrap()).collect();
             let told: Vec<Error> = open.into_iter().map(|events| ended(events).1.unwrap_err()).collect();

@@ -1,25 +1,27 @@
 //! How an engine's stages come to be, in its layout and in others.
 
 use std::{
+    collections::BTreeSet,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use super::{
-    builder::Wire,
+    builder::{Wire, place_tower},
     meter::Meter,
     place::{Free, Room},
     progress::Progress,
     stock::Stock,
+    vision::VisionConfig,
     wire::{PATIENCE, Shared, Wired},
 };
 use crate::{
     batch::KV_BLOCK,
     error::Result,
-    layout::{Device, Layout},
+    layout::{Device, Layout, MemoryLimits},
     model::{decoder::DecoderConfig, units::Unit},
     pipeline::StageMetrics,
-    schedule::{BlockPool, Scheduler, SchedulerConfig},
+    schedule::{BlockPool, ImageConfig, Keys, Scheduler, SchedulerConfig},
 };
 
 /// How stages are started that may go on with what others hold.
@@ -39,6 +41,10 @@ pub(super) struct Recipe {
     pub(super) layout: Layout,
     /// How much runs at once.
     pub(super) scheduling: SchedulerConfig,
+    /// The image store, of a model that reads images.
+    pub(super) images: Option<ImageConfig>,
+    /// What blocks are found by.
+    pub(super) keys: Keys,
     /// KV blocks.
     pub(super) blocks: usize,
     /// How long stages may take to end.
@@ -47,17 +53,22 @@ pub(super) struct Recipe {
     pub(super) weigh: Arc<dyn Fn(Unit) -> (usize, usize) + Send + Sync>,
 }
 
-/// What does not depend on the layout.
-pub(super) struct Model {
+/// How a model runs, whatever the layout.
+pub(super) struct Runs {
     pub(super) wire: Arc<Wire>,
     pub(super) config: DecoderConfig,
     pub(super) scheduling: SchedulerConfig,
+    pub(super) keys: Keys,
     /// Micro-batches in flight, if it is said how many.
     pub(super) slots: Option<usize>,
     /// Whether tokens are chosen after ops have returned, if it is said; else on GPUs.
     pub(super) ahead: Option<bool>,
     /// CPU threads, if it is said how many.
     pub(super) threads: Option<usize>,
+    /// The vision tower, in some layout, if there is one.
+    pub(super) vision: Option<VisionConfig>,
+    /// What may be taken of devices.
+    pub(super) memory: MemoryLimits,
     /// Whether GPUs keep room for a layer more.
     pub(super) spare: bool,
     /// What is free on them.
@@ -70,15 +81,18 @@ pub(super) struct Model {
 impl Recipe {
     /// A scheduler with nothing to do.
     pub(super) fn scheduler(&self) -> Scheduler {
-        Scheduler::new(self.scheduling, BlockPool::new(self.blocks))
+        let scheduler = Scheduler::new(self.scheduling, BlockPool::new(self.blocks));
+        self.images.into_iter().fold(scheduler.with_keys(self.keys.clone()), Scheduler::with_images)
     }
 }
 
-impl Model {
+impl Runs {
     /// How it runs in a layout.
-    pub(super) fn recipe(self: &Arc<Self>, layout: &Layout) -> Recipe {
+    pub(super) fn recipe(self: &Arc<Self>, layout: &Layout) -> Result<Recipe> {
         let (slots, ahead) = self.slots_of(layout);
         let scheduling = SchedulerConfig { slots, ahead, ..self.scheduling };
+        let vision = self.vision.as_ref().map(|vision| vision.in_layout(layout)).transpose()?;
+        let images = vision.as_ref().map(VisionConfig::scheduling);
         let (of, on) = (self.clone(), layout.clone());
         let start = move |before, progress| {
             let shared = Shared {
@@ -87,6 +101,7 @@ impl Model {
                 meter: of.meter.clone(),
                 metrics: of.metrics(on.stages().len()),
                 patience: PATIENCE,
+                vision: vision.clone(),
                 before,
             };
             (of.wire)(&on, &of.config, &shared, progress)
@@ -94,12 +109,11 @@ impl Model {
         let (of, now) = (self.clone(), layout.clone());
         let redraw = move |to: &Layout| {
             to.check(of.config.spec.layers.len())?;
-            let recipe = of.recipe(to);
-            of.room(to, recipe.scheduling.in_flight_max()).check_beside(
-                &now,
-                of.config.kv_blocks,
-                of.free,
-            )?;
+            let recipe = of.recipe(&place_tower(to.clone(), &of.config.spec)?)?;
+            let in_flight = recipe.scheduling.in_flight_max();
+            let (room, before) = (of.room(&recipe.layout, in_flight)?, of.room(&now, in_flight)?);
+            room.check_beside(&before, of.config.kv_blocks, of.free)?;
+            drop(room);
             Ok(recipe)
         };
         let of = self.clone();
@@ -107,20 +121,25 @@ impl Model {
             let DecoderConfig { spec, dtype, .. } = &of.config;
             (unit.weight_bytes(spec, *dtype), KV_BLOCK * unit.kv_bytes_per_token(spec, *dtype))
         };
-        Recipe {
+        Ok(Recipe {
             start: Arc::new(start),
             redraw: Arc::new(redraw),
             layout: layout.clone(),
             scheduling,
+            images,
+            keys: self.keys.clone(),
             blocks: self.config.kv_blocks,
             patience: PATIENCE,
             weigh: Arc::new(weigh),
-        }
+        })
     }
 
-    fn room<'a>(&'a self, layout: &'a Layout, in_flight: usize) -> Room<'a> {
+    fn room<'a>(&'a self, layout: &'a Layout, in_flight: usize) -> Result<Room<'a>> {
         let DecoderConfig { spec, dtype, limits, .. } = &self.config;
-        Room { layout, spec, dtype: *dtype, limits: *limits, in_flight, spare: self.spare }
+        let vision = self.vision.as_ref().map(|vision| vision.in_layout(layout)).transpose()?;
+        let vision = vision.map(|vision| vision.gpu_bytes(layout.stages()[0].device));
+        let (dtype, limits, memory, spare) = (*dtype, *limits, &self.memory, self.spare);
+        Ok(Room { layout, spec, dtype, limits, in_flight, vision, memory, spare })
     }
 
     /// Micro-batches in flight in a layout, and whether a step is planned before the one before it has been read.
@@ -138,9 +157,12 @@ impl Model {
     }
 }
 
-/// Micro-batches in flight in a layout, unless it is said how many, and whether ops return before they are done there.
+/// Micro-batches in flight in a layout, unless it is said how many, and whether the host runs a step ahead: tokens that it does
+/// not know must be known where they are embedded.
 pub(super) fn slots_of(layout: &Layout, slots: Option<usize>, ahead: Option<bool>) -> (usize, bool) {
-    let devices: std::collections::BTreeSet<Device> = layout.stages().iter().map(|s| s.device).collect();
-    let gpus = devices.iter().any(|device| *device != Device::Cpu);
-    (slots.unwrap_or(devices.len()), ahead.unwrap_or(gpus))
+    let stages = layout.stages();
+    let devices: BTreeSet<Device> = stages.iter().map(|stage| stage.device).collect();
+    let ends = [stages.first(), stages.last()].into_iter().flatten();
+    let hands_on = || ends.into_iter().all(|stage| stage.device != Device::Cpu);
+    (slots.unwrap_or(devices.len()), ahead.unwrap_or_else(hands_on))
 }

@@ -11,7 +11,7 @@ use super::{
     balance::Pace,
     builder::Wire,
     fault_tests::faulty::Faulty,
-    wire::{On, Shared, wire_on},
+    wire::{Either, On, Ways, wire_on},
 };
 use crate::{
     backend::mix,
@@ -38,16 +38,13 @@ const LAYOUTS: [&str; 7] = [
 /// Stages on devices of the numbers that the layout says, of which each stage fails as planned.
 fn wire(ahead: bool, plan: Arc<Plan>) -> Arc<Wire> {
     Arc::new(move |layout, config, shared, progress| {
-        let (meter, metrics, before) = (shared.meter.clone(), shared.metrics.clone(), shared.before.clone());
-        let shared = Shared { meter, metrics, before, patience: PATIENCE / 2, ..*shared };
         let stages = layout.stages().len();
-        if ahead {
-            let on =
-                On { backends: &Faulty::<true>::pipeline(stages, &plan), transport: &Host, lost: || false };
-            return wire_on(on, layout, config, &shared, progress);
-        }
-        let on = On { backends: &Faulty::<false>::pipeline(stages, &plan), transport: &Host, lost: || false };
-        wire_on(on, layout, config, &shared, progress)
+        let ones = Faulty::<false>::pipeline(stages, &plan).into_iter().map(Either::One);
+        let twos = Faulty::<true>::pipeline(stages, &plan).into_iter().map(Either::Two);
+        let backends = if ahead { twos.collect() } else { ones.collect() };
+        let ways = Ways { ones: &Host, twos: &Host, one_to_two: &Host, two_to_one: &Host };
+        let on = On { backends, ways, lost: || false, vision: None };
+        wire_on(on, layout, config, shared, progress)
     })
 }
 

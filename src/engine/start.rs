@@ -10,7 +10,7 @@ use crossbeam_channel as channel;
 use super::{
     Engine, Facts,
     balance::{Balancer, Pace},
-    counts::Counts,
+    counts::{Counts, WaitingLimits},
     meter::Meter,
     rebuild::Faults,
     recipe::Recipe,
@@ -32,8 +32,8 @@ pub(super) struct Ready {
     pub(super) wired: Wired,
     /// When they began to load.
     pub(super) since: Instant,
-    /// Requests that may wait.
-    pub(super) waiting: usize,
+    /// How much may wait.
+    pub(super) waiting: WaitingLimits,
     pub(super) meter: Arc<Meter>,
     pub(super) timeline: Option<Timeline>,
     /// Whether layers move by themselves, and after how long.

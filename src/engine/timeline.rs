@@ -44,14 +44,14 @@ impl Timeline {
         Ok(Timeline { path, file })
     }
 
-    /// Starts the thread that writes, with a row for each of these stages. It ends when the meter does.
-    pub(super) fn start(self, meter: &Meter, stages: Vec<String>) -> Result<JoinHandle<()>> {
+    /// Starts the thread that writes, with a row for each of these stages. It ends when the meter does, or when the file takes
+    /// no more, and says which.
+    pub(super) fn start(self, meter: &Meter, stages: Vec<String>) -> Result<JoinHandle<Result<()>>> {
         let measurements = meter.listen(ROOM);
         let Timeline { path, mut file } = self;
         let write = move || {
-            if let Err(e) = write_all(&mut file, &measurements, &stages) {
-                tracing::warn!("{}: the timeline ends here: {e}", path.display());
-            }
+            let written = write_all(&mut file, &measurements, &stages);
+            written.map_err(|e| Error::io(&path, format!("the timeline could not be written: {e}")))
         };
         std::thread::Builder::new()
             .name("timeline".into())

@@ -1,5 +1,7 @@
 //! From a layout to running threads.
 
+mod sites;
+
 use std::{
     cell::Cell,
     sync::{Arc, Mutex},
@@ -9,21 +11,31 @@ use std::{
 
 use crossbeam_channel as channel;
 
-use super::{StageFacts, meter::Meter, progress::Progress, stock::Stock};
+pub(super) use super::vision::{VisionConfig, VisionOn};
+
+pub(super) use self::sites::{Either, On, Ways};
+
+use self::sites::{Ends, Site, Sites, Size, sites};
+use super::{
+    StageFacts,
+    meter::Meter,
+    progress::Progress,
+    stock::Stock,
+    vision::{self, Vision},
+};
 use crate::{
     backend::{
         Backend,
         cpu::Cpu,
         cuda::{self, Cuda, PipelineFacts},
+        vision::VisionOps,
     },
     batch::{KV_BLOCK, Step},
     error::{Error, Result},
-    layout::{Device, Layout},
-    model::decoder::{Decoder, DecoderConfig},
-    pipeline::{
-        self, Collecting, Input, Outcome, Output, Probe, Stage, StageMetrics, StagesHandle, token_edge,
-    },
-    transport::{Host, Peer, Transport},
+    layout::{self, Device, Layout},
+    model::decoder::{Decoder, DecoderConfig, ImageStore},
+    pipeline::{self, Outcome, Stage, StageMetrics, StagesHandle, token_edge},
+    transport::{Host, Peer, Staged},
 };
 
 /// How long stages may take to end; then their threads are left behind.
@@ -36,8 +48,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// Stages' threads that have been started, and the channels to them.
 pub(super) struct Wired {
     pub(super) stages: Vec<(Vec<StageFacts>, StagesHandle)>,
-    /// Reads what they measure; it ends after them.
-    pub(super) collector: Option<JoinHandle<()>>,
+    /// The vision tower's, of a model that reads images.
+    pub(super) vision: Option<Vision>,
+    /// They read what stages measure, one for each kind of devices, and end after them.
+    pub(super) collectors: Vec<JoinHandle<()>>,
     /// To the first stage, with room for every step that may be in flight. `None` once they have been told to end.
     pub(super) steps: Option<channel::Sender<Step>>,
     pub(super) results: channel::Receiver<Outcome>,
@@ -61,6 +75,8 @@ pub(super) struct Shared {
     pub(super) metrics: Vec<Arc<StageMetrics>>,
     /// How long stages may take to end.
     pub(super) patience: Duration,
+    /// The vision tower, if there is one.
+    pub(super) vision: Option<VisionConfig>,
     /// What stages hold that run until these are ready to take over.
     pub(super) before: Option<Arc<Stock>>,
 }
@@ -72,101 +88,169 @@ pub(super) fn wire(
     shared: &Shared,
     progress: Progress,
 ) -> Result<Wired> {
-    let gpu = |device| match device {
+    let gpu = |stage: &layout::Stage| match stage.device {
         Device::Cpu => None,
         Device::Cuda(i) => Some(i),
     };
-    let gpus: Vec<usize> = layout.stages().iter().filter_map(|stage| gpu(stage.device)).collect();
-    if gpus.is_empty() {
-        let cpu = Arc::new(Cpu::new(shared.threads));
-        let on = On { backends: &vec![cpu; layout.stages().len()], transport: &Host, lost: || false };
-        return wire_on(on, layout, config, shared, progress);
-    }
-    if gpus.len() < layout.stages().len() {
-        let why = "stages on the processor and on GPUs in one pipeline are not possible yet";
-        return Err(Error::usage(format!("--layout {layout}"), why));
-    }
+    let gpus: Vec<usize> = layout.stages().iter().filter_map(gpu).collect();
     let facts = PipelineFacts {
         dtype: config.dtype,
         head_dim: config.spec.heads.head_dim,
         seats: config.limits.seqs_max,
         in_flight: shared.in_flight,
     };
-    let on =
-        On { backends: &Cuda::pipeline(&gpus, facts)?, transport: &Peer::default(), lost: cuda::any_lost };
+    let lost = if gpus.is_empty() { || false } else { cuda::any_lost };
+    // Views of the GPUs know of each other: they are made together, in the order of their stages.
+    let mut cuda = Cuda::pipeline(&gpus, facts)?.into_iter();
+    let mut cpu: Option<Arc<Cpu>> = None;
+    let backend = |stage: &layout::Stage| match gpu(stage) {
+        Some(_) => Either::Two(cuda.next().expect("a view for each stage on a GPU; this is a bug")),
+        None => Either::One(cpu.get_or_insert_with(|| Arc::new(Cpu::new(shared.threads))).clone()),
+    };
+    let backends: Vec<_> = layout.stages().iter().map(backend).collect();
+    let vision = shared.vision.as_ref().map(|config| vision_on(config, &backends[0], facts, shared.threads));
+    let ways = Ways { ones: &Host, twos: &Peer::default(), one_to_two: &Staged, two_to_one: &Staged };
+    let on = On { backends, ways, lost, vision: vision.transpose()? };
     wire_on(on, layout, config, shared, progress)
 }
 
-/// What stages run on.
-pub(super) struct On<'a, B: Backend> {
-    /// One a stage.
-    pub(super) backends: &'a [Arc<B>],
-    /// Between neighbours.
-    pub(super) transport: &'a dyn Transport<B>,
-    /// Whether one of them is lost to the process.
-    pub(super) lost: fn() -> bool,
+/// What the tower runs on: views of its GPUs, and threads of its own on the processor, which the system shares out between
+/// them and those of the decoder. A pass of the tower takes long: taking turns would keep the decoder waiting.
+fn vision_on(
+    config: &VisionConfig,
+    first: &Either<Arc<Cpu>, Arc<Cuda>>,
+    facts: PipelineFacts,
+    threads: Option<usize>,
+) -> Result<VisionOn<Cpu, Cuda>> {
+    let gpu = |device| match device {
+        Device::Cpu => None,
+        Device::Cuda(i) => Some(i),
+    };
+    let mut gpus: Vec<usize> = config.stages.iter().filter_map(|(device, _)| gpu(*device)).collect();
+    if let Either::Two(first) = first {
+        gpus.push(first.facts().ordinal);
+    }
+    let mut cuda = Cuda::pipeline(&gpus, facts)?.into_iter();
+    let mut view = || Either::Two(cuda.next().expect("a view for each stage on a GPU; this is a bug"));
+    let mut cpu: Option<Arc<Cpu>> = None;
+    let mut backend = |device| match gpu(device) {
+        Some(_) => view(),
+        None => Either::One(cpu.get_or_insert_with(|| Arc::new(Cpu::new(threads))).clone()),
+    };
+    let backends = config.stages.iter().map(|(device, _)| backend(*device)).collect();
+    let keeper = match first {
+        Either::One(first) => Either::One(first.clone()),
+        Either::Two(_) => view(),
+    };
+    Ok(VisionOn { backends, keeper })
 }
 
 /// The same, on these devices, whatever the layout says.
-pub(super) fn wire_on<B: Backend>(
-    on: On<'_, B>,
+pub(super) fn wire_on<A: VisionOps, B: VisionOps>(
+    mut on: On<'_, A, B>,
     layout: &Layout,
     config: &DecoderConfig,
     shared: &Shared,
     progress: Progress,
 ) -> Result<Wired> {
-    let On { backends, transport, lost } = on;
     let in_flight = shared.in_flight;
     let (steps, steps_out) = channel::bounded(in_flight);
     let (enqueued, await_enqueued) = token_edge();
     let (results_in, results) = channel::unbounded();
-    let hidden_max = config.limits.rows_max * config.spec.dim;
-    let layer_kv_bytes = config.kv_blocks * KV_BLOCK * config.spec.kv_bytes_per_token(config.dtype);
-    let (mut inputs, mut outputs) = (vec![Input::Steps(steps_out, await_enqueued)], Vec::new());
-    for pair in backends.windows(2) {
-        let (sender, receiver) =
-            transport.connect(pair[0].clone(), pair[1].clone(), in_flight, hidden_max)?;
-        outputs.push(Output::Boundary(sender));
-        inputs.push(Input::Boundary(receiver));
-    }
-    outputs.push(Output::Results(enqueued));
-    let (measured, collector) = measure(backends, shared)?;
-    let mut ends = inputs.into_iter().zip(outputs).zip(backends).zip(measured).enumerate();
-    let turn = Arc::new(Mutex::new(()));
-    let (patience, collector) = (shared.patience, Some(collector));
-    let (stages, steps) = (Vec::new(), Some(steps));
-    let stock = Arc::<Stock>::default();
-    let mut wired = Wired { stages, collector, steps, results, stock: stock.clone(), patience, lost };
+    let size = Size { depth: in_flight, len_max: config.limits.rows_max * config.spec.dim };
+    let ends = Ends { steps: (steps_out, await_enqueued), results: enqueued };
+    let lost = on.lost;
+    let store = match (&shared.vision, on.backends.first()) {
+        (Some(config), Some(Either::One(first))) => Some(Either::One(vision::store(&**first, config)?)),
+        (Some(config), Some(Either::Two(first))) => Some(Either::Two(vision::store(&**first, config)?)),
+        _ => None,
+    };
+    let vision = match (&shared.vision, on.vision.take(), &store) {
+        (Some(config), Some(of), Some(store)) => Some(vision::start(of, &on.ways, config, store.clone())?),
+        _ => None,
+    };
+    let Sites { all, collectors } = sites(on, ends, size, shared)?;
+    let mut wired = Wired {
+        stages: Vec::new(),
+        vision,
+        collectors,
+        steps: Some(steps),
+        results,
+        stock: Arc::default(),
+        patience: shared.patience,
+        lost,
+    };
+    let (turn, stock) = (Arc::default(), wired.stock.clone());
+    let start = Start { config, shared, progress, results: results_in, turn, stock };
+    let mut sites = all.into_iter();
     // Stages on the processor cannot overlap. Others have a thread each, and their device shares itself out.
     for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {
-        let (mut facts, mut run_stages) = (Vec::new(), Vec::new());
-        for (stage, (index, (((input, output), backend), probe))) in run.iter().zip(&mut ends) {
-            let metrics = shared.metrics[index].clone();
-            let own = DecoderConfig { layers: stage.layers.clone(), ..config.clone() };
-            let progress = progress.clone();
-            let (on, stocks) = ((stage.device, backend.clone()), (stock.clone(), shared.before.clone()));
-            let load = move |_: &B| load_stage(index, &on, &own, &stocks, &progress);
-            run_stages.push(Stage {
-                index,
-                backend: backend.clone(),
-                load: Box::new(load),
-                input,
-                output,
-                results: results_in.clone(),
-                turn: if B::ASYNC { Arc::default() } else { turn.clone() },
-                metrics: metrics.clone(),
-                probe,
+        let (mut facts, mut ones, mut twos) = (Vec::new(), Vec::new(), Vec::new());
+        for (stage, site) in run.iter().zip(&mut sites) {
+            facts.push(match site {
+                Either::One(site) => {
+                    let images = store.clone().and_then(Either::one).filter(|_| site.index == 0);
+                    start.stage(stage, site, images, &mut ones)
+                }
+                Either::Two(site) => {
+                    let images = store.clone().and_then(Either::two).filter(|_| site.index == 0);
+                    start.stage(stage, site, images, &mut twos)
+                }
             });
-            let (device, layers) = (stage.device.to_string(), stage.to_string());
-            let kv_bytes = stage.layers.len() * layer_kv_bytes;
-            // Whoever asks must not keep the device's memory from being given back.
-            let of = Arc::downgrade(backend);
-            let memory = Box::new(move || of.upgrade()?.memory());
-            facts.push(StageFacts { device, layers, weight_bytes: 0, kv_bytes, memory, metrics });
         }
-        wired.stages.push((facts, pipeline::spawn(run_stages)?));
+        assert!(ones.is_empty() || twos.is_empty(), "a thread for two kinds of devices; this is a bug");
+        let handle = if twos.is_empty() { pipeline::spawn(ones) } else { pipeline::spawn(twos) };
+        wired.stages.push((facts, handle?));
     }
     Ok(wired)
+}
+
+/// What stages start with.
+struct Start<'a> {
+    config: &'a DecoderConfig,
+    shared: &'a Shared,
+    progress: Progress,
+    results: channel::Sender<Outcome>,
+    /// Of those that share the processor.
+    turn: Arc<Mutex<()>>,
+    stock: Arc<Stock>,
+}
+
+impl Start<'_> {
+    /// Adds the stage at this site to those of its thread. What can be said of it before it has loaded.
+    fn stage<B: Backend>(
+        &self,
+        stage: &layout::Stage,
+        site: Site<B>,
+        images: Option<ImageStore<B>>,
+        thread: &mut Vec<Stage<B>>,
+    ) -> StageFacts {
+        let Site { index, backend, input, output, probe } = site;
+        let metrics = self.shared.metrics[index].clone();
+        let own = DecoderConfig { layers: stage.layers.clone(), ..self.config.clone() };
+        let layer_kv_bytes = own.kv_blocks * KV_BLOCK * own.spec.kv_bytes_per_token(own.dtype);
+        let kv_bytes = stage.layers.len() * layer_kv_bytes;
+        let (device, layers) = (stage.device.to_string(), stage.to_string());
+        // Whoever asks must not keep the device's memory from being given back.
+        let of = Arc::downgrade(&backend);
+        let memory = Box::new(move || of.upgrade()?.memory());
+        let progress = self.progress.clone();
+        let stocks = (self.stock.clone(), self.shared.before.clone());
+        let on = (stage.device, backend.clone());
+        let unconnected = "a site that is not connected; this is a bug";
+        thread.push(Stage {
+            index,
+            backend,
+            load: Box::new(move |_: &B| load_stage(index, &on, (&own, images), &stocks, &progress)),
+            input: input.expect(unconnected),
+            output: output.expect(unconnected),
+            results: self.results.clone(),
+            turn: if B::ASYNC { Arc::default() } else { self.turn.clone() },
+            metrics: metrics.clone(),
+            probe,
+        });
+        StageFacts { device, layers, vision: false, weight_bytes: 0, kv_bytes, memory, metrics }
+    }
 }
 
 /// Loads a stage's units into the stock, but for those that the stock before has on the same device, and lets its device
@@ -174,14 +258,18 @@ pub(super) fn wire_on<B: Backend>(
 fn load_stage<B: Backend>(
     index: usize,
     (device, backend): &(Device, Arc<B>),
-    config: &DecoderConfig,
+    (config, images): (&DecoderConfig, Option<ImageStore<B>>),
     (stock, before): &(Arc<Stock>, Option<Arc<Stock>>),
     progress: &Progress,
 ) -> Result<Decoder<B>> {
     progress.begin();
     let tell = |bytes| progress.add(bytes);
-    let mut decoder = stock.load(before.as_deref(), (*device, backend), config, &tell)?;
+    let decoder = stock.load(before.as_deref(), (*device, backend), config, &tell)?;
     let backend = &**backend;
+    let mut decoder = match images {
+        Some(store) => decoder.with_images(store),
+        None => decoder,
+    };
     let (began, passes) = (Instant::now(), Cell::new(0));
     decoder.warm_up(backend, config.limits, &|done, total| {
         progress.add_passes(if done == 0 { total } else { 0 }, done - passes.replace(done));
@@ -189,19 +277,6 @@ fn load_stage<B: Backend>(
     let (device, ms) = (backend.name(), began.elapsed().as_millis() as u64);
     tracing::info!(stage = index, device, passes = passes.get(), ms, "warmed up");
     Ok(decoder)
-}
-
-/// A probe for each stage, and the thread that tells what they measure.
-fn measure<B: Backend>(backends: &[Arc<B>], shared: &Shared) -> Result<(Vec<Probe<B>>, JoinHandle<()>)> {
-    let (meter, metrics) = (&shared.meter, shared.metrics.iter().cloned());
-    let of = meter.clone();
-    pipeline::collect(Collecting {
-        stages: backends.iter().cloned().zip(metrics).collect(),
-        start: meter.start(),
-        every: meter.every(),
-        dropped: meter.dropped().clone(),
-        tell: Box::new(move |span| of.span(span)),
-    })
 }
 
 impl Wired {
@@ -216,6 +291,9 @@ impl Wired {
                 stages.push(stage);
             }
         }
+        if let Some(vision) = &mut self.vision {
+            stages.extend(vision.loaded()?);
+        }
         Ok(stages)
     }
 
@@ -227,6 +305,9 @@ impl Wired {
 
     fn take_down(&mut self) -> Result<()> {
         self.steps = None;
+        if let Some(vision) = &mut self.vision {
+            vision.works = None;
+        }
         let mut limit = Limit { deadline: Instant::now() + self.patience, lost: Some(self.lost) };
         let mut late = Vec::new();
         for (_, StagesHandle { thread, loaded }) in self.stages.drain(..) {
@@ -234,9 +315,14 @@ impl Wired {
             drop(loaded);
             late.extend(limit.join(thread));
         }
-        // It would wait for stages that are left behind.
-        if let Some(collector) = self.collector.take().filter(|_| late.is_empty()) {
-            late.extend(limit.join(collector));
+        for thread in self.vision.iter_mut().flat_map(|vision| vision.threads.drain(..)) {
+            late.extend(limit.join(thread));
+        }
+        for collector in self.collectors.drain(..) {
+            // It would wait for stages that are left behind.
+            if late.is_empty() {
+                late.extend(limit.join(collector));
+            }
         }
         match &late[..] {
             [] => Ok(()),

@@ -26,6 +26,7 @@ use super::{
     recipe::Recipe,
     relayout::{Change, Failed, Prepared, Relayout, Switch},
     text::Say,
+    vision::Work,
     wire::Wired,
 };
 use crate::{
@@ -33,8 +34,8 @@ use crate::{
     error::{Error, Result},
     layout::Layout,
     pipeline::Outcome,
-    request::{Event, Request},
-    schedule::{NewSequence, Scheduler},
+    request::{Event, Media, Request},
+    schedule::{ImagePass, NewSequence, PassImage, PromptImages, PromptKeys, Scheduler},
 };
 
 /// Commands that are read before stages are given something to do again, at most.
@@ -55,6 +56,10 @@ pub(super) enum Command {
 pub(super) struct Submission {
     pub(super) request: u64,
     pub(super) prompt: Arc<[u32]>,
+    pub(super) images: Option<Arc<PromptImages>>,
+    /// Their pixels.
+    pub(super) media: Arc<[Media]>,
+    pub(super) keys: PromptKeys,
     pub(super) params: Request,
     pub(super) ending: Ending,
     /// One a sample.
@@ -117,7 +122,9 @@ struct Pending {
 struct Sequence {
     request: u64,
     /// Until it starts: it can be begun again.
-    new: Option<NewSequence>,
+    new: Option<(NewSequence, PromptKeys)>,
+    /// The pixels of its images: they may have to be encoded again.
+    media: Arc<[Media]>,
     ending: Ending,
     tokens: usize,
 }
@@ -126,6 +133,7 @@ struct Sequence {
 enum Came {
     Command(Command),
     Outcome(Outcome),
+    Images(Result<u64>),
     Built(Result<Built>),
     Prepared(Result<Box<Prepared>>),
     Switched(Result<Box<Prepared>, Failed>),
@@ -139,7 +147,8 @@ impl Worker {
                 Came::Command(Command::End) => break 'run,
                 Came::Command(command) => self.command(command),
                 Came::Outcome((step, Ok(sampled))) => self.tokens(step, sampled),
-                Came::Outcome((_, Err(error))) => self.fault(error),
+                Came::Outcome((_, Err(error))) | Came::Images(Err(error)) => self.fault(error),
+                Came::Images(Ok(pass)) => self.scheduler.apply_images(pass),
                 Came::Built(built) => self.built(built),
                 Came::Prepared(prepared) => self.prepared(prepared),
                 Came::Switched(outcome) => self.switched(outcome),
@@ -189,12 +198,20 @@ impl Worker {
             Stages::Failed(..) => (),
         }
         let prepared = self.change.as_ref().and_then(Change::to_come).unwrap_or(&not_prepared);
+        let no_images = channel::never();
+        let images = match &self.stages {
+            Stages::Up(Wired { vision: Some(vision), .. }) => &vision.arrived,
+            _ => &no_images,
+        };
         let gone = |what: &str| Error::Engine(format!("{what}; this is a bug"));
         let too_long = || Error::Engine("it takes too long".into());
         channel::select! {
             recv(self.commands) -> command => Came::Command(command.unwrap_or(Command::End)),
             recv(results) -> outcome => {
                 Came::Outcome(outcome.unwrap_or_else(|_| (0, Err(gone("all stages have ended")))))
+            }
+            recv(images) -> pass => {
+                Came::Images(pass.unwrap_or_else(|_| Err(gone("the vision tower has ended"))))
             }
             recv(built) -> built => Came::Built(built.unwrap_or_else(|_| Err(gone("nobody builds them")))),
             recv(prepared) -> prepared => {
@@ -213,10 +230,28 @@ impl Worker {
 
     /// Gives the stages what they have room for.
     fn plan(&mut self) {
-        let Stages::Up(Wired { steps: Some(steps), .. }) = &self.stages else { return };
         if self.change.as_ref().is_some_and(Change::drains) {
             return;
         }
+        self.plan_images();
+        self.plan_steps();
+        self.plan_images();
+    }
+
+    /// The same, of the vision tower.
+    fn plan_images(&mut self) {
+        let Stages::Up(Wired { vision: Some(vision), .. }) = &self.stages else { return };
+        while let Some(pass) = self.scheduler.plan_images() {
+            let work = self.open.work(pass);
+            if vision.works.as_ref().is_none_or(|works| works.send(work).is_err()) {
+                // It tells why it ended.
+                return;
+            }
+        }
+    }
+
+    fn plan_steps(&mut self) {
+        let Stages::Up(Wired { steps: Some(steps), .. }) = &self.stages else { return };
         while let Some(step) = self.scheduler.plan() {
             self.meter.planned(&step, &self.scheduler);
             let started = self.open.started(&step);
@@ -333,7 +368,8 @@ impl Worker {
 
 impl Open {
     fn submit(&mut self, submission: Submission, scheduler: &mut Scheduler, text: &channel::Sender<Say>) {
-        let Submission { request, prompt, params, ending, answers, events, place } = submission;
+        let Submission { request, prompt, keys, images, media, params, ending, answers, events, place } =
+            submission;
         let seed = params.sampling.seed.unwrap_or_else(|| self.seeds.hash_one(request));
         let sampling = Arc::new(params.sampling);
         let mut told = Vec::with_capacity(answers.len());
@@ -344,19 +380,31 @@ impl Open {
             let new = NewSequence {
                 seq,
                 prompt: prompt.clone(),
+                images: images.clone(),
                 // The last token is never fed, so it needs no room.
                 tokens_max: prompt.len() + ending.tokens_max - 1,
                 sampling: sampling.clone(),
                 seed: seed.wrapping_add(sample as u64),
                 priority: params.priority,
             };
-            scheduler.add(new.clone());
-            self.sequences
-                .insert(seq, Sequence { request, new: Some(new), ending: ending.clone(), tokens: 0 });
+            scheduler.add_hashed(new.clone(), &keys);
+            let (new, media, ending) = (Some((new, keys.clone())), media.clone(), ending.clone());
+            self.sequences.insert(seq, Sequence { request, new, media, ending, tokens: 0 });
         }
         let seqs = told.iter().map(|(seq, _)| *seq).collect();
         self.requests.insert(request, Pending { seqs, place: Some(place) });
         say(text, Say::New { request, events, answers: told });
+    }
+
+    /// What the tower has to know of a pass.
+    fn work(&self, pass: ImagePass) -> Work {
+        let mut work = Work { pass: pass.pass, images: Vec::new(), rows: Vec::new() };
+        for PassImage { of: (seq, i), row, .. } in pass.images {
+            let sequence = self.sequences.get(&seq).expect("an image of no sequence; this is a bug");
+            work.images.push(sequence.media[i].clone());
+            work.rows.push(row);
+        }
+        work
     }
 
     /// Takes note of sequences that have their first rows in this step, and says which.
@@ -416,9 +464,9 @@ impl Open {
 
     /// Queues what there is, in the order in which it came.
     fn begin_again(&self, scheduler: &mut Scheduler) {
-        let mut waiting: Vec<&NewSequence> = self.sequences.values().filter_map(|s| s.new.as_ref()).collect();
-        waiting.sort_unstable_by_key(|new| new.seq);
-        waiting.into_iter().for_each(|new| scheduler.add(new.clone()));
+        let mut waiting: Vec<_> = self.sequences.values().filter_map(|s| s.new.as_ref()).collect();
+        waiting.sort_unstable_by_key(|(new, _)| new.seq);
+        waiting.into_iter().for_each(|(new, keys)| scheduler.add_hashed(new.clone(), keys));
     }
 }
 

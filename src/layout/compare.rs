@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Layout, Planner, predict::Pipeline, profile::StageTime};
+use super::{Layout, Planner, StageTime, predict::Pipeline};
 use crate::{error::Result, model::units::Pass};
 
 /// A pass of a stage, predicted and measured.
@@ -12,43 +12,58 @@ pub struct Compared {
     pub stage: usize,
     /// Which pass.
     pub pass: Pass,
+    /// How many were measured.
+    pub passes: u64,
     /// Seconds.
     pub predicted: f64,
     /// Seconds.
     pub measured: f64,
-}
-
-impl Compared {
-    /// How much longer it took than predicted, as a share of what it took.
-    pub fn error(&self) -> f64 {
-        (self.measured - self.predicted) / self.measured
-    }
+    /// How much longer it took than predicted, in percent of what it took.
+    pub error_percent: f64,
 }
 
 /// What was measured of a layout's stages, for whatever passes, beside what the planner says of the same passes.
+///
+/// ```
+/// use pipeline_infer::{
+///     Layout,
+///     backend::DType,
+///     layout::{DeviceSpec, Planner, StageTime, compare},
+///     model::{shapes, units::Pass},
+/// };
+///
+/// let (spec, devices) = (shapes::find("7b").unwrap()?, DeviceSpec::list("2xh200-141g")?);
+/// let planner = Planner::new(&spec, DType::BF16, &devices);
+/// let layout: Layout = "0-14@cuda:0,15-27@cuda:1".parse()?;
+/// let pass = Pass::Decode { rows: 64, context: 640 };
+/// let measured = [StageTime { stage: 1, pass, seconds: 2.5e-3, passes: 100 }];
+/// let compared = compare(&planner, &layout, &measured)?;
+/// assert!(compared[0].error_percent.abs() < 30.0);
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 pub fn compare(planner: &Planner<'_>, layout: &Layout, measured: &[StageTime]) -> Result<Vec<Compared>> {
     let pipeline = Pipeline::new(planner, layout)?;
     let known = measured.iter().filter(|time| time.stage < layout.stages().len());
     let compared = |time: &StageTime| {
-        let StageTime { stage, pass, seconds } = *time;
-        Compared { stage, pass, predicted: pipeline.seconds(stage, pass), measured: seconds }
+        let StageTime { stage, pass, seconds: measured, passes } = *time;
+        let predicted = pipeline.seconds(stage, pass);
+        let error_percent = 100.0 * (measured - predicted) / measured;
+        Compared { stage, pass, passes, predicted, measured, error_percent }
     };
     Ok(known.map(compared).collect())
 }
 
-/// A row for each, below a heading: what a table shows.
-pub fn rows(compared: &[Compared]) -> Vec<Vec<String>> {
-    let head = ["stage", "pass", "predicted ms", "measured ms", "error"];
+/// What a table shows: below a heading, a row for each stage and each of the first `kinds` kinds of passes.
+pub fn rows(compared: &[Compared], kinds: usize) -> Vec<Vec<String>> {
+    let head = ["pass", "stage", "predicted ms", "measured ms", "error", "passes"];
     let row = |c: &Compared| {
-        let pass = match c.pass {
-            Pass::Decode { rows, context } => format!("{rows} x {context}"),
-            Pass::Chunk { rows, before } => format!("chunk of {rows} after {before}"),
-        };
         let ms = |seconds: f64| format!("{:.3}", 1e3 * seconds);
-        let error = format!("{:+.1}%", 100.0 * c.error());
-        vec![c.stage.to_string(), pass, ms(c.predicted), ms(c.measured), error]
+        let error = format!("{:+.1}%", c.error_percent);
+        let (pass, stage) = (c.pass.to_string(), c.stage.to_string());
+        vec![pass, stage, ms(c.predicted), ms(c.measured), error, c.passes.to_string()]
     };
-    std::iter::once(head.map(String::from).to_vec()).chain(compared.iter().map(row)).collect()
+    let shown = compared.chunk_by(|a, b| a.pass == b.pass).take(kinds).flatten();
+    std::iter::once(head.map(String::from).to_vec()).chain(shown.map(row)).collect()
 }
 
 #[cfg(test)]
@@ -63,11 +78,22 @@ mod tests {
         let planner = Planner::new(&spec, DType::BF16, &devices);
         let layout: Layout = "0-14@cuda:0,15-27@cuda:1".parse().unwrap();
         let pass = Pass::Decode { rows: 9, context: 70 };
-        let time = |stage, seconds| StageTime { stage, pass, seconds };
+        let time = |stage, seconds| StageTime { stage, pass, seconds, passes: 5 };
         let compared = compare(&planner, &layout, &[time(1, 1.0), time(0, 2.0), time(7, 1.0)]).unwrap();
         assert_eq!(compared.iter().map(|c| (c.stage, c.measured)).collect::<Vec<_>>(), [(1, 1.0), (0, 2.0)]);
-        assert!(compared.iter().all(|c| c.predicted > 1e-3 && c.predicted < 5e-3 && c.error() > 0.99));
-        let one = Compared { stage: 2, pass, predicted: 1e-3, measured: 1.25e-3 };
-        assert_eq!(rows(&[one])[1], ["2", "9 x 70", "1.000", "1.250", "+20.0%"]);
+        assert!(compared.iter().all(|c| c.predicted > 1e-3 && c.predicted < 5e-3 && c.error_percent > 99.0));
+        let times = (1e-3, 1.25e-3);
+        let one = Compared {
+            stage: 2,
+            pass,
+            passes: 7,
+            predicted: times.0,
+            measured: times.1,
+            error_percent: 20.0,
+        };
+        let other = Compared { pass: Pass::Chunk { rows: 3, before: 0 }, ..one };
+        let table = rows(&[one, other, one], 2);
+        assert_eq!(table[1], ["9 rows at 70", "2", "1.000", "1.250", "+20.0%", "7"]);
+        assert_eq!((table.len(), &*table[2][0]), (3, "3 of a prompt"));
     }
 }

@@ -1,6 +1,6 @@
 //! What units cost on a device: predicted from bytes and operations, corrected by what has been measured.
 
-use super::{DeviceSpec, profile::Profile};
+use super::{DeviceSpec, devices::Link, profile::Profile};
 use crate::{
     backend::DType,
     model::{
@@ -12,12 +12,23 @@ use crate::{
 /// Reading weights and multiplying overlap, but not wholly: where both take as long, a product takes a fifth more than
 /// either. cuBLAS on an H200 follows this power mean, mostly within 10%, from 1 to 256 rows.
 const OVERLAP_POWER: f64 = 4.0;
-/// Rows at which matrix units do half of what they do with thousands.
-const HALF_RATE_ROWS: f64 = 40.0;
-/// Attention's share of the rate of matrix products: 318 of 690 TFLOP/s for a prompt of 4,096.
-const ATTENTION_RATE: f64 = 0.46;
 
 /// A model's units on a device.
+///
+/// ```
+/// use pipeline_infer::{
+///     backend::DType,
+///     layout::{DeviceSpec, cost::Costs},
+///     model::{shapes, units::{Pass, Unit}},
+/// };
+///
+/// let (spec, device) = (shapes::find("7b").unwrap()?, DeviceSpec::known("h200-141g").unwrap());
+/// let costs = Costs { spec: &spec, dtype: DType::BF16, device: &device, profile: None };
+/// // While an answer is written, the head of 7b weighs more than two layers.
+/// let pass = Pass::Decode { rows: 1, context: 640 };
+/// assert!(costs.seconds(Unit::Head, pass) > 2.0 * costs.seconds(Unit::Layer(0), pass));
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct Costs<'a> {
     /// The model.
@@ -47,9 +58,10 @@ impl Costs<'_> {
     }
 
     /// Seconds until a pass's rows have crossed to the next device.
-    pub fn boundary(&self, pass: Pass) -> f64 {
-        let bytes = pass.rows() * self.spec.dim * DType::F32.size();
-        self.device.link.latency + bytes as f64 / self.device.link.bandwidth
+    pub fn boundary(&self, next: &DeviceSpec, pass: Pass) -> f64 {
+        let bytes = (pass.rows() * self.spec.dim * DType::F32.size()) as f64;
+        let over = |link: Link| link.latency + bytes / link.bandwidth;
+        over(self.device.link).max(over(next.link))
     }
 }
 
@@ -57,14 +69,14 @@ impl Costs<'_> {
 pub fn roofline(device: &DeviceSpec, dtype: DType, work: &Work) -> f64 {
     let rows = work.rows as f64;
     let full = device.rates.of(dtype);
-    let rate = full * rows / (rows + HALF_RATE_ROWS);
+    let rate = full * rows / (rows + device.half_rate_rows);
     let time = |demand: Demand, rate: f64| {
         let compute = if demand.flops > 0.0 { demand.flops / rate } else { 0.0 };
         (demand.bytes / device.bandwidth, compute)
     };
     let (reading, multiplying) = time(work.products, rate);
     let products = (reading.powf(OVERLAP_POWER) + multiplying.powf(OVERLAP_POWER)).powf(1.0 / OVERLAP_POWER);
-    let (reading, multiplying) = time(work.attention, full * ATTENTION_RATE);
+    let (reading, multiplying) = time(work.attention, full * device.attention);
     let rest = work.other_bytes / device.bandwidth + work.kernels as f64 * device.launch;
     products + reading.max(multiplying) + rest
 }

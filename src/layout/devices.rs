@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::Device;
 use crate::{
-    backend::DType,
+    backend::{DType, cpu},
     error::{Error, Result, shown},
 };
 
@@ -30,7 +30,11 @@ pub struct DeviceSpec {
     pub launch: f64,
     /// Seconds of a pass beside its units.
     pub pass: f64,
-    /// To the next stage's device.
+    /// Rows at which products run at half of their rate.
+    pub half_rate_rows: f64,
+    /// Attention's share of the rate of matrix products.
+    pub attention: f64,
+    /// To the next stage's device. Between two, the slower one's counts.
     pub link: Link,
 }
 
@@ -113,6 +117,19 @@ const PASS_S: f64 = 10e-6;
 /// Measured between H200s: 14.8 µs for a row, with the receiver's own part of a pass.
 const NVLINK: Link = Link { latency: 13e-6, bandwidth: 270e9 };
 const PCIE: Link = Link { latency: 20e-6, bandwidth: 20e9 };
+/// Rows at which matrix units do half of what they do with thousands.
+const HALF_RATE_ROWS: f64 = 40.0;
+/// 318 of 690 TFLOP/s for a prompt of 4,096.
+const ATTENTION_RATE: f64 = 0.46;
+/// The same of processors: threads that wake, memory that the host copies to and from, and products that are bound by
+/// reading until weights are widened once for several rows.
+const CPU_LAUNCH_S: f64 = 5e-6;
+const CPU_PASS_S: f64 = 30e-6;
+const CPU_LINK: Link = Link { latency: 60e-6, bandwidth: 6e9 };
+const CPU_HALF_RATE_ROWS: f64 = 2.0;
+const CPU_ATTENTION_RATE: f64 = 0.4;
+/// Of the host's memory that is free, what others are left, as a divisor.
+const CPU_RESERVE: usize = 8;
 /// Of a GPU's memory, what the driver, code and fragments take.
 const RESERVE_BYTES: usize = 640 << 20;
 const DEVICES_MAX: usize = 256;
@@ -140,6 +157,8 @@ impl Known {
             rates: Rates { f32: self.f32_tflops * 1e12 * RATE_REACHED, f16: narrow, bf16: narrow },
             launch: LAUNCH_S,
             pass: PASS_S,
+            half_rate_rows: HALF_RATE_ROWS,
+            attention: ATTENTION_RATE,
             link: if self.nvlink { NVLINK } else { PCIE },
         }
     }
@@ -154,6 +173,13 @@ impl DeviceSpec {
     /// The registry's names.
     pub fn names() -> impl Iterator<Item = &'static str> {
         KNOWN.iter().map(|known| known.name)
+    }
+
+    /// Whether it is as fast as its name says: a description may change what the registry has, and a name that it does not
+    /// have says nothing.
+    pub fn is_as_named(&self) -> bool {
+        let same = |known: DeviceSpec| (known.bandwidth, known.rates) == (self.bandwidth, self.rates);
+        DeviceSpec::known(&self.name).is_none_or(same)
     }
 
     /// A GPU of this machine: by its driver's name, or else by how many multiprocessors it has.
@@ -171,7 +197,29 @@ impl DeviceSpec {
         DeviceSpec { memory, free: memory.saturating_sub(RESERVE_BYTES), ..spec }
     }
 
-    /// Devices as `--devices` describes them: `8xh100-80g,4xl4`, `l4,cpu:mem=64g,bw=100g,bf16=1t`.
+    /// The processor of this machine, as a moment's work on so many threads measures it (by default on all cores), with what
+    /// is free of its memory now.
+    pub fn of_cpu(threads: Option<usize>) -> Result<DeviceSpec> {
+        let cpu::CpuSpeed { threads, bandwidth, rates: [f32, f16, bf16] } = cpu::speed(threads)?;
+        let rates = Rates { f32, f16, bf16 };
+        let name = format!("cpu-{threads}cores");
+        Ok(DeviceSpec {
+            memory: cpu::memory_bytes(),
+            free: DeviceSpec::cpu_free(),
+            bandwidth,
+            rates,
+            ..blank_cpu(&name)
+        })
+    }
+
+    /// Bytes of the host's memory that a pipeline may take beside GPUs.
+    pub fn cpu_free() -> usize {
+        let free = cpu::free_bytes();
+        free - free / CPU_RESERVE
+    }
+
+    /// Devices as `--devices` describes them: `8xh100-80g,4xl4`, `l4,cpu:mem=64g,bw=100g,bf16=1t`. `cpu` alone is this
+    /// machine's.
     ///
     /// ```
     /// # use pipeline_infer::layout::DeviceSpec;
@@ -251,12 +299,15 @@ impl Described {
         {
             return Err(format!("it is too old: compute capability 8.0 is needed, and it has {compute}"));
         }
+        if lower == "cpu" && pairs.is_empty() {
+            return DeviceSpec::of_cpu(None).map_err(|error| error.to_string());
+        }
         let mut spec = match DeviceSpec::known(name) {
             Some(spec) => spec,
             None if pairs.is_empty() => {
                 let known: Vec<_> = DeviceSpec::names().collect();
                 return Err(format!(
-                    "no known device (known: {}); others are described as NAME:mem=24g,bw=900g,bf16=150t",
+                    "no known device (known: {}, cpu); others are described as NAME:mem=24g,bw=900g,bf16=150t",
                     known.join(", ")
                 ));
             }
@@ -288,17 +339,28 @@ fn blank(name: &str) -> Result<DeviceSpec, String> {
     if name.is_empty() || name.len() > 64 || !name.chars().all(named) {
         return Err("a device's name is letters, digits, and - _ .".into());
     }
-    let cpu = name.eq_ignore_ascii_case("cpu");
+    if name.eq_ignore_ascii_case("cpu") {
+        return Ok(blank_cpu(name));
+    }
     let zero = Rates { f32: 0.0, f16: 0.0, bf16: 0.0 };
-    Ok(DeviceSpec {
-        device: if cpu { Device::Cpu } else { Device::Cuda(0) },
+    let known = KNOWN[KNOWN.len() - 1].spec();
+    Ok(DeviceSpec { name: name.into(), memory: 0, free: 0, bandwidth: 0.0, rates: zero, ..known })
+}
+
+fn blank_cpu(name: &str) -> DeviceSpec {
+    DeviceSpec {
+        device: Device::Cpu,
         name: name.into(),
         memory: 0,
         free: 0,
         bandwidth: 0.0,
-        rates: zero,
-        ..KNOWN[KNOWN.len() - 1].spec()
-    })
+        rates: Rates { f32: 0.0, f16: 0.0, bf16: 0.0 },
+        launch: CPU_LAUNCH_S,
+        pass: CPU_PASS_S,
+        half_rate_rows: CPU_HALF_RATE_ROWS,
+        attention: CPU_ATTENTION_RATE,
+        link: CPU_LINK,
+    }
 }
 
 /// What is described is what is reached: nothing is taken off.
@@ -325,7 +387,7 @@ fn set(spec: &mut DeviceSpec, pair: &str) -> Result<(), String> {
 }
 
 /// `24g`, `1.5t`, `900G`; in powers of 1000.
-fn amount(text: &str) -> Option<f64> {
+pub(super) fn amount(text: &str) -> Option<f64> {
     const AMOUNT_MAX: f64 = 1e18;
     let text = text.trim();
     let scale = match text.chars().last()?.to_ascii_lowercase() {

@@ -2,27 +2,43 @@
 //!
 //! The first stage holds the embedding, the last one the head. `parse` reads layouts as users write them; `plan` cuts a model
 //! where costs say, which `cost` predicts for the devices that `devices` describes and `profile` has measured; `planner`
-//! puts these together, and `predict` says what a layout will do.
+//! puts these together, and `predict` says what a layout will do; `measured` gathers what it did, and `compare` puts the two
+//! beside each other.
 
 pub mod compare;
 pub mod cost;
 pub mod devices;
+pub mod limits;
+pub mod measured;
 mod parse;
 pub mod plan;
 pub mod planner;
 pub mod predict;
 pub mod profile;
+mod vision;
 
+pub use compare::{Compared, compare};
 pub use devices::DeviceSpec;
+pub use limits::MemoryLimits;
+pub use measured::{Measured, StageTime};
 pub use parse::Given;
 pub use planner::{Planner, Workload};
 pub use predict::Prediction;
+pub use vision::VisionStage;
 
 use std::{fmt, ops::Range, str::FromStr};
 
 use crate::error::{Error, Result, shown};
 
 /// A device that a stage runs on.
+///
+/// ```
+/// use pipeline_infer::layout::Device;
+///
+/// assert_eq!("cuda:1".parse::<Device>()?, Device::Cuda(1));
+/// assert_eq!(Device::Cpu.to_string(), "cpu");
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord)]
 pub enum Device {
     /// The host's processors.
@@ -66,9 +82,28 @@ pub struct Stage {
 }
 
 /// All stages, in the order of the data.
+///
+/// It is a value, a short form ([`str::parse`], [`ToString`]) and a file ([`Layout::open`], [`Layout::to_toml`]).
+///
+/// ```
+/// use pipeline_infer::{Layout, layout::{Device, Stage}};
+///
+/// let stages = vec![
+///     Stage { device: Device::Cuda(2), layers: 0..21 },
+///     Stage { device: Device::Cuda(0), layers: 21..80 },
+/// ];
+/// let layout = Layout::new(stages)?;
+/// assert_eq!(layout.to_string(), "0-20@cuda:2,21-79@cuda:0");
+/// assert_eq!(layout, "0-20@cuda:2,21-79@cuda:0".parse()?);
+/// assert_eq!(layout, Layout::from_toml(&layout.to_toml(), "layout.toml".as_ref())?);
+/// // Layer 21 would be in no stage.
+/// assert!("0-20,22-79".parse::<Layout>().is_err());
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     stages: Vec<Stage>,
+    vision: Vec<VisionStage>,
 }
 
 impl Layout {
@@ -76,12 +111,18 @@ impl Layout {
     pub fn new(stages: Vec<Stage>) -> Result<Self> {
         match fault(&stages) {
             Some((_, why)) => Err(Error::usage("--layout", why)),
-            None => Ok(Layout { stages }),
+            None => Ok(Layout { stages, vision: Vec::new() }),
         }
     }
 
     /// `stages` stages of near-equal length; the first ones take what is left over, since the head weighs
     /// on the last.
+    ///
+    /// ```
+    /// # use pipeline_infer::{Layout, layout::Device};
+    /// assert_eq!(Layout::even(3, 8, Device::Cpu)?.to_string(), "0-2@cpu,3-5@cpu,6-7@cpu");
+    /// # Ok::<(), pipeline_infer::Error>(())
+    /// ```
     pub fn even(stages: usize, layers: usize, device: Device) -> Result<Self> {
         if stages == 0 {
             return Err(Error::usage("--stages", "at least one stage is needed"));
@@ -113,6 +154,13 @@ impl Layout {
     }
 
     /// Whether it fits a model of this many layers.
+    ///
+    /// ```
+    /// # use pipeline_infer::Layout;
+    /// let told = "0-3,4-6".parse::<Layout>()?.check(8).unwrap_err();
+    /// assert_eq!(told.to_string(), "--layout: layer 7 is in no stage: the model has 8 layers");
+    /// # Ok::<(), pipeline_infer::Error>(())
+    /// ```
     pub fn check(&self, layers: usize) -> Result<()> {
         let have = self.layers();
         if have == layers {
@@ -171,6 +219,9 @@ impl fmt::Display for Stage {
 
 impl fmt::Display for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for stage in &self.vision {
+            write!(f, "{stage}@{},", stage.device)?;
+        }
         for (i, stage) in self.stages.iter().enumerate() {
             let comma = if i == 0 { "" } else { "," };
             write!(f, "{comma}{stage}@{}", stage.device)?;

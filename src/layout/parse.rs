@@ -5,13 +5,22 @@ use std::{fs, ops::Range, path::Path, str::FromStr};
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::{Device, Layout, Stage, fault};
+use super::{Device, Layout, Stage, VisionStage, fault, vision};
 use crate::error::{Error, Result, shown};
 
 /// A layout's file is a few KiB.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// A layout that somebody wrote, and whether it says where its stages go.
+///
+/// ```
+/// use pipeline_infer::layout::Given;
+///
+/// assert!(!Given::from_arg("0-9,10-29")?.placed && Given::from_arg("0-9@cuda:1,10-29@cuda:0")?.placed);
+/// let told = Given::from_arg("0-9@cuda:1,10-29").unwrap_err().to_string();
+/// assert!(told.ends_with("it names no device, and other stages name GPUs"), "{told}");
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Given {
     /// On the processor, if it does not say.
@@ -65,11 +74,28 @@ impl Given {
             };
             stages.push((layers, device.as_ref().map(place).transpose()?));
         }
-        let placed = placed(&stages).map_err(|i| wrong(line_of(i), format!("stage {i}: {SOME_PLACED}")))?;
+        let mut towers = Vec::new();
+        for (i, stage) in file.vision.iter().enumerate() {
+            let VisionForm { blocks, device } = stage.get_ref();
+            let bad = |at: &Spanned<String>, why: String| {
+                wrong(Some(at.span().start), format!("vision stage {i}, \"{}\": {why}", shown(at.get_ref())))
+            };
+            let run = |run: &Spanned<String>| layers(run.get_ref()).map_err(|why| bad(run, why));
+            let place = |device: &Spanned<String>| {
+                let parsed = device.get_ref().parse::<Device>();
+                parsed.map_err(|_| bad(device, "it is neither cpu nor cuda:N".into()))
+            };
+            towers.push((blocks.as_ref().map(run).transpose()?, device.as_ref().map(place).transpose()?));
+        }
+        let placed =
+            placed(&stages, &towers).map_err(|i| wrong(line_of(i), format!("stage {i}: {SOME_PLACED}")))?;
         let stages = on_devices(stages);
         match fault(&stages) {
             Some((i, why)) => Err(wrong(line_of(i), why)),
-            None => Ok(Given { layout: Layout::new(stages)?, placed }),
+            None => {
+                let layout = with_towers(Layout::new(stages)?, towers);
+                Ok(Given { layout: layout.map_err(|e| wrong(None, why(e)))?, placed })
+            }
         }
     }
 }
@@ -81,7 +107,16 @@ impl FromStr for Given {
         let wrong = |(i, part): (usize, &str), why: String| {
             Error::usage(what(text), format!("stage {i}, \"{}\": {why}", shown(part)))
         };
-        let parts: Vec<(usize, &str)> = text.split(',').enumerate().collect();
+        let (mut towers, mut parts) = (Vec::new(), Vec::new());
+        for part in text.split(',') {
+            match vision::parse(part) {
+                None => parts.push((parts.len(), part)),
+                Some(tower) => towers.push(tower.map_err(|why| {
+                    let (i, part) = (towers.len(), shown(part));
+                    Error::usage(what(text), format!("vision stage {i}, \"{part}\": {why}"))
+                })?),
+            }
+        }
         let stage = |&part: &(usize, &str)| {
             let (run, device) = match part.1.split_once('@') {
                 Some((run, device)) => {
@@ -92,13 +127,14 @@ impl FromStr for Given {
             Ok((layers(run).map_err(|why| wrong(part, why))?, device))
         };
         let stages = parts.iter().map(stage).collect::<Result<Vec<_>>>()?;
-        let placed = placed(&stages).map_err(|i| wrong(parts[i], SOME_PLACED.into()))?;
-        let layout = Layout::new(on_devices(stages)).map_err(|e| Error::usage(what(text), why(e)))?;
-        Ok(Given { layout, placed })
+        let placed = placed(&stages, &towers).map_err(|i| wrong(parts[i], SOME_PLACED.into()))?;
+        let layout = Layout::new(on_devices(stages)).and_then(|layout| with_towers(layout, towers));
+        Ok(Given { layout: layout.map_err(|e| Error::usage(what(text), why(e)))?, placed })
     }
 }
 
-/// `0-9,10-29`, or with devices: `0-9@cpu,10-29@cuda:1`. Without them all stages are on the processor.
+/// `0-9,10-29`, or with devices: `0-9@cpu,10-29@cuda:1`. Without them all stages are on the processor. The vision tower
+/// is where the embedding is, or on stages of its own: `vision@cuda:2,…`, or `v0-15@cuda:2,v16-31@cuda:3,…`.
 impl FromStr for Layout {
     type Err = Error;
 
@@ -108,8 +144,8 @@ impl FromStr for Layout {
 }
 
 impl Layout {
-    /// Reads a TOML file: a table `[[stage]]` for each stage, with `layers = "0-20"` and `device = "cuda:0"`. Without
-    /// devices all stages are on the processor.
+    /// Reads a TOML file: a table `[[stage]]` for each stage, with `layers = "0-20"` and `device = "cuda:0"`, and if wanted
+    /// `[[vision]]` with `blocks = "0-15"` and `device`. Without devices all stages are on the processor.
     pub fn open(path: &Path) -> Result<Layout> {
         Given::open(path).map(|given| given.layout)
     }
@@ -130,16 +166,29 @@ impl Layout {
     /// As a TOML file.
     pub fn to_toml(&self) -> String {
         let stage = |s: &Stage| format!("[[stage]]\nlayers = \"{s}\"\ndevice = \"{}\"\n", s.device);
-        self.stages().iter().map(stage).collect::<Vec<_>>().join("\n")
+        let vision = |s: &VisionStage| {
+            let blocks = s.blocks.as_ref().map(|b| format!("blocks = \"{}-{}\"\n", b.start, b.end - 1));
+            format!("[[vision]]\n{}device = \"{}\"\n", blocks.unwrap_or_default(), s.device)
+        };
+        let tables = self.vision().iter().map(vision).chain(self.stages().iter().map(stage));
+        tables.collect::<Vec<_>>().join("\n")
     }
 }
 
+/// Those that name no device are where the embedding is.
+fn with_towers(layout: Layout, towers: Vec<vision::Named>) -> Result<Layout> {
+    let first = layout.stages()[0].device;
+    let stage = |(blocks, device): vision::Named| VisionStage { device: device.unwrap_or(first), blocks };
+    layout.with_vision(towers.into_iter().map(stage).collect())
+}
+
 /// Whether stages name devices, or else the first that does not where others name GPUs.
-fn placed(stages: &[(Range<usize>, Option<Device>)]) -> Result<bool, usize> {
+fn placed(stages: &[(Range<usize>, Option<Device>)], towers: &[vision::Named]) -> Result<bool, usize> {
     let without = stages.iter().position(|(_, device)| device.is_none());
-    let on_gpu = |(_, device): &(_, Option<Device>)| device.is_some_and(|device| device != Device::Cpu);
+    let gpu = |device| device != Device::Cpu;
+    let on_gpu = |(_, device): &(_, Option<Device>)| device.is_some_and(gpu);
     match without {
-        Some(i) if stages.iter().any(on_gpu) => Err(i),
+        Some(i) if stages.iter().any(on_gpu) || towers.iter().any(|(_, d)| d.is_some_and(gpu)) => Err(i),
         _ => Ok(stages.iter().any(|(_, device)| device.is_some())),
     }
 }
@@ -163,7 +212,7 @@ fn why(error: Error) -> String {
 }
 
 /// `0-9`, or `3` alone.
-fn layers(text: &str) -> Result<Range<usize>, String> {
+pub(super) fn layers(text: &str) -> Result<Range<usize>, String> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     let digits = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
     if !digits(first.trim()) || !digits(last.trim()) {
@@ -183,6 +232,15 @@ fn layers(text: &str) -> Result<Range<usize>, String> {
 struct FileForm {
     #[serde(default)]
     stage: Vec<Spanned<StageForm>>,
+    #[serde(default)]
+    vision: Vec<Spanned<VisionForm>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VisionForm {
+    blocks: Option<Spanned<String>>,
+    device: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize)]

@@ -49,6 +49,16 @@ pub struct Slot {
 }
 
 /// The best cut: each slot's layers. `None` if no cut fits.
+///
+/// ```
+/// use pipeline_infer::layout::plan::{Problem, Sizes, Slot, solve};
+///
+/// // Ten layers alike, on a device that is twice as fast as the other one, with a head of two layers there.
+/// let fast = Slot { layers: vec![10; 10], room: 100, ..Slot::default() };
+/// let slow = Slot { layers: vec![20; 10], head: 40, room: 100, ..Slot::default() };
+/// let sizes = Sizes { layers: vec![10; 10], ..Sizes::default() };
+/// assert_eq!(solve(&Problem { sizes, slots: vec![fast, slow] }), Some(vec![0..8, 8..10]));
+/// ```
 pub fn solve(problem: &Problem) -> Option<Vec<Range<usize>>> {
     let (layers, slots) = (problem.sizes.layers.len(), problem.slots.len());
     if slots == 0 || layers < slots {

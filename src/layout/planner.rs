@@ -42,6 +42,16 @@ pub enum Split {
 
 /// What a plan is for. A stage's cost is the time that it spends on one of these requests, its share of passes that it
 /// has in common with others included.
+///
+/// ```
+/// use pipeline_infer::{layout::Workload, model::units::Pass};
+///
+/// let workload = Workload { running: 256, prompt: 512, new: 256, chunk: 2048 };
+/// let [(decode, steps), (chunk, parts)] = workload.passes(4);
+/// // It is one of 64 in each of its 256 steps, which makes four of its own; and a quarter of a chunk.
+/// assert_eq!((decode, steps), (Pass::Decode { rows: 64, context: 640 }, 4.0));
+/// assert_eq!((chunk, parts), (Pass::Chunk { rows: 2048, before: 0 }, 0.25));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Workload {
     /// Requests that run at once, spread over as many micro-batches as there are devices.
@@ -117,8 +127,10 @@ pub struct Planner<'a> {
     pub workload: Workload,
     /// Tokens whose keys and values must have room. `None`: those of the workload, or as many as there is room for.
     pub kv_tokens: Option<usize>,
-    /// What stages take besides.
+    /// What stages take besides, on GPUs.
     pub scratch: Scratch,
+    /// The same on a processor.
+    pub cpu_scratch: Scratch,
 }
 
 impl<'a> Planner<'a> {
@@ -126,7 +138,7 @@ impl<'a> Planner<'a> {
     pub fn new(spec: &'a ModelSpec, dtype: DType, devices: &'a [DeviceSpec]) -> Self {
         let profiles = vec![None; devices.len()];
         let (workload, scratch) = (Workload::default(), Scratch::default());
-        Planner { spec, dtype, devices, profiles, workload, kv_tokens: None, scratch }
+        Planner { spec, dtype, devices, profiles, workload, kv_tokens: None, scratch, cpu_scratch: scratch }
     }
 
     /// The best cut into `stages` stages on the first devices. Where there are fewer devices, neighbours share them.
@@ -186,13 +198,36 @@ impl<'a> Planner<'a> {
         Costs { spec: self.spec, dtype: self.dtype, device: &self.devices[device], profile }
     }
 
+    /// What stages on a device take besides.
+    pub(super) fn scratch_of(&self, device: usize) -> Scratch {
+        match self.devices[device].device {
+            Device::Cpu => self.cpu_scratch,
+            Device::Cuda(_) => self.scratch,
+        }
+    }
+
     /// The best layout on these devices for the wanted KV tokens, or, where nobody says how many, for as many as fit.
     fn fitted(&self, order: &[usize], stages: usize) -> Option<Layout> {
         let of = |kv_tokens| self.solved(order, stages, kv_tokens);
+        let on_cpu = |&device: &usize| self.devices[device].device == Device::Cpu;
         match self.kv_tokens {
             Some(tokens) => of(tokens),
+            None if order.iter().any(on_cpu) && order.len() > 1 => self.fitted_beside_cpu(order, stages),
             None => of(self.workload.kv_tokens()).or_else(|| of(self.kv_most(order, stages)?)),
         }
+    }
+
+    /// Room for KV tokens on GPUs costs layers, which a processor takes its time for: as many as bring the most tokens a second.
+    fn fitted_beside_cpu(&self, order: &[usize], stages: usize) -> Option<Layout> {
+        let Workload { prompt, new, .. } = self.workload;
+        let (most, least) = (self.workload.kv_tokens(), prompt.saturating_add(new));
+        let fewer = std::iter::successors(Some(most), |tokens| Some(tokens / 2).filter(|t| *t >= least));
+        let layouts = fewer.filter_map(|kv_tokens| self.solved(order, stages, kv_tokens));
+        let rated = layouts.map(|layout| (self.rate(&layout), layout));
+        // Of equally good ones the first, with the most room.
+        let best = rated.reduce(|best, next| if next.0 > best.0 { next } else { best });
+        best.map(|(_, layout)| layout)
+            .or_else(|| self.solved(order, stages, self.kv_most(order, stages)?.min(least)))
     }
 
     fn solved(&self, order: &[usize], stages: usize, kv_tokens: usize) -> Option<Layout> {
@@ -229,6 +264,7 @@ impl<'a> Planner<'a> {
         let slot = |(i, &device): (usize, &usize)| {
             let costs = self.costs(device);
             let own = shared(i, order.len(), stages).len();
+            let next = order.get(i + 1).map(|&next| &self.devices[next]);
             let weighted = |of: &dyn Fn(Pass) -> f64| {
                 let seconds: f64 = passes.iter().map(|&(pass, weight)| weight * of(pass)).sum();
                 (seconds * 1e12) as u64
@@ -245,8 +281,8 @@ impl<'a> Planner<'a> {
                 embed: weighted(&|pass| costs.seconds(Unit::Embed, pass)),
                 head: weighted(&|pass| costs.seconds(Unit::Head, pass)),
                 pass: own as u64 * weighted(&|_| costs.pass()),
-                boundary: weighted(&|pass| costs.boundary(pass)),
-                room: costs.device.free.saturating_sub(own * self.scratch.stage) as u64,
+                boundary: weighted(&|pass| next.map_or(0.0, |next| costs.boundary(next, pass))),
+                room: costs.device.free.saturating_sub(own * self.scratch_of(device).stage) as u64,
                 layers_min: own,
             }
         };
@@ -256,11 +292,14 @@ impl<'a> Planner<'a> {
     fn sizes(&self, kv_tokens: usize) -> Sizes {
         let (spec, dtype) = (self.spec, self.dtype);
         let bytes = |unit: Unit| unit.weight_bytes(spec, dtype) as u64;
+        // Where they differ, of the one that takes more.
+        let most = |of: fn(&Scratch) -> usize| of(&self.scratch).max(of(&self.cpu_scratch)) as u64;
+        let (layer_scratch, head_scratch) = (most(|s| s.layer), most(|s| s.head));
         let layer = |i: usize| {
             let kv = (Unit::Layer(i).kv_bytes_per_token(spec, dtype) as u64).saturating_mul(kv_tokens as u64);
-            kv.saturating_add(bytes(Unit::Layer(i)) + self.scratch.layer as u64)
+            kv.saturating_add(bytes(Unit::Layer(i)) + layer_scratch)
         };
-        let (embed, head) = (bytes(Unit::Embed), bytes(Unit::Head) + self.scratch.head as u64);
+        let (embed, head) = (bytes(Unit::Embed), bytes(Unit::Head) + head_scratch);
         let head_tied = spec.tied.then(|| head - embed);
         Sizes { layers: (0..spec.layers.len()).map(layer).collect(), embed, head, head_tied }
     }
@@ -326,9 +365,8 @@ impl<'a> Planner<'a> {
         }
         if let Some(more) = (stages + 1..=self.devices.len()).find(|&n| self.fitted(&range(n), n).is_some()) {
             ways.push(format!("{more} stages"));
-        } else if let Some(more) = self.more_devices() {
-            let name = &self.devices[self.devices.len() - 1].name;
-            ways.push(format!("{more} more {name}"));
+        } else if let Some(way) = self.more_devices() {
+            ways.push(way);
         }
         let units = if have >= need { ", but layers are not divided" } else { "" };
         let advice = match &ways[..] {
@@ -350,17 +388,20 @@ impl<'a> Planner<'a> {
         runs.map(|run| format!("{} x {}", run.len(), run[0].name)).collect::<Vec<_>>().join(", ")
     }
 
-    /// How many more devices like the last one it takes, if it is not many.
-    fn more_devices(&self) -> Option<usize> {
+    /// How many more devices like the last GPU it takes, if it is not many: `2 more h100-80g`.
+    fn more_devices(&self) -> Option<String> {
+        let like = self.devices.iter().rfind(|device| device.device != Device::Cpu)?;
         let have = self.devices.len();
         let most = MORE_MAX.min(self.spec.layers.len().saturating_sub(have));
-        (1..=most).find(|more| {
+        let fits = |more: &usize| {
             let mut devices = self.devices.to_vec();
-            devices.extend(std::iter::repeat_n(self.devices[have - 1].clone(), *more));
+            devices.extend(std::iter::repeat_n(like.clone(), *more));
             let profiles = vec![None; devices.len()];
             let planner = Planner { devices: &devices, profiles, ..self.clone() };
             planner.fitted(&range(devices.len()), devices.len()).is_some()
-        })
+        };
+        let more = (1..=most).find(fits)?;
+        Some(format!("{more} more {}", like.name))
     }
 }
 

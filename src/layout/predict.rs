@@ -17,6 +17,18 @@ const ROWS: [usize; 3] = [1, 32, 256];
 const BATCHES: [usize; 3] = [1, 64, 256];
 
 /// What a layout will do.
+///
+/// ```
+/// use pipeline_infer::{backend::DType, layout::{DeviceSpec, Planner}, model::shapes};
+///
+/// let (spec, devices) = (shapes::find("72b").unwrap()?, DeviceSpec::list("4xh200-141g")?);
+/// let planner = Planner::new(&spec, DType::BF16, &devices);
+/// let told = planner.predict(&planner.plan(4)?)?;
+/// assert_eq!((told.stages.len(), told.running), (4, 256));
+/// // Of the stages one is the slowest; 145 GB of weights leave room for a million tokens and more.
+/// assert!(told.stages.iter().any(|stage| stage.share == 1.0) && told.kv_tokens > 1_000_000);
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Prediction {
     /// As in `--layout`.
@@ -176,8 +188,9 @@ impl<'a> Pipeline<'a> {
     /// Seconds of a stage's pass, until its rows have left it.
     pub(super) fn seconds(&self, stage: usize, pass: Pass) -> f64 {
         let costs = self.planner.costs(self.places[stage]);
-        let last = stage + 1 == self.places.len();
-        self.units_seconds(stage, pass) + costs.pass() + if last { 0.0 } else { costs.boundary(pass) }
+        let next = self.places.get(stage + 1).map(|&place| &self.planner.devices[place]);
+        let boundary = next.map_or(0.0, |next| costs.boundary(next, pass));
+        self.units_seconds(stage, pass) + costs.pass() + boundary
     }
 
     /// Of them, those of its units.
@@ -266,7 +279,7 @@ impl<'a> Pipeline<'a> {
     }
 
     fn scratch_bytes(&self, stage: usize) -> usize {
-        let scratch = self.planner.scratch;
+        let scratch = self.planner.scratch_of(self.places[stage]);
         let head = if stage + 1 == self.places.len() { scratch.head } else { 0 };
         scratch.stage + head + scratch.layer * self.layout.stages()[stage].layers.len()
     }

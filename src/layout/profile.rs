@@ -1,13 +1,15 @@
 //! What units took where they ran: kept on disk for a model's shape, a device and a type, and believed before predictions.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::{self, Read},
     path::{Path, PathBuf},
+    sync::LazyLock,
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::{DeviceSpec, Layout, cost::Costs};
+use super::{Device, DeviceSpec, Layout, StageTime, cost::Costs, measured::size};
 use crate::{
     backend::{DType, cuda},
     error::{Error, Result},
@@ -17,14 +19,51 @@ use crate::{
     },
 };
 
-/// A profile's file is a few KiB.
+/// A profile's file is a few KiB, and has a few points for each number of rows.
 const FILE_BYTES_MAX: u64 = 1 << 20;
-/// Noise does not make a unit free.
+const POINTS_MAX: usize = 4096;
+/// No pass has more rows, or takes longer or less long: a file that says so is damaged.
+const ROWS_MAX: usize = 1 << 20;
+const SECONDS: std::ops::RangeInclusive<f64> = 1e-9..=1e5;
+/// Noise does not make a unit free; predictions that are not of a device's kind may be far off.
 const FACTOR_MIN: f64 = 0.1;
+const FACTORS: std::ops::RangeInclusive<f64> = 1e-4..=1e4;
+/// Of fewer passes, hiccups are no measurement.
+const PASSES_MIN: u64 = 4;
+
+/// What times follow from beside the model and the device: this program, its kernels, and what profiles mean by their fields.
+static VERSION: LazyLock<String> =
+    LazyLock::new(|| format!("2-{}-{:016x}", env!("CARGO_PKG_VERSION"), cuda::kernels_key() as u64));
 
 /// Measured times of a model's units on a device.
+///
+/// ```
+/// use pipeline_infer::{
+///     Layout,
+///     backend::DType,
+///     layout::{DeviceSpec, Planner, StageTime, compare, profile::Profile},
+///     model::{shapes, units::Pass},
+/// };
+///
+/// let (spec, devices) = (shapes::find("7b").unwrap()?, DeviceSpec::list("2xh200-141g")?);
+/// let (layout, pass): (Layout, _) = ("0-13@cuda:0,14-27@cuda:1".parse()?, Pass::Decode { rows: 64, context: 640 });
+/// let time = |stage, seconds| StageTime { stage, pass, seconds, passes: 100 };
+/// let measured = [time(0, 2.0e-3), time(1, 2.3e-3)];
+/// let profiles = Profile::of_run(&spec, DType::BF16, &layout, &devices, &measured);
+/// let folder = std::env::temp_dir().join("pipeline-infer-profiles");
+/// profiles[0].store(&folder, None)?;
+///
+/// let mut planner = Planner::new(&spec, DType::BF16, &devices);
+/// planner.profiles = vec![Profile::open(&folder, &spec, DType::BF16, &devices[0]); 2];
+/// let compared = compare(&planner, &layout, &measured)?;
+/// assert!(compared.iter().all(|stage| stage.error_percent.abs() < 0.1));
+/// # std::fs::remove_dir_all(folder).unwrap();
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Profile {
+    /// Of what it was measured with.
+    pub version: String,
     /// The model's shape, but for how many layers it has.
     pub shape: String,
     /// The device's name.
@@ -66,84 +105,62 @@ impl From<Unit> for Kind {
     }
 }
 
-/// How long a stage took for passes of a shape.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct StageTime {
-    /// Which stage.
-    pub stage: usize,
-    /// The passes' shape.
-    pub pass: Pass,
-    /// How long one took.
-    pub seconds: f64,
-}
-
-/// A stage's time as a run has fitted it: so much a pass, a row, a pair of row and token, an output row.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct StageFit {
-    /// Seconds a pass.
-    pub base: f64,
-    /// Seconds a row.
-    pub per_row: f64,
-    /// Seconds for each token that a row attends to.
-    pub per_attended: f64,
-    /// Seconds an output row.
-    pub per_output: f64,
-}
-
-impl StageFit {
-    /// Seconds of a pass of this shape.
-    pub fn seconds(&self, pass: Pass) -> f64 {
-        let rows = self.per_row * pass.rows() as f64;
-        self.base + rows + self.per_attended * pass.attended(None) + self.per_output * pass.outputs() as f64
-    }
-}
-
-/// What fitted stages take for these passes, which should be like those that they were fitted to.
-pub fn stage_times(fits: &[StageFit], passes: &[Pass]) -> Vec<StageTime> {
-    let times = |(stage, fit): (usize, &StageFit)| {
-        let time = move |&pass: &Pass| StageTime { stage, pass, seconds: fit.seconds(pass) };
-        passes.iter().map(time).collect::<Vec<_>>()
-    };
-    fits.iter().enumerate().flat_map(times).collect()
-}
-
 /// Where profiles are kept; `None` if the environment names no place.
 pub fn folder() -> Option<PathBuf> {
     cuda::cache_folder().map(|folder| folder.join("profiles"))
 }
 
 impl Profile {
-    /// The profile that is kept for a model on a device; `None` if there is none, or if it is damaged.
+    /// The profile that is kept for a model on a device; `None` if there is none, or, with a warning, if it is damaged or of
+    /// another version of this program. A device whose description is not what its name stands for has none.
     pub fn open(folder: &Path, spec: &ModelSpec, dtype: DType, device: &DeviceSpec) -> Option<Profile> {
         let path = folder.join(file_name(&shape_of(spec), &device.name, dtype.name()));
-        if fs::metadata(&path).ok()?.len() > FILE_BYTES_MAX {
+        if !device.is_as_named() || !path.exists() {
             return None;
         }
-        let profile = serde_json::from_slice::<Profile>(&fs::read(&path).ok()?).ok();
-        let right = |profile: &Profile| {
-            let named = (&*profile.device, &*profile.dtype) == (&*device.name, dtype.name());
-            let usable = |p: &Point| p.seconds.is_finite() && p.seconds > 0.0 && p.pass.rows() > 0;
-            named && profile.shape == shape_of(spec) && profile.points.iter().all(usable)
-        };
-        let profile = profile.filter(right);
-        if profile.is_none() {
-            tracing::warn!(path = %path.display(), "damaged: plans use predictions");
-        }
+        let profile = read(&path).map_err(|e| e.to_string()).and_then(|profile| {
+            let named = (&*profile.shape, &*profile.device, &*profile.dtype);
+            if profile.version != *VERSION {
+                Err("it is of another version of this program".into())
+            } else if named != (&*shape_of(spec), &*device.name, dtype.name()) || !profile.is_usable() {
+                Err("it is damaged".into())
+            } else {
+                Ok(profile)
+            }
+        });
         profile
+            .map_err(|why: String| {
+                tracing::warn!(path = %path.display(), why, "a profile is ignored: plans use predictions");
+            })
+            .ok()
     }
 
-    /// Keeps it, as a whole or not at all.
-    pub fn store(&self, folder: &Path) -> Result<PathBuf> {
+    /// Keeps it, as a whole or not at all; for passes that it knows nothing of, what an older one says stays.
+    pub fn store(&self, folder: &Path, older: Option<&Profile>) -> Result<PathBuf> {
         let path = folder.join(file_name(&self.shape, &self.device, &self.dtype));
-        let text = serde_json::to_vec_pretty(self).expect("plain data becomes JSON; this is a bug");
+        let kind = |p: &Point| (p.unit, p.pass.decodes(), size(p.pass.rows().max(1)));
+        let mut points = self.points.clone();
+        let old = older.into_iter().flat_map(|older| &older.points);
+        points.extend(old.filter(|old| self.points.iter().all(|new| kind(new) != kind(old))));
+        points.truncate(POINTS_MAX);
+        let text = serde_json::to_vec_pretty(&Profile { points, ..self.clone() });
+        let text = text.expect("plain data becomes JSON; this is a bug");
         cuda::write_aside(&path, &text).map_err(|e| Error::io(&path, e))?;
         Ok(path)
+    }
+
+    fn is_usable(&self) -> bool {
+        let usable = |p: &Point| {
+            let (rows, outputs) = (p.pass.rows(), p.pass.outputs());
+            SECONDS.contains(&p.seconds) && (1..=ROWS_MAX).contains(&rows) && outputs <= rows
+        };
+        self.points.len() <= POINTS_MAX && self.points.iter().all(usable)
     }
 
     /// What a run's stage times say about units: a profile for each kind of device. `devices` are the stages', in order.
     ///
     /// Layers are told from the head by the stages that lack it. On a kind of device that has the last stage alone, all its
-    /// units share what was measured as predictions do.
+    /// units share what was measured as predictions do. Stages that work on one GPU at once say nothing of units.
     pub fn of_run(
         spec: &ModelSpec,
         dtype: DType,
@@ -157,29 +174,33 @@ impl Profile {
                 continue;
             }
             let costs = Costs { spec, dtype, device, profile: None };
-            let own: Vec<StageTime> = times
-                .iter()
-                .copied()
-                .filter(|t| devices.get(t.stage).is_some_and(|d| d.name == device.name))
-                .collect();
+            let shares = |own: &DeviceSpec| {
+                own.device != Device::Cpu && devices.iter().filter(|d| d.device == own.device).count() > 1
+            };
+            let is_own = |own: &DeviceSpec| own.name == device.name && own.is_as_named() && !shares(own);
+            let of_enough = times.iter().copied().filter(|t| t.passes >= PASSES_MIN);
+            let own: Vec<StageTime> =
+                of_enough.filter(|t| devices.get(t.stage).is_some_and(is_own)).collect();
             let mut passes: Vec<Pass> = Vec::new();
             for time in &own {
                 if !passes.contains(&time.pass) {
                     passes.push(time.pass);
                 }
             }
-            let points = passes.iter().flat_map(|&pass| points(&costs, layout, &own, pass)).collect();
+            let points: Vec<Point> =
+                passes.iter().flat_map(|&pass| points(&costs, (layout, devices), &own, pass)).collect();
             let (shape, device) = (shape_of(spec), device.name.clone());
-            profiles.push(Profile { shape, device, dtype: dtype.name().into(), points });
+            let profile =
+                Profile { version: VERSION.clone(), shape, device, dtype: dtype.name().into(), points };
+            profiles.push(profile);
         }
+        profiles.retain(|profile| !profile.points.is_empty());
         profiles
     }
 
     /// What a prediction is to be multiplied with: from measured passes of the same kind with fewer and with more rows.
     pub fn factor(&self, costs: &Costs<'_>, unit: Unit, pass: Pass) -> f64 {
-        let same = |p: &&Point| {
-            p.unit == unit.into() && std::mem::discriminant(&p.pass) == std::mem::discriminant(&pass)
-        };
+        let same = |p: &&Point| p.unit == unit.into() && p.pass.decodes() == pass.decodes();
         // Rows count first, then how much they attend to.
         let distance = |p: &Point| {
             let apart = |a: f64, b: f64| ((a + 1.0) / (b + 1.0)).log2().abs();
@@ -192,7 +213,8 @@ impl Profile {
                 distance(a).partial_cmp(&distance(b)).expect("logarithms of counts; this is a bug")
             })
         };
-        let factor = |p: &Point| p.seconds / costs.roofline(unit, p.pass);
+        let factor =
+            |p: &Point| (p.seconds / costs.roofline(unit, p.pass)).clamp(*FACTORS.start(), *FACTORS.end());
         let below = nearest(&|p| p.pass.rows() <= pass.rows());
         let above = nearest(&|p| p.pass.rows() >= pass.rows());
         match (below, above) {
@@ -208,7 +230,12 @@ impl Profile {
 }
 
 /// What stages say about units in one pass.
-fn points(costs: &Costs<'_>, layout: &Layout, times: &[StageTime], pass: Pass) -> Vec<Point> {
+fn points(
+    costs: &Costs<'_>,
+    (layout, devices): (&Layout, &[DeviceSpec]),
+    times: &[StageTime],
+    pass: Pass,
+) -> Vec<Point> {
     let point = |unit, seconds| Point { unit, pass, seconds };
     let predicted = |unit| costs.roofline(unit, pass);
     let layer = predicted(Unit::Layer(0));
@@ -216,7 +243,8 @@ fn points(costs: &Costs<'_>, layout: &Layout, times: &[StageTime], pass: Pass) -
     for time in times.iter().filter(|t| t.pass == pass) {
         let Some(stage) = layout.stages().get(time.stage) else { continue };
         let has_head = time.stage + 1 == layout.stages().len();
-        let beside = costs.pass() + if has_head { 0.0 } else { costs.boundary(pass) };
+        let next = devices.get(time.stage + 1);
+        let beside = costs.pass() + next.map_or(0.0, |next| costs.boundary(next, pass));
         let units = units_of(costs.spec, &stage.layers);
         let of_units = (time.seconds - beside).max(0.0);
         if has_head {
@@ -248,6 +276,19 @@ fn shape_of(spec: &ModelSpec) -> String {
     format!("d{}-f{}-{attention}-v{}", spec.dim, spec.ffn, spec.vocab)
 }
 
+/// A file's contents, if it is a file of bounded size.
+fn read(path: &Path) -> io::Result<Profile> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is not a file"));
+    }
+    let mut bytes = Vec::new();
+    File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(io::Error::other("it is too large"));
+    }
+    Ok(serde_json::from_slice(&bytes)?)
+}
+
 fn file_name(shape: &str, device: &str, dtype: &str) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
     format!("{shape}-{}-{dtype}.json", device.chars().map(plain).collect::<String>())
@@ -256,7 +297,7 @@ fn file_name(shape: &str, device: &str, dtype: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::shapes;
+    use crate::{batch::PassShape, model::shapes};
 
     fn spec() -> ModelSpec {
         shapes::find("7b").unwrap().unwrap()
@@ -271,9 +312,9 @@ mod tests {
             for (stage, own) in layout.stages().iter().enumerate() {
                 let unit = |unit| costs.roofline(unit, pass) * if unit == Unit::Head { head } else { layer };
                 let last = stage + 1 == layout.stages().len();
-                let beside = costs.pass() + if last { 0.0 } else { costs.boundary(pass) };
+                let beside = costs.pass() + if last { 0.0 } else { costs.boundary(device, pass) };
                 let seconds = units_of(&spec, &own.layers).into_iter().map(unit).sum::<f64>() + beside;
-                times.push(StageTime { stage, pass, seconds });
+                times.push(StageTime { stage, pass, seconds, passes: 9 });
             }
         }
         times
@@ -284,7 +325,8 @@ mod tests {
         let (spec, device) = (spec(), DeviceSpec::known("h200-141g").unwrap());
         for (layout, layer, head) in [("0-6,7-13,14-20,21-27", 1.2, 0.8), ("0-27", 1.1, 1.1)] {
             let layout: Layout = layout.parse().unwrap();
-            let devices = vec![device.clone(); layout.stages().len()];
+            let on = |i| DeviceSpec { device: Device::Cuda(i), ..device.clone() };
+            let devices: Vec<DeviceSpec> = (0..layout.stages().len()).map(on).collect();
             let times = run(&layout, &device, layer, head);
             let profiles = Profile::of_run(&spec, DType::BF16, &layout, &devices, &times);
             assert_eq!(profiles.len(), 1);
@@ -307,34 +349,83 @@ mod tests {
     }
 
     #[test]
-    fn fits_become_times() {
-        let fit = StageFit { base: 1.0, per_row: 0.5, per_attended: 0.01, per_output: 2.0 };
-        let times = stage_times(&[fit, fit], &[Pass::Decode { rows: 2, context: 10 }]);
-        assert_eq!((times.len(), times[1].stage, times[1].seconds), (2, 1, 1.0 + 1.0 + 0.2 + 4.0));
+    fn stages_on_one_gpu_and_devices_that_are_not_as_named_give_no_profile() {
+        let (spec, device) = (spec(), DeviceSpec::known("h200-141g").unwrap());
+        let layout: Layout = "0-13@cuda:0,14-27@cuda:0".parse().unwrap();
+        let times = run(&layout, &device, 1.2, 1.2);
+        let of = |devices: &[DeviceSpec], times: &[StageTime]| {
+            Profile::of_run(&spec, DType::BF16, &layout, devices, times)
+        };
+        assert_eq!(of(&[device.clone(), device.clone()], &times), []);
+        let other = DeviceSpec { device: Device::Cuda(1), ..device.clone() };
+        assert_eq!(of(&[device.clone(), other.clone()], &times).len(), 1);
+        let slow = |device: &DeviceSpec| DeviceSpec { bandwidth: 1e12, ..device.clone() };
+        assert_eq!(of(&[slow(&device), slow(&other)], &times), []);
+        let few: Vec<StageTime> = times.iter().map(|t| StageTime { passes: 3, ..*t }).collect();
+        assert_eq!(of(&[device, other], &few), []);
     }
 
+    fn profile(points: Vec<Point>) -> Profile {
+        let [version, shape, device, dtype] =
+            [VERSION.clone(), shape_of(&spec()), "h200-141g".into(), "bf16".into()];
+        Profile { version, shape, device, dtype, points }
+    }
+
+    const POINT: Point =
+        Point { unit: Kind::Head, pass: Pass::Decode { rows: 1, context: 2 }, seconds: 1e-3 };
+
     #[test]
-    fn files_come_back_and_damaged_ones_count_as_none() {
+    fn files_come_back_and_damaged_or_outdated_ones_count_as_none() {
         let folder = tempfile::tempdir().unwrap();
         let (spec, device) = (spec(), DeviceSpec::known("h200-141g").unwrap());
         let open = || Profile::open(folder.path(), &spec, DType::BF16, &device);
         assert_eq!(open(), None);
-        let point = Point { unit: Kind::Head, pass: Pass::Decode { rows: 1, context: 2 }, seconds: 1e-3 };
-        let [shape, name, dtype] = [shape_of(&spec), device.name.clone(), "bf16".into()];
-        let profile = Profile { shape, device: name, dtype, points: vec![point] };
-        let path = profile.store(folder.path()).unwrap();
-        assert_eq!(open(), Some(profile.clone()));
+        let kept = profile(vec![POINT]);
+        let path = kept.store(folder.path(), None).unwrap();
+        assert_eq!(open(), Some(kept.clone()));
         let other = ModelSpec { ffn: 5, ..spec.clone() };
         assert_eq!(Profile::open(folder.path(), &other, DType::BF16, &device), None);
-        for seconds in [0.0, -1.0] {
-            Profile { points: vec![Point { seconds, ..point }], ..profile.clone() }
-                .store(folder.path())
-                .unwrap();
+        let slow = DeviceSpec { bandwidth: 1e12, ..device.clone() };
+        assert_eq!(Profile::open(folder.path(), &spec, DType::BF16, &slow), None);
+        let pass = |rows, outputs| Pass::Batch(PassShape { rows, outputs, ..PassShape::default() });
+        for point in [
+            Point { seconds: 0.0, ..POINT },
+            Point { seconds: -1.0, ..POINT },
+            Point { seconds: 1e300, ..POINT },
+            Point { pass: pass(0, 0), ..POINT },
+            Point { pass: pass(usize::MAX, 0), ..POINT },
+            Point { pass: pass(3, 4), ..POINT },
+        ] {
+            profile(vec![POINT, point]).store(folder.path(), None).unwrap();
+            assert_eq!(open(), None, "{point:?}");
+        }
+        Profile { version: "1".into(), ..kept.clone() }.store(folder.path(), None).unwrap();
+        assert_eq!(open(), None);
+        let large = format!("[{}", " ".repeat(2 << 20));
+        for text in ["", "{", "[]", "{\"shape\": \"x\"}", &large, &"[".repeat(1 << 19)] {
+            fs::write(&path, text).unwrap();
+            assert_eq!(open(), None, "{}", &text[..text.len().min(20)]);
+        }
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert_eq!(open(), None);
+        // What never ends is no file.
+        #[cfg(unix)]
+        {
+            fs::remove_dir(&path).unwrap();
+            std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
             assert_eq!(open(), None);
         }
-        for text in ["", "{", "[]", "{\"shape\": \"x\"}"] {
-            fs::write(&path, text).unwrap();
-            assert_eq!(open(), None, "{text}");
-        }
+    }
+
+    #[test]
+    fn what_a_run_did_not_have_stays_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let (spec, device) = (spec(), DeviceSpec::known("h200-141g").unwrap());
+        let at = |rows, seconds| Point { pass: Pass::Decode { rows, context: 9 }, seconds, ..POINT };
+        let old = profile(vec![at(1, 1e-3), at(64, 2e-3)]);
+        profile(vec![at(70, 3e-3), at(256, 4e-3)]).store(folder.path(), Some(&old)).unwrap();
+        let kept = Profile::open(folder.path(), &spec, DType::BF16, &device).unwrap();
+        assert_eq!(kept.points, [at(70, 3e-3), at(256, 4e-3), at(1, 1e-3)]);
     }
 }

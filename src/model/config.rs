@@ -128,6 +128,11 @@ impl Config {
         Ok(values.map(|values| Config { values: values.clone(), ..self.empty(key) }))
     }
 
+    /// What newer files say of the language model of a model that has other parts too.
+    pub fn text_config(&self) -> Result<Option<Config>> {
+        self.object("text_config")
+    }
+
     /// What [`Config::object`] would give for an object without keys.
     pub fn empty(&self, key: &str) -> Config {
         Config { path: self.path.clone(), within: format!("{}{key}.", self.within), values: Map::new() }
@@ -209,9 +214,14 @@ impl GenerationConfig {
 
     /// The same from parsed files; `own` is generation_config.json.
     pub fn from_configs(own: Option<&Config>, config: &Config) -> Result<GenerationConfig> {
-        let ids = |key: &str| match own.map(|own| own.ids(key)).transpose()?.flatten() {
-            Some(ids) => Ok(ids),
-            None => Ok(config.ids(key)?.unwrap_or_default()),
+        let text = config.text_config()?;
+        let ids = |key: &str| {
+            for place in [own, Some(config), text.as_ref()].into_iter().flatten() {
+                if let Some(ids) = place.ids(key)? {
+                    return Ok::<_, Error>(ids);
+                }
+            }
+            Ok(Vec::new())
         };
         let mut out = GenerationConfig {
             bos: ids("bos_token_id")?.first().copied(),

@@ -16,7 +16,9 @@ use super::{
     weights::Weights,
 };
 use crate::{
-    backend::{self, AttentionShape, Backend, DType, KvShape, Limits, NormShape, QkNorm, Tensor, WarmUp},
+    backend::{
+        self, AttentionShape, Backend, DType, KvShape, Limits, NormShape, QkNorm, Rotation, Tensor, WarmUp,
+    },
     batch::{MicroBatch, Step},
     error::Result,
 };
@@ -40,11 +42,16 @@ pub struct DecoderConfig {
     pub kv_blocks: usize,
 }
 
+/// What a vision tower has made of images, on the device of the embedding: f32 rows of a token's numbers. The tower writes
+/// rows that no step in flight reads, so on a device whose ops return early the lock is only held while they are enqueued.
+pub type ImageStore<B> = Arc<Mutex<<B as Backend>::Buf>>; // [image rows, dim]
+
 /// A stage's units: consecutive layers, before the first one the embedding, after the last one the head.
 pub struct Decoder<B: Backend> {
     spec: Arc<ModelSpec>,
     first: usize,
     embed: Option<Arc<B::Matrix>>, // [vocab, dim]
+    images: Option<ImageStore<B>>,
     layers: Vec<Layer<B>>,
     head: Option<Head<B>>,
     batch: B::Batch,
@@ -163,10 +170,19 @@ impl<B: Backend> Decoder<B> {
             gate_up: working(2 * spec.ffn)?,
             act: working(spec.ffn)?,
         };
-        let batch = backend.batch(config.limits, &spec.rope.inv_freq, spec.rope.scale)?;
+        let batch = backend.batch(config.limits, rotation(spec))?;
         let (spec, first) = (spec.clone(), config.layers.start);
         let (dtype, lent) = (config.dtype, config.layers.clone().any(|i| there.has_layer(i)));
-        Ok(Decoder { spec, first, embed, layers, head, batch, scratch, weight_bytes, dtype, lent })
+        let images = None;
+        Ok(Decoder { spec, first, embed, images, layers, head, batch, scratch, weight_bytes, dtype, lent })
+    }
+
+    /// With the rows that ids with [`IMAGE_ROW`](crate::batch::IMAGE_ROW) stand for. Before the first pass: those that are
+    /// recorded keep its place.
+    pub fn with_images(mut self, store: ImageStore<B>) -> Self {
+        assert!(self.embed.is_some(), "images of a stage without the embedding; this is a bug");
+        self.images = Some(store);
+        self
     }
 
     /// Shows the device what it will be asked for, within the limits that this was loaded with: what it compiles, chooses
@@ -244,14 +260,15 @@ impl<B: Backend> Decoder<B> {
         layers_max: usize,
         run: impl FnOnce(&B::Batch, &mut dyn FnMut() -> Result<()>) -> Result<()>,
     ) -> Result<()> {
-        let Decoder { spec, embed, layers, head, batch: on_device, scratch, .. } = self;
+        let Decoder { spec, embed, images, layers, head, batch: on_device, scratch, .. } = self;
         let on_device = &*on_device;
         // All at once, and before the device is asked for anything: whoever records a pass keeps others from asking.
         let mut layers: Vec<(&LayerWeights<B>, MutexGuard<'_, B::Kv>)> =
             layers.iter().take(layers_max).map(|layer| (&*layer.weights, lock(&layer.kv))).collect();
+        let images = images.as_ref().map(|images| lock(images));
         run(on_device, &mut || {
             if let Some(embed) = embed {
-                backend.embed(&mut scratch.hidden, embed, on_device)?;
+                backend.embed(&mut scratch.hidden, embed, images.as_deref(), on_device)?;
             }
             for (layer, kv) in &mut layers {
                 layer.forward(backend, spec, on_device, (scratch, kv))?;
@@ -275,6 +292,11 @@ impl<B: Backend> Decoder<B> {
         let head = self.head.as_mut().expect("sampling in a stage without the head; this is a bug");
         backend.sample(&head.logits, &mut head.sampler, step)
     }
+}
+
+/// How positions turn queries and keys.
+fn rotation(spec: &ModelSpec) -> Rotation<'_> {
+    Rotation { inv_freq: &spec.rope.inv_freq, scale: spec.rope.scale, sections: spec.sections }
 }
 
 /// Pages are whole numbers at any moment: a panic elsewhere spoils none.
@@ -428,6 +450,6 @@ impl<B: Backend> Loader<'_, B> {
 
     fn tensor(&self, role: Role) -> Result<Tensor> {
         let DecoderConfig { arch, spec, weights, .. } = self.config;
-        weights.tensor(&arch.tensor(role), &spec.shape(role))
+        arch.load(weights, spec, role)
     }
 }

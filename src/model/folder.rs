@@ -40,7 +40,10 @@ pub fn open_model(dir: &Path, dummy: bool) -> Result<Model> {
     let arch = arch::find(&config)?;
     let spec = arch.spec(&config)?;
     let generation = GenerationConfig::read(dir, &config)?;
-    let stated = config.dtype()?;
+    let stated = match (config.dtype()?, config.text_config()?) {
+        (None, Some(text)) => text.dtype()?,
+        (stated, _) => stated,
+    };
     let (weights, dtype) = if dummy {
         let dtype = stated.unwrap_or(DType::F32);
         (Weights::dummy(dtype, DUMMY_SEED), dtype)
@@ -48,7 +51,7 @@ pub fn open_model(dir: &Path, dummy: bool) -> Result<Model> {
         let weights = Weights::open(dir)?;
         let dtype = match stated {
             Some(dtype) => dtype,
-            None => weights.tensor(&arch.tensor(Role::Embed), &spec.shape(Role::Embed))?.dtype,
+            None => arch.load(&weights, &spec, Role::Embed)?.dtype,
         };
         (weights, dtype)
     };
@@ -58,6 +61,6 @@ pub fn open_model(dir: &Path, dummy: bool) -> Result<Model> {
 impl Model {
     /// The tensor that has this role, in the file's type.
     pub fn tensor(&self, role: Role) -> Result<Tensor> {
-        self.weights.tensor(&self.arch.tensor(role), &self.spec.shape(role))
+        self.arch.load(&self.weights, &self.spec, role)
     }
 }

@@ -45,6 +45,14 @@ const SHAPES: &[(&str, &str)] = &[
         "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 25600, "vocab_size": 151936,
         "max_position_embeddings": 40960}"#,
     ),
+    ("vl-3b", VL_3B),
+    ("vl-7b", VL_7B),
+    ("vl-32b", VL_32B),
+    ("vl-72b", VL_72B),
+    ("qwen2.5-vl-3b", VL_3B),
+    ("qwen2.5-vl-7b", VL_7B),
+    ("qwen2.5-vl-32b", VL_32B),
+    ("qwen2.5-vl-72b", VL_72B),
 ];
 
 const QWEN2_7B: &str = r#"{"model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28,
@@ -53,6 +61,23 @@ const QWEN2_7B: &str = r#"{"model_type": "qwen2", "hidden_size": 3584, "num_hidd
 const QWEN2_72B: &str = r#"{"model_type": "qwen2", "hidden_size": 8192, "num_hidden_layers": 80,
     "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 29568, "vocab_size": 152064,
     "max_position_embeddings": 32768}"#;
+
+const VL_3B: &str = r#"{"model_type": "qwen2_5_vl", "hidden_size": 2048, "num_hidden_layers": 36,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "intermediate_size": 11008, "vocab_size": 151936,
+    "tie_word_embeddings": true, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
+    "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 2048, "tokens_per_second": 2}}"#;
+const VL_7B: &str = r#"{"model_type": "qwen2_5_vl", "hidden_size": 3584, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
+    "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
+    "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "tokens_per_second": 2}}"#;
+const VL_32B: &str = r#"{"model_type": "qwen2_5_vl", "hidden_size": 5120, "num_hidden_layers": 64,
+    "num_attention_heads": 40, "num_key_value_heads": 8, "intermediate_size": 27648, "vocab_size": 152064,
+    "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
+    "vision_config": {"hidden_size": 1280, "intermediate_size": 3456, "out_hidden_size": 5120, "tokens_per_second": 2}}"#;
+const VL_72B: &str = r#"{"model_type": "qwen2_5_vl", "hidden_size": 8192, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 29568, "vocab_size": 152064,
+    "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
+    "vision_config": {"hidden_size": 1280, "intermediate_size": 3456, "out_hidden_size": 8192, "tokens_per_second": 2}}"#;
 
 /// The shape of that name; `None` if there is none.
 pub fn find(name: &str) -> Option<Result<ModelSpec>> {
@@ -85,10 +110,17 @@ mod tests {
             ("llama-3.1-405b", 405.9),
             ("mistral-7b", 7.25),
             ("qwen3-32b", 32.8),
+            // Without their towers.
+            ("vl-3b", 3.09),
+            ("vl-7b", 7.6),
+            ("vl-32b", 32.8),
+            ("vl-72b", 72.7),
         ] {
             assert!((billions(name) / want - 1.0).abs() < 0.01, "{name}: {}", billions(name));
         }
         assert!(names().all(|name| find(name).unwrap().is_ok()));
+        let towers = names().filter(|name| find(name).unwrap().unwrap().vision.is_some());
+        assert!(towers.eq(names().filter(|name| name.contains("vl-"))));
         assert!(find("gpt-2").is_none());
     }
 }

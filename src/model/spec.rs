@@ -1,5 +1,8 @@
 //! What a model is: shapes and choices, as data.
 
+use std::sync::Arc;
+
+use super::vision::VisionSpec;
 use crate::backend::{DType, HeadShape};
 
 /// A decoder, whatever its architecture is called.
@@ -21,6 +24,9 @@ pub struct ModelSpec {
     pub norm: Norm,
     /// Rotary positions.
     pub rope: Rope,
+    /// How many of the frequencies turn by time, by the place down and by the place across; `None`: all by the place in
+    /// the sequence.
+    pub sections: Option<[usize; 3]>,
     /// Which linear layers have biases.
     pub bias: Biases,
     /// Queries and keys are normalised head by head.
@@ -29,6 +35,23 @@ pub struct ModelSpec {
     pub tied: bool,
     /// The longest sequence the model was made for.
     pub context_max: usize,
+    /// The vision tower.
+    pub vision: Option<Arc<VisionSpec>>,
+    /// The tokens that stand for what it sees.
+    pub pads: Option<Pads>,
+}
+
+/// Tokens that stand for images and videos, and those around them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pads {
+    /// `<|image_pad|>`, once for each token that the tower makes of an image.
+    pub image: u32,
+    /// `<|video_pad|>`, likewise.
+    pub video: u32,
+    /// `<|vision_start|>`.
+    pub start: u32,
+    /// `<|vision_end|>`.
+    pub end: u32,
 }
 
 /// One layer's own choices.
@@ -182,10 +205,13 @@ mod tests {
             layers: vec![LayerSpec { window: None }; 30],
             norm: Norm::Rms { eps: 1e-5 },
             rope: Rope { inv_freq: vec![1.0; 32], scale: 1.0 },
+            sections: None,
             bias: Biases::default(),
             qk_norm: false,
             tied: true,
             context_max: 8192,
+            vision: None,
+            pads: None,
         }
     }
 

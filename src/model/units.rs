@@ -1,11 +1,11 @@
 //! What a layout places: units, with their bytes, and with the work that a pass makes them do.
 
-use std::ops::Range;
+use std::{fmt, ops::Range};
 
 use serde::{Deserialize, Serialize};
 
 use super::spec::ModelSpec;
-use crate::backend::DType;
+use crate::{backend::DType, batch::PassShape};
 
 /// A part of a model that is on one device as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
@@ -20,6 +20,16 @@ pub enum Unit {
 }
 
 /// The shape of a micro-batch, as far as its cost goes.
+///
+/// ```
+/// use pipeline_infer::{batch::PassShape, model::units::Pass};
+///
+/// let decode = Pass::Decode { rows: 64, context: 640 };
+/// assert_eq!((decode.rows(), decode.outputs(), decode.attended(None)), (64, 64, 40_960.0));
+/// // As a run had it.
+/// let shape = PassShape { rows: 64, outputs: 64, attended: 40_960, read: 40_960 };
+/// assert_eq!(Pass::of(shape), decode);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pass {
@@ -37,6 +47,8 @@ pub enum Pass {
         /// Tokens of the prompt before them.
         before: usize,
     },
+    /// Rows of whatever sequences, as a run had them: prompts, or prompts beside single steps.
+    Batch(PassShape),
 }
 
 /// Bytes that are moved, and floating-point operations on matrix units.
@@ -68,6 +80,16 @@ pub struct Work {
 const FEW_ROWS: usize = 8;
 
 /// The units of a stage with these layers, in order.
+///
+/// ```
+/// use pipeline_infer::{backend::DType, model::{shapes, units::{Unit, units_of}}};
+///
+/// let spec = shapes::find("7b").unwrap()?;
+/// assert_eq!(units_of(&spec, &(26..28)), [Unit::Layer(26), Unit::Layer(27), Unit::Head]);
+/// let megabytes = |unit: Unit| unit.weight_bytes(&spec, DType::BF16) / 1_000_000;
+/// assert_eq!((megabytes(Unit::Layer(26)), megabytes(Unit::Head)), (466, 1090));
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 pub fn units_of(spec: &ModelSpec, layers: &Range<usize>) -> Vec<Unit> {
     let mut units: Vec<Unit> = layers.clone().map(Unit::Layer).collect();
     if layers.start == 0 {
@@ -80,10 +102,26 @@ pub fn units_of(spec: &ModelSpec, layers: &Range<usize>) -> Vec<Unit> {
 }
 
 impl Pass {
+    /// A micro-batch that a run had: answers alone, or whatever else.
+    pub fn of(shape: PassShape) -> Pass {
+        match shape.rows {
+            rows if rows > 0 && shape.read == shape.attended && shape.outputs == rows => {
+                Pass::Decode { rows, context: shape.attended / rows }
+            }
+            _ => Pass::Batch(shape),
+        }
+    }
+
+    /// Whether each row is a new token of an answer.
+    pub fn decodes(self) -> bool {
+        matches!(self, Pass::Decode { .. })
+    }
+
     /// Rows of the micro-batch.
     pub fn rows(self) -> usize {
         match self {
             Pass::Decode { rows, .. } | Pass::Chunk { rows, .. } => rows,
+            Pass::Batch(shape) => shape.rows,
         }
     }
 
@@ -92,6 +130,7 @@ impl Pass {
         match self {
             Pass::Decode { rows, .. } => rows,
             Pass::Chunk { .. } => 1,
+            Pass::Batch(shape) => shape.outputs,
         }
     }
 
@@ -107,15 +146,33 @@ impl Pass {
                 let full = if growing < rows { (rows - growing) as f64 * window as f64 } else { 0.0 };
                 grown + full
             }
+            Pass::Batch(shape) => (shape.attended as f64).min(shape.rows as f64 * window as f64),
         }
     }
 
     /// Tokens whose keys and values are read.
-    fn cached(self, window: Option<usize>) -> f64 {
+    pub fn cached(self, window: Option<usize>) -> f64 {
         let window = window.unwrap_or(usize::MAX);
         match self {
             Pass::Decode { rows, context } => rows as f64 * context.min(window) as f64,
             Pass::Chunk { rows, before } => rows as f64 + before.min(window) as f64,
+            // Rows of one prompt share what is read.
+            Pass::Batch(shape) => shape.rows as f64 + (shape.read as f64).min(self.attended(Some(window))),
+        }
+    }
+}
+
+/// `64 rows at 640`, `2048 of a prompt`, `900 rows, 3 tokens`.
+impl fmt::Display for Pass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plural = |n: usize| if n == 1 { "" } else { "s" };
+        match *self {
+            Pass::Decode { rows, context } => write!(f, "{rows} row{} at {context}", plural(rows)),
+            Pass::Chunk { rows, before: 0 } => write!(f, "{rows} of a prompt"),
+            Pass::Chunk { rows, before } => write!(f, "{rows} of a prompt after {before}"),
+            Pass::Batch(PassShape { rows, outputs, .. }) => {
+                write!(f, "{rows} row{}, {outputs} token{}", plural(rows), plural(outputs))
+            }
         }
     }
 }

@@ -36,6 +36,10 @@ pub(crate) enum Point {
     FindWay,
     #[cfg(test)]
     Fetch,
+    #[cfg(test)]
+    Tower,
+    #[cfg(test)]
+    Keep,
 }
 
 /// Fails if a test wants it here.
@@ -56,7 +60,7 @@ mod plan {
         cell::RefCell,
         ops::Range,
         sync::{
-            Arc,
+            Arc, Mutex, PoisonError,
             atomic::{AtomicU64, Ordering::SeqCst},
         },
         time::Duration,
@@ -91,13 +95,17 @@ mod plan {
     #[derive(Debug, Default)]
     pub(crate) struct Plan(pub(crate) Vec<Fault>);
 
+    /// Of all threads that have none of their own: those of stages on devices that know nothing of plans.
+    static EVERYWHERE: Mutex<Option<Arc<Plan>>> = Mutex::new(None);
+
     thread_local! {
         /// Of the thread's stages.
         static PLAN: RefCell<Option<Arc<Plan>>> = const { RefCell::new(None) };
     }
 
     pub(in crate::pipeline) fn at(point: Point, stage: usize) -> Result<()> {
-        let plan = PLAN.with_borrow(Clone::clone);
+        let everywhere = || EVERYWHERE.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let plan = PLAN.with_borrow(Clone::clone).or_else(everywhere);
         plan.map_or(Ok(()), |plan| plan.at(point, stage))
     }
 
@@ -125,6 +133,11 @@ mod plan {
         /// For the thread that calls it: the points that no device sees are looked up there.
         pub(crate) fn install(self: &Arc<Self>) {
             PLAN.set(Some(self.clone()));
+        }
+
+        /// For all threads of the process that have none of their own.
+        pub(crate) fn install_everywhere(self: &Arc<Self>) {
+            *EVERYWHERE.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.clone());
         }
 
         pub(crate) fn at(&self, point: Point, stage: usize) -> Result<()> {

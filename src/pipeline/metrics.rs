@@ -71,6 +71,17 @@ impl StageMetrics {
         counter.fetch_add(time.as_nanos() as u64, Relaxed);
     }
 
+    /// Adds a pass of the vision tower.
+    pub fn add_pass(&self, busy: Duration) {
+        self.add(Spent::Busy, busy);
+    }
+
+    /// Counts a pass of the vision tower that has been waited for.
+    pub fn add_waited(&self, waited: Duration, rows: usize) {
+        self.add(Spent::WaitInput, waited);
+        self.count(rows);
+    }
+
     /// Counts a micro-batch.
     pub(super) fn count(&self, rows: usize) {
         self.batches.fetch_add(1, Relaxed);

@@ -145,7 +145,8 @@ impl<B: Backend> Pass<B> {
 
 /// A stage's side.
 pub struct Probe<B: Backend> {
-    stage: usize,
+    /// Its place among those that the collector reads.
+    reader: usize,
     every: bool,
     count: u64,
     /// `None` if nobody wants to know.
@@ -155,7 +156,7 @@ pub struct Probe<B: Backend> {
 
 /// From a stage to the collector.
 struct Told<B: Backend> {
-    stage: usize,
+    reader: usize,
     what: What<B>,
 }
 
@@ -168,7 +169,7 @@ enum What<B: Backend> {
 impl<B: Backend> Probe<B> {
     /// One that measures nothing.
     pub fn off() -> Self {
-        Probe { stage: 0, every: false, count: 0, told: None, dropped: Arc::default() }
+        Probe { reader: 0, every: false, count: 0, told: None, dropped: Arc::default() }
     }
 
     /// Brings the two clocks together. The device must have nothing to do.
@@ -180,7 +181,7 @@ impl<B: Backend> Probe<B> {
         }
         let what = What::Base(mark, Instant::now());
         // The collector outlives the stages unless it has panicked.
-        let _ = told.send(Told { stage: self.stage, what });
+        let _ = told.send(Told { reader: self.reader, what });
         Ok(())
     }
 
@@ -195,7 +196,7 @@ impl<B: Backend> Probe<B> {
     /// Hands a measured pass on.
     pub(super) fn end(&self, pass: Pass<B>, step: &Step) {
         let what = What::Pass(Box::new(pass), step.clone());
-        let told = self.told.as_ref().map(|told| told.try_send(Told { stage: self.stage, what }));
+        let told = self.told.as_ref().map(|told| told.try_send(Told { reader: self.reader, what }));
         if told.is_some_and(|told| told.is_err()) {
             self.dropped.fetch_add(1, Relaxed);
         }
@@ -213,8 +214,8 @@ fn weights(every: bool, number: u64) -> (f64, f64) {
 
 /// What stages are to be measured, and how.
 pub struct Collecting<B: Backend> {
-    /// Each stage's device and its counters, which the spans are added to where the host's time says nothing.
-    pub stages: Vec<(Arc<B>, Arc<StageMetrics>)>,
+    /// Stages' places, devices, and counters, which the spans are added to where the host's time says nothing.
+    pub stages: Vec<(usize, Arc<B>, Arc<StageMetrics>)>,
     /// The moment that spans count from.
     pub start: Instant,
     /// Measures every pass, not only some.
@@ -232,9 +233,9 @@ pub fn collect<B: Backend>(collecting: Collecting<B>) -> Result<(Vec<Probe<B>>, 
     let every = every || !B::ASYNC;
     let (sender, told) = channel::bounded(ON_THEIR_WAY);
     let probe =
-        |stage| Probe { stage, every, count: 0, told: Some(sender.clone()), dropped: dropped.clone() };
+        |reader| Probe { reader, every, count: 0, told: Some(sender.clone()), dropped: dropped.clone() };
     let probes = (0..stages.len()).map(probe).collect();
-    let reader = |(stage, (backend, metrics))| Reader {
+    let reader = |(stage, backend, metrics)| Reader {
         stage,
         backend,
         metrics,
@@ -242,7 +243,7 @@ pub fn collect<B: Backend>(collecting: Collecting<B>) -> Result<(Vec<Probe<B>>, 
         last: None,
         open: VecDeque::new(),
     };
-    let readers = stages.into_iter().enumerate().map(reader).collect();
+    let readers = stages.into_iter().map(reader).collect();
     let collector = Collector { told, readers, start, tell };
     let thread = thread::Builder::new()
         .name("spans".into())
@@ -253,7 +254,7 @@ pub fn collect<B: Backend>(collecting: Collecting<B>) -> Result<(Vec<Probe<B>>, 
 
 struct Collector<B: Backend> {
     told: channel::Receiver<Told<B>>,
-    readers: Vec<Reader<B>>, // [stages]
+    readers: Vec<Reader<B>>,
     start: Instant,
     tell: Box<dyn Fn(StageSpan) + Send>,
 }
@@ -282,7 +283,7 @@ impl<B: Backend> Collector<B> {
     }
 
     fn take(&mut self, told: Told<B>) {
-        let reader = &mut self.readers[told.stage];
+        let reader = &mut self.readers[told.reader];
         match told.what {
             What::Base(mark, at) => {
                 let at = at.saturating_duration_since(self.start);
@@ -458,7 +459,7 @@ mod tests {
         let cpu = Arc::new(Cpu::new(Some(1)));
         let (sender, spans) = channel::unbounded();
         let (mut probes, collector) = collect(Collecting {
-            stages: vec![(cpu.clone(), Arc::default()), (cpu.clone(), Arc::default())],
+            stages: vec![(0, cpu.clone(), Arc::default()), (1, cpu.clone(), Arc::default())],
             start: Instant::now(),
             every: false,
             dropped: Arc::default(),

@@ -3,7 +3,7 @@
 use std::{collections::hash_map::Entry, ops::Range};
 
 use super::prefix::{BlockKey, ByKey};
-use crate::batch::KV_BLOCK;
+use crate::batch::{KV_BLOCK, SeqId};
 
 const NONE: u32 = u32::MAX;
 
@@ -20,6 +20,17 @@ pub struct BlockPool {
     oldest: u32,
     newest: u32,
     cached: usize,
+    watch: Watch,
+}
+
+/// Blocks that a sequence without blocks can begin with, in their order. What happens to them meanwhile is taken note of: to look for
+/// them at each step, while it waits for room, would take as long as its prompt is.
+#[derive(Debug, Default)]
+struct Watch {
+    seq: Option<SeqId>,
+    blocks: Vec<u32>,
+    /// Those of them that nobody holds.
+    cached: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -28,6 +39,8 @@ struct Block {
     key: Option<BlockKey>,
     /// If it has a key: no step after this one writes to it.
     written: u64,
+    /// Its place among those that are watched.
+    watched: u32,
     /// Neighbours in the list of cached blocks.
     older: u32,
     newer: u32,
@@ -46,7 +59,7 @@ impl BlockPool {
     pub fn new(blocks: usize) -> Self {
         let count = u32::try_from(blocks).ok().filter(|&count| count < NONE);
         let count = count.expect("more KV blocks than ids; this is a bug");
-        let block = Block { holders: 0, key: None, written: 0, older: NONE, newer: NONE };
+        let block = Block { holders: 0, key: None, written: 0, watched: NONE, older: NONE, newer: NONE };
         BlockPool {
             blocks: vec![block; blocks],
             free: (0..count).rev().collect(),
@@ -55,6 +68,7 @@ impl BlockPool {
             oldest: NONE,
             newest: NONE,
             cached: 0,
+            watch: Watch::default(),
         }
     }
 
@@ -103,6 +117,7 @@ impl BlockPool {
             None if self.oldest == NONE => return None,
             None => {
                 let id = self.oldest;
+                self.watch_less(self.blocks[id as usize].watched);
                 self.uncache(id);
                 let key = self.blocks[id as usize].key.take();
                 self.by_key.remove(&key.expect("a cached block without a key; this is a bug"));
@@ -137,6 +152,7 @@ impl BlockPool {
             return self.free.push(id);
         }
         (block.older, block.newer) = (newest, NONE);
+        self.watch.cached += usize::from(block.watched != NONE);
         match newest {
             NONE => self.oldest = id,
             newest => self.blocks[newest as usize].newer = id,
@@ -161,14 +177,50 @@ impl BlockPool {
         Some(Found { id, written: self.blocks[id as usize].written })
     }
 
-    /// Whether nobody holds a published block.
-    pub(super) fn is_cached(&self, id: u32) -> bool {
-        self.blocks[id as usize].holders == 0
+    /// Watches over what a sequence can begin with, where it does not yet: over nothing at first.
+    pub(super) fn watch(&mut self, seq: SeqId) {
+        if self.watch.seq != Some(seq) {
+            self.unwatch();
+            self.watch.seq = Some(seq);
+        }
+    }
+
+    /// The next one that it can begin with: a published block.
+    pub(super) fn watch_more(&mut self, id: u32) {
+        let block = &mut self.blocks[id as usize];
+        assert!(block.key.is_some() && block.watched == NONE, "block {id} watched twice; this is a bug");
+        block.watched = self.watch.blocks.len() as u32;
+        self.watch.cached += usize::from(block.holders == 0);
+        self.watch.blocks.push(id);
+    }
+
+    /// How many are watched, and how many of them nobody holds.
+    pub(super) fn watched(&self) -> (usize, usize) {
+        (self.watch.blocks.len(), self.watch.cached)
+    }
+
+    /// Those that were watched. None is any more.
+    pub(super) fn unwatch(&mut self) -> Vec<u32> {
+        self.watch.blocks.iter().for_each(|&id| self.blocks[id as usize].watched = NONE);
+        std::mem::take(&mut self.watch).blocks
+    }
+
+    /// One of them cannot be found any more, and what comes after it is of no use.
+    fn watch_less(&mut self, place: u32) {
+        if place == NONE {
+            return;
+        }
+        for id in self.watch.blocks.drain(place as usize..) {
+            let block = &mut self.blocks[id as usize];
+            block.watched = NONE;
+            self.watch.cached -= usize::from(block.holders == 0);
+        }
     }
 
     /// Takes a block out of the list of cached ones.
     fn uncache(&mut self, id: u32) {
-        let Block { older, newer, .. } = self.blocks[id as usize];
+        let Block { older, newer, watched, .. } = self.blocks[id as usize];
+        self.watch.cached -= usize::from(watched != NONE);
         match older {
             NONE => self.oldest = newer,
             older => self.blocks[older as usize].newer = newer,
@@ -185,6 +237,11 @@ impl BlockPool {
 mod tests {
     use super::{super::prefix::Keys, *};
 
+    fn mix(x: u64) -> u64 {
+        let x = (x ^ x >> 31).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (x ^ x >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 20
+    }
+
     #[test]
     fn blocks_are_distinct_and_come_back() {
         let mut pool = BlockPool::new(5);
@@ -199,8 +256,8 @@ mod tests {
     #[test]
     fn a_published_block_is_found_until_its_room_is_needed_and_tails_go_first() {
         let (mut pool, keys) = (BlockPool::new(3), Keys::default());
-        let first = keys.after(None, &[1; KV_BLOCK]);
-        let second = keys.after(Some(first), &[2; KV_BLOCK]);
+        let first = keys.after(None, &[1; KV_BLOCK], &[]);
+        let second = keys.after(Some(first), &[2; KV_BLOCK], &[]);
         let chain = [pool.take().unwrap(), pool.take().unwrap()];
         pool.publish(chain[0], first, 7);
         pool.publish(chain[1], second, 8);
@@ -208,7 +265,6 @@ mod tests {
         chain.iter().rev().for_each(|&id| pool.give_back(id));
         assert_eq!((pool.free(), pool.cached()), (1, 1), "one of them has another holder");
         assert_eq!(pool.find(first), Some(Found { id: chain[0], written: 7 }));
-        assert_eq!(chain.map(|id| pool.is_cached(id)), [false, true]);
         pool.give_back(chain[0]);
         assert_eq!(pool.find(second), Some(Found { id: chain[1], written: 8 }));
         let other = pool.take().unwrap();
@@ -228,7 +284,7 @@ mod tests {
         let mut pool = BlockPool::new(20);
         let all: Vec<u32> = std::iter::from_fn(|| pool.take()).collect();
         assert_eq!(all, (0..20).collect::<Vec<u32>>());
-        let key = Keys::default().after(None, &[7; KV_BLOCK]);
+        let key = Keys::default().after(None, &[7; KV_BLOCK], &[]);
         pool.publish(17, key, 0);
         // One of the published ones is found, though nobody holds it.
         (0..20).filter(|id| ![2, 3, 5, 12].contains(id)).for_each(|id| pool.give_back(id));
@@ -236,5 +292,55 @@ mod tests {
         assert_eq!(pool.in_use(2), [2..6, 12..13, 17..18]);
         assert_eq!(pool.in_use(5), [2..6, 12..18]);
         assert!(BlockPool::new(3).in_use(9).is_empty());
+    }
+
+    /// Whatever is taken, shared, given back and published, what is watched is what could be found anew.
+    #[test]
+    fn what_is_watched_is_what_can_be_found() {
+        let keys = Keys::default();
+        let chain = keys.of_prompt(&(0..12 * KV_BLOCK as u32).collect::<Vec<u32>>(), None).0;
+        let mut seen = [0; 13];
+        for seed in 0..300u64 {
+            let mut draws = (0..).map(|i| mix(seed << 32 | i));
+            let mut below = |n: usize| (draws.next().expect("endless") % n as u64) as usize;
+            let mut pool = BlockPool::new(16);
+            // Holders, each with blocks that stand for a beginning of the chain, and of which as many are published.
+            let mut holders: Vec<(Vec<u32>, usize)> = Vec::new();
+            for _ in 0..60 {
+                match below(3) {
+                    0 => {
+                        let find = |key: &BlockKey| pool.find(*key).map(|found| found.id);
+                        let mut blocks: Vec<u32> = chain.iter().map_while(find).take(below(13)).collect();
+                        blocks.iter().for_each(|&id| pool.share(id));
+                        let published = blocks.len();
+                        let more = below(13 - published);
+                        blocks.extend(std::iter::from_fn(|| pool.take()).take(more));
+                        holders.push((blocks, published));
+                    }
+                    1 if !holders.is_empty() => {
+                        let (blocks, _) = holders.swap_remove(below(holders.len()));
+                        blocks.iter().rev().for_each(|&id| pool.give_back(id));
+                    }
+                    _ => {
+                        for (blocks, published) in &mut holders {
+                            let until = *published + below(blocks.len() - *published + 1);
+                            (*published..until).for_each(|i| pool.publish(blocks[i], chain[i], 0));
+                            *published = until;
+                        }
+                    }
+                }
+                let want: Vec<u32> = chain.iter().map_while(|&key| pool.find(key)).map(|f| f.id).collect();
+                pool.watch(SeqId(7));
+                while let Some(found) = chain.get(pool.watched().0).and_then(|&key| pool.find(key)) {
+                    pool.watch_more(found.id);
+                }
+                let cached = want.iter().filter(|&&id| pool.blocks[id as usize].holders == 0).count();
+                assert_eq!((&pool.watch.blocks, pool.watched()), (&want, (want.len(), cached)), "{seed}");
+                seen[want.len()] += 1;
+            }
+            pool.watch(SeqId(8));
+            assert!(pool.watched() == (0, 0) && pool.blocks.iter().all(|block| block.watched == NONE));
+        }
+        assert!(seen.iter().filter(|&&times| times > 100).count() > 8, "{seen:?}");
     }
 }

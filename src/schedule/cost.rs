@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::batch::MicroBatch;
+use crate::batch::PassShape;
 
 const TERMS: usize = 5;
 /// What a later observation of passes of about as many rows leaves of an earlier one.
@@ -15,44 +15,6 @@ const OBSERVED_MIN: usize = 8;
 const SIZES_MIN: usize = 2;
 /// Added to each term's own sum, which is scaled to 1: where observations cannot tell terms apart, they share.
 const RIDGE: f64 = 1e-6;
-
-/// What a micro-batch's time depends on.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PassShape {
-    /// Rows (tokens).
-    pub rows: usize,
-    /// Rows whose logits are wanted.
-    pub outputs: usize,
-    /// The tokens that each row attends to, itself among them; all rows together.
-    pub attended: usize,
-    /// Those of them that single rows attend to: nobody shares the reading of their keys and values.
-    pub read: usize,
-}
-
-impl PassShape {
-    /// A micro-batch's.
-    pub fn of(batch: &MicroBatch) -> Self {
-        let mut shape = PassShape { outputs: batch.outputs.len(), ..PassShape::default() };
-        for part in &batch.seqs {
-            shape = shape.with_rows(part.cached, part.len);
-        }
-        shape
-    }
-
-    /// With rows of one more sequence, behind `cached` tokens.
-    #[must_use]
-    pub fn with_rows(mut self, cached: usize, len: usize) -> Self {
-        let attended = len * cached + len * (len + 1) / 2;
-        self.rows += len;
-        self.attended += attended;
-        self.read += if len == 1 { attended } else { 0 };
-        self
-    }
-
-    fn terms(&self) -> [f64; TERMS] {
-        [1, self.rows, self.attended, self.read, self.outputs].map(|n| n as f64)
-    }
-}
 
 /// What a stage's time is made of, in seconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -73,7 +35,7 @@ pub struct StageCost {
 impl StageCost {
     /// Seconds for a pass.
     pub fn seconds(&self, shape: &PassShape) -> f64 {
-        dot(&[self.base, self.row, self.attended, self.read, self.output], &shape.terms())
+        dot(&[self.base, self.row, self.attended, self.read, self.output], &terms(shape))
     }
 }
 
@@ -187,7 +149,7 @@ impl Stage {
         if self.sums.len() <= size {
             self.sums.resize(size + 1, Sums::default());
         }
-        self.sums[size].add(&shape.terms().map(|term| term / seconds));
+        self.sums[size].add(&terms(shape).map(|term| term / seconds));
         self.observed += 1;
         let seen = self.sums.iter().filter(|sums| sums.terms[0] > 0.0);
         if self.observed.is_multiple_of(OBSERVED_MIN) && seen.count() >= SIZES_MIN {
@@ -257,6 +219,10 @@ impl Sums {
         members.iter().zip(solution).for_each(|(&i, cost)| costs[i] = cost * scale[i]);
         costs.iter().all(|cost| cost.is_finite()).then_some(costs)
     }
+}
+
+fn terms(shape: &PassShape) -> [f64; TERMS] {
+    [1, shape.rows, shape.attended, shape.read, shape.outputs].map(|n| n as f64)
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {

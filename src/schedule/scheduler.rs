@@ -1,11 +1,12 @@
 //! Queues of sequences. `plan` takes the next micro-batch from them; `apply` records what came of it.
 
+mod change;
+mod images;
 mod memory;
 mod prompts;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    ops::Range,
     sync::Arc,
 };
 
@@ -13,10 +14,11 @@ use serde::Serialize;
 
 use self::memory::Growth;
 use super::{
-    BlockPool, CostModel, NewSequence, PassShape,
-    prefix::Keys,
+    BlockPool, CostModel, ImageStats, NewSequence, PassShape,
+    images::Images,
+    prefix::{Keys, PromptKeys},
     queue::{Rank, Waiting},
-    sequence::{Sequence, Sequences, State},
+    sequence::{Sequences, State},
 };
 use crate::batch::{KV_BLOCK, MicroBatch, ON_DEVICE, Observation, OutputRow, Sampled, SeqId, SeqRows, Step};
 
@@ -83,6 +85,9 @@ pub struct SchedulerStats {
     pub preemptions: u64,
     /// Steps planned and not applied.
     pub in_flight: usize,
+    /// Of a model that reads images.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub images: Option<ImageStats>,
 }
 
 /// Decides what the stages do next.
@@ -102,6 +107,11 @@ pub struct Scheduler {
     waiting: Waiting,
     /// The one that has blocks and tokens of the prompt left to plan. Others begin when it is done.
     prompt: Option<u32>,
+    /// Others that have blocks and tokens left, but wait for an image, by their beginning.
+    held: BTreeMap<u64, u32>,
+    begun_next: u64,
+    /// Of a model that reads images.
+    images: Option<Images>,
     /// Those that hold blocks.
     running: BTreeMap<Rank, u32>,
     /// How many of them may need more.
@@ -163,6 +173,9 @@ impl Scheduler {
             sequences: Sequences::new(),
             waiting: Waiting::default(),
             prompt: None,
+            held: BTreeMap::new(),
+            begun_next: 0,
+            images: None,
             running: BTreeMap::new(),
             growing: 0,
             returning: BTreeSet::new(),
@@ -186,16 +199,33 @@ impl Scheduler {
         config.chunk + config.running_max
     }
 
+    /// Finds blocks by these keys, before anything is added.
+    #[must_use]
+    pub fn with_keys(self, keys: Keys) -> Self {
+        Scheduler { keys, ..self }
+    }
+
     /// Queues a sequence.
     pub fn add(&mut self, new: NewSequence) {
+        let keys = match self.config.prefix_reuse {
+            true => self.keys.of_prompt(&new.prompt, new.images.as_deref()),
+            false => PromptKeys::default(),
+        };
+        self.add_hashed(new, &keys);
+    }
+
+    /// The same, with its prompt's keys, by which the samples of a request are all found.
+    pub fn add_hashed(&mut self, new: NewSequence, keys: &PromptKeys) {
         assert!(!new.prompt.is_empty(), "a sequence without a prompt; this is a bug");
         assert!(
             BlockPool::blocks_for(new.tokens_max) <= self.pool.total(),
             "a sequence that can never be admitted; this is a bug"
         );
+        self.check_images(&new);
         let rank = Rank::new(new.priority, self.arrivals);
         self.arrivals += 1;
         let slot = self.sequences.insert(new, rank);
+        self.sequences[slot].keys = keys.0.to_vec();
         self.wait(slot);
     }
 
@@ -270,21 +300,6 @@ impl Scheduler {
         self.settle(slot);
     }
 
-    /// Goes on with other stages, which hold the same blocks: as many micro-batches as these want are in flight from now on,
-    /// and their samplers know nobody. No step may be in flight.
-    pub fn change_stages(&mut self, slots: usize, ahead: bool) {
-        assert!(self.steps.is_empty() && slots > 0, "stages change while a step is in flight; this is a bug");
-        (self.config.slots, self.config.ahead) = (slots, ahead);
-        self.samplers_new = true;
-        self.cut_anew();
-    }
-
-    /// Runs of blocks that hold something of use: all that somebody holds, or that can be found. Blocks between two that
-    /// are nearer than `gap` are among them.
-    pub fn blocks_in_use(&self, gap: usize) -> Vec<Range<usize>> {
-        self.pool.in_use(gap)
-    }
-
     /// Learns how long a stage took for a step. It may come late or never.
     pub fn observe(&mut self, seen: Observation) {
         let first = self.next_step - self.shapes.len() as u64;
@@ -323,15 +338,9 @@ impl Scheduler {
             kv_blocks_free: self.pool.free(),
             kv_blocks_cached: self.pool.cached(),
             in_flight: self.steps.len(),
+            images: self.images.as_ref().map(Images::stats),
             ..self.stats
         }
-    }
-
-    /// Tells the samplers of all sequences that they were told of, as far as these have come.
-    fn start_again(&self, batch: &mut MicroBatch) {
-        let new: BTreeSet<SeqId> = batch.starts.iter().map(|start| start.seq).collect();
-        let known = |s: &&Sequence| s.started && s.seat.is_some() && !new.contains(&s.new.seq);
-        batch.starts.extend(self.sequences.iter().filter(known).map(Sequence::start));
     }
 
     /// Fills a micro-batch with single steps.
@@ -382,6 +391,7 @@ impl Scheduler {
     /// Makes the draft's last ids the next rows of a sequence.
     fn push_rows(&mut self, slot: u32, len: usize, draft: &mut Draft) {
         self.forget_live(slot);
+        self.push_turns(slot, len, &mut draft.batch);
         let sequence = &mut self.sequences[slot];
         let Draft { batch, this, .. } = draft;
         let (cached, row) = (sequence.planned, batch.positions.len());

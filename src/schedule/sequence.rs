@@ -6,7 +6,11 @@ use std::{
     sync::Arc,
 };
 
-use super::{BlockPool, prefix::BlockKey, queue::Rank};
+use super::{
+    BlockPool, PromptImages,
+    prefix::{BlockKey, Keys},
+    queue::Rank,
+};
 use crate::{
     batch::{KV_BLOCK, SeqId, SeqStart},
     request::SamplingParams,
@@ -21,6 +25,8 @@ pub struct NewSequence {
     pub seq: SeqId,
     /// Its prompt; not empty.
     pub prompt: Arc<[u32]>,
+    /// Its images.
+    pub images: Option<Arc<PromptImages>>,
     /// Prompt and answer together, at most, without the answer's last token, which is never fed.
     pub tokens_max: usize,
     /// For the sampler.
@@ -58,6 +64,8 @@ pub(super) struct Sequence {
     pub(super) goal: usize,
     /// Tokens that are in the KV cache once all steps in flight are done.
     pub(super) planned: usize,
+    /// Counts up with each prompt that begins.
+    pub(super) begun: u64,
     /// The latest step that holds rows of it.
     pub(super) last: u64,
     /// Steps planned and not applied.
@@ -108,13 +116,14 @@ impl Sequence {
         prompt[p0..p1].iter().chain(&answer[a0..a1]).copied()
     }
 
-    /// The known tokens of a full block.
-    pub(super) fn block_tokens(&self, block: usize) -> [u32; KV_BLOCK] {
+    /// What a full block of known tokens is found by, after the one before it.
+    pub(super) fn block_key(&self, keys: &Keys, before: Option<BlockKey>, block: usize) -> BlockKey {
         let mut tokens = [0; KV_BLOCK];
         for (to, token) in tokens.iter_mut().zip(self.tokens(block * KV_BLOCK, KV_BLOCK)) {
             *to = token;
         }
-        tokens
+        let images = self.new.images.as_ref().map_or_else(Vec::new, |images| images.block_bytes(block));
+        keys.after(before, &tokens, &images)
     }
 
     /// Past the prompt: whether a single step may be planned, now or when it is due.
@@ -184,6 +193,7 @@ impl Sequences {
             answer: Vec::new(),
             goal: 0,
             planned: 0,
+            begun: 0,
             last: 0,
             in_flight: 0,
             unknown: 0,

@@ -303,6 +303,7 @@ impl<'a, W: World> Run<'a, W> {
         self.scheduler.add(NewSequence {
             seq: SeqId(request as u64),
             prompt: arrival.prompt.clone(),
+            images: None,
             // The last token is never fed.
             tokens_max: arrival.prompt.len() + arrival.answer_max - 1,
             sampling: self.sampling.clone(),

@@ -29,6 +29,6 @@ mod work;
 
 pub use clock::{Blank, Machine, Simulation, Stage, World};
 pub use cost::read_costs;
-pub use report::{Percentiles, Report, StageReport};
+pub use report::{DecodeReport, Percentiles, Report, StageReport};
 pub use trace::{Answer, End, Nanos, StepTrace, Trace, nanos};
 pub use work::{Arrival, Workload};

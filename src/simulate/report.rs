@@ -25,6 +25,8 @@ pub struct Report {
     pub steady_s: (f64, f64),
     /// At steady state, 1 − the devices' mean busy time ÷ the most.
     pub imbalance: f64,
+    /// The same while all decode; none if there is no such time.
+    pub decode: Option<DecodeReport>,
     /// From submission to the first token.
     pub ttft_ms: Option<Percentiles>,
     /// From a token to the same request's next one.
@@ -33,6 +35,16 @@ pub struct Report {
     pub longest_gap: Option<f64>,
     /// Each stage.
     pub stages: Vec<StageReport>,
+}
+
+/// While every request decodes: from when the last one has its first token to when the first one has ended. It is the phase that
+/// `bench throughput` measures in.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct DecodeReport {
+    /// The idle share of the device with most busy time.
+    pub bubble: f64,
+    /// 1 − the devices' mean busy time ÷ the most.
+    pub imbalance: f64,
 }
 
 /// A stage's part.
@@ -69,16 +81,9 @@ impl Report {
         let took = seconds(ended - came);
         let (from, until) = steady(trace).unwrap_or((came, ended));
         let stages = trace.devices.len();
-        let busy = |from, until| (0..stages).map(move |stage| seconds(busy(trace, stage, from, until)));
-        let of_run: Vec<f64> = busy(0, Nanos::MAX).collect();
-        let at_steady: Vec<f64> = busy(from, until).collect();
-        let mut devices = vec![None; 1 + trace.devices.iter().max().copied().unwrap_or(0)];
-        for (&device, busy) in trace.devices.iter().zip(&at_steady) {
-            *devices[device].get_or_insert(0.0) += busy;
-        }
-        let devices: Vec<f64> = devices.into_iter().flatten().collect();
-        let most = devices.iter().copied().fold(0.0, f64::max);
-        let mean = devices.iter().sum::<f64>() / devices.len() as f64;
+        let of_run = of_stages(trace, 0, Nanos::MAX);
+        let at_steady = of_stages(trace, from, until);
+        let (most, mean) = of_devices(trace, &at_steady);
         let first = |a: &super::Answer| Some(millis(a.tokens.first()? - a.came));
         let gaps = trace.answers.iter().flat_map(|a| a.tokens.windows(2)).map(|w| millis(w[1] - w[0]));
         let itl_ms = Percentiles::of(gaps.collect());
@@ -97,11 +102,33 @@ impl Report {
             bubble: 1.0 - share(most, seconds(until - from)),
             steady_s: (seconds(from - came), seconds(until - came)),
             imbalance: 1.0 - share(mean, most),
+            decode: DecodeReport::of(trace),
             ttft_ms: Percentiles::of(trace.answers.iter().filter_map(first).collect()),
             itl_ms,
             longest_gap: itl_ms.filter(|gaps| gaps.median > 0.0).map(|gaps| gaps.max / gaps.median),
             stages: (0..stages).map(stage).collect(),
         }
+    }
+}
+
+impl DecodeReport {
+    fn of(trace: &Trace) -> Option<DecodeReport> {
+        let first = trace.answers.iter().map(|a| a.tokens.first().copied());
+        let from = first.collect::<Option<Vec<_>>>()?.into_iter().max()?;
+        let until = trace.answers.iter().filter_map(|a| Some(a.end?.0)).min()?;
+        // Whole cycles of a stage, from a pass to a later one, or what a window cuts off would count.
+        let cycles = |stage: usize| {
+            let begins = trace.steps.iter().filter_map(|step| Some(step.passes.get(stage)?.0));
+            let within: Vec<Nanos> = begins.filter(|begin| (from..=until).contains(begin)).collect();
+            let (&from, &until) = (within.first()?, within.last()?);
+            (from < until).then_some((from, until))
+        };
+        let shares = (0..trace.devices.len()).map(|stage| {
+            let (from, until) = cycles(stage)?;
+            Some(share(seconds(busy(trace, stage, from, until)), seconds(until - from)))
+        });
+        let (most, mean) = of_devices(trace, &shares.collect::<Option<Vec<_>>>()?);
+        Some(DecodeReport { bubble: 1.0 - most, imbalance: 1.0 - share(mean, most) })
     }
 }
 
@@ -131,6 +158,21 @@ fn steady(trace: &Trace) -> Option<(Nanos, Nanos)> {
     let last_came = trace.answers.iter().map(|a| a.came).max()?;
     let until = last_begun.min(fewer.max(last_came));
     (full < until).then_some((full, until))
+}
+
+/// How long each stage is busy between two moments, in seconds.
+fn of_stages(trace: &Trace, from: Nanos, until: Nanos) -> Vec<f64> {
+    (0..trace.devices.len()).map(|stage| seconds(busy(trace, stage, from, until))).collect()
+}
+
+/// The most and the mean of what the devices' stages come to together.
+fn of_devices(trace: &Trace, stages: &[f64]) -> (f64, f64) {
+    let mut devices = vec![None; 1 + trace.devices.iter().max().copied().unwrap_or(0)];
+    for (&device, busy) in trace.devices.iter().zip(stages) {
+        *devices[device].get_or_insert(0.0) += busy;
+    }
+    let devices: Vec<f64> = devices.into_iter().flatten().collect();
+    (devices.iter().copied().fold(0.0, f64::max), devices.iter().sum::<f64>() / devices.len() as f64)
 }
 
 /// How long a stage is busy between two moments.
@@ -188,6 +230,20 @@ mod tests {
         let never = Report::of(&Trace { slots: 3, ..trace });
         assert_eq!(never.steady_s, (0.0, 33e-9));
         assert!((never.bubble - 3.0 / 33.0).abs() < 1e-9, "{never:?}");
+    }
+
+    /// The first stage takes longer for prompts, which decoding knows nothing of.
+    #[test]
+    fn what_all_decode_in_is_a_phase_of_its_own() {
+        let pass = |i: Nanos| if i < 4 { (10 * i, 10 * i + 9) } else { (40 + 4 * i, 40 + 4 * i + 3) };
+        let steps: Vec<StepTrace> = (0..20).map(|i| step(&[pass(i), (pass(i).1, pass(i).1 + 1)])).collect();
+        let answers = vec![answer(&[12, 60, 80, 100]), answer(&[52, 70, 90, 110])];
+        let trace = Trace { steps, answers, devices: vec![0, 1], slots: 2 };
+        let decode = Report::of(&trace).decode.unwrap();
+        assert!((decode.bubble - 0.25).abs() < 1e-9, "{decode:?}");
+        assert!((decode.imbalance - (1.0 - 0.5 / 0.75)).abs() < 1e-9, "{decode:?}");
+        let one_token = Trace { answers: vec![answer(&[12]), answer(&[52])], ..trace };
+        assert_eq!(Report::of(&one_token).decode, None);
     }
 
     #[test]

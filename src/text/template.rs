@@ -72,7 +72,7 @@ impl Template {
         let size = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
         let messages = messages
             .iter()
-            .map(|m| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())]));
+            .map(|m| Value::from_pairs([("role", Value::from(m.role.as_str())), ("content", content(m))]));
         let mut variables = vec![
             ("messages", messages.collect()),
             ("add_generation_prompt", Value::from(add_generation_prompt)),
@@ -85,6 +85,30 @@ impl Template {
         template.render_captured_to(Value::from_pairs(variables), &mut out).map_err(failed)?;
         String::from_utf8(out.0).map_err(|e| Error::data(&self.path, e.to_string()))
     }
+}
+
+/// A message's text, or the list of its parts where there are images, as templates that know them want it.
+fn content(message: &Message) -> Value {
+    let text = message.content.as_str();
+    if message.media.is_empty() {
+        return Value::from(text);
+    }
+    let part = |kind, text: Option<&str>| {
+        let pairs = [("type", Some(kind)), ("text", text)];
+        Value::from_pairs(pairs.into_iter().filter_map(|(key, value)| Some((key, value?))))
+    };
+    let (mut parts, mut from) = (Vec::new(), 0);
+    let mut push = |parts: &mut Vec<Value>, to: usize| {
+        let between = text.get(from..to).filter(|between| !between.is_empty());
+        parts.extend(between.map(|between| part("text", Some(between))));
+        from = to;
+    };
+    for inset in &message.media {
+        push(&mut parts, inset.at);
+        parts.push(part(if inset.media.seconds.is_some() { "video" } else { "image" }, None));
+    }
+    push(&mut parts, text.len());
+    Value::from(parts)
 }
 
 /// Where the template is, and its text.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Closed, Ends, EndsBetween, Receiver, Sender, Transport};
+use super::{Closed, EndsBetween, Receiver, Sender, Transport};
 use crate::{
     backend::Backend,
     batch::Step,
@@ -14,24 +14,12 @@ use crate::{
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Host;
 
-impl<B: Backend> Transport<B> for Host {
+impl<A: Backend, B: Backend> Transport<A, B> for Host {
     fn name(&self) -> &'static str {
         "host"
     }
 
-    fn connect(&self, from: Arc<B>, to: Arc<B>, depth: usize, len_max: usize) -> Result<Ends<B>> {
-        Host::between(from, to, depth, len_max)
-    }
-}
-
-impl Host {
-    /// The two ends of a boundary of `depth` buffers, each for `len_max` numbers, between devices of any two kinds.
-    pub fn between<A: Backend, B: Backend>(
-        from: Arc<A>,
-        to: Arc<B>,
-        depth: usize,
-        len_max: usize,
-    ) -> Result<EndsBetween<A, B>> {
+    fn connect(&self, from: Arc<A>, to: Arc<B>, depth: usize, len_max: usize) -> Result<EndsBetween<A, B>> {
         assert!(depth > 0, "a boundary without buffers; this is a bug");
         let (full_in, full_out) = channel::bounded(depth);
         let (free_in, free_out) = channel::bounded(depth);

@@ -5,6 +5,7 @@
 
 mod host;
 mod peer;
+mod pinned;
 
 pub use host::Host;
 pub use peer::{Peer, Staged, ring_bytes};
@@ -12,7 +13,7 @@ pub use peer::{Peer, Staged, ring_bytes};
 use std::sync::Arc;
 
 use crate::{
-    backend::{Backend, cuda::Cuda},
+    backend::{Backend, cpu::Cpu, cuda::Cuda},
     batch::Step,
     error::Result,
 };
@@ -21,12 +22,12 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Closed;
 
-/// A way across a boundary.
-pub trait Transport<B: Backend>: Sync {
+/// A way across a boundary, between devices of one kind or of two.
+pub trait Transport<A: Backend, B: Backend = A>: Sync {
     /// As in logs.
     fn name(&self) -> &'static str;
     /// Makes the two ends of a boundary of `depth` buffers, each for `len_max` numbers.
-    fn connect(&self, from: Arc<B>, to: Arc<B>, depth: usize, len_max: usize) -> Result<Ends<B>>;
+    fn connect(&self, from: Arc<A>, to: Arc<B>, depth: usize, len_max: usize) -> Result<EndsBetween<A, B>>;
 }
 
 /// The two ends of a boundary.
@@ -65,6 +66,16 @@ pub fn gpu_transports() -> [&'static dyn Transport<Cuda>; 3] {
 }
 
 /// Every way across between any two devices.
-pub fn transports<B: Backend>() -> [&'static dyn Transport<B>; 1] {
+pub fn transports<A: Backend, B: Backend>() -> [&'static dyn Transport<A, B>; 1] {
     [&Host]
+}
+
+/// Every way across from a GPU to the processor.
+pub fn down_transports() -> [&'static dyn Transport<Cuda, Cpu>; 2] {
+    [&Staged, &Host]
+}
+
+/// Every way across from the processor to a GPU.
+pub fn up_transports() -> [&'static dyn Transport<Cpu, Cuda>; 2] {
+    [&Staged, &Host]
 }

@@ -23,7 +23,7 @@ pub struct Peer {
     pub distrust: bool,
 }
 
-/// Through pinned memory of the host, which every GPU reaches.
+/// Through pinned memory of the host, which every GPU reaches, and the processor.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Staged;
 
@@ -66,7 +66,7 @@ impl Transport<Cuda> for Staged {
             let (from, to) = (from.name(), to.name());
             return Err(Error::Engine(format!("{from} to {to}, through pinned memory: {wrong}")));
         }
-        made(&from, &to, self.name());
+        made(&from, &to, "staged");
         ends(from, to, ring, depth, len_max)
     }
 }
@@ -81,7 +81,7 @@ pub fn ring_bytes(depth: usize, len_max: usize) -> usize {
 }
 
 /// Entries begin where wide stores may.
-fn entry_bytes(len_max: usize) -> usize {
+pub(super) fn entry_bytes(len_max: usize) -> usize {
     (4 * len_max).next_multiple_of(256)
 }
 

@@ -63,6 +63,17 @@ impl Preprocessor {
         Ok(Preprocessor { image, video, limits: Limits::default() })
     }
 
+    /// The same, and what is usual where the folder does not say.
+    pub fn read_or_usual(dir: &Path) -> Result<Preprocessor> {
+        let (path, usual) = (dir.join("preprocessor_config.json"), Path::new("usual"));
+        let image = match Recipe::read(&path, IMAGE_BOUNDS)? {
+            Some(_) => return Preprocessor::read(dir),
+            None => Recipe::parse(usual, b"{}", IMAGE_BOUNDS)?,
+        };
+        let video = Recipe::parse(usual, b"{}", VIDEO_BOUNDS)?;
+        Ok(Preprocessor { image, video, limits: Limits::default() })
+    }
+
     /// With other bounds of pixels for images and frames. One that is given wins over the other's default.
     pub fn with_pixels(mut self, min: Option<u64>, max: Option<u64>) -> Result<Preprocessor> {
         for recipe in [&mut self.image, &mut self.video] {
@@ -82,14 +93,30 @@ impl Preprocessor {
 
     /// An image from a file's bytes; `path` is for messages.
     pub fn image(&self, path: &Path, bytes: &[u8]) -> Result<Patches> {
+        Ok(self.image.cut.cut(&[self.image_pixels(path, bytes)?]))
+    }
+
+    /// The same, before it is cut.
+    pub fn image_pixels(&self, path: &Path, bytes: &[u8]) -> Result<Rgb> {
         let image = decode(path, bytes, self.limits)?;
         let Recipe { bounds, cut } = self.image;
         let size = smart_resize(image.size, cut.factor(), bounds).map_err(|why| Error::data(path, why))?;
-        Ok(cut.cut(&[resize(image, size)]))
+        Ok(resize(image, size))
+    }
+
+    /// A file's bytes, no more than there may be.
+    pub fn file(&self, path: &Path) -> Result<Vec<u8>> {
+        read(path, self.limits)
     }
 
     /// A video from the files of its frames, of which there are `fps` a second.
     pub fn video_files(&self, frames: &[PathBuf], fps: f64) -> Result<Video> {
+        let (frames, seconds) = self.video_pixels(frames, fps)?;
+        Ok(Video { patches: self.video.cut.cut(&frames), seconds })
+    }
+
+    /// The same, before it is cut: the frames, and the seconds from one row of the grid's time to the next.
+    pub fn video_pixels(&self, frames: &[PathBuf], fps: f64) -> Result<(Vec<Rgb>, f64)> {
         if !(fps.is_finite() && fps > 0.0) {
             return Err(Error::usage("fps", format!("{fps} is no number of frames a second")));
         }
@@ -114,7 +141,7 @@ impl Preprocessor {
                 smart_resize(frame.size, cut.factor(), bounds).map_err(|why| Error::data(first, why))?;
             resized.push(resize(frame, size));
         }
-        Ok(Video { patches: cut.cut(&resized), seconds: f64::from(cut.frames) / fps })
+        Ok((resized, f64::from(cut.frames) / fps))
     }
 }
 

@@ -281,7 +281,29 @@ fn stop_strings_biases_and_logprobs() {
 fn a_prompt_that_does_not_fit_is_one_line() {
     let output = ask(&["--prompt", &"word ".repeat(200), "--max-context", "32"]);
     assert!(error(&output, 2).contains("32"));
+    // Whoever asks for so many new tokens gets no fewer.
+    let told = error(&ask(&[&HELLO[..], &["--max-context", "24", "--max-tokens", "20"]].concat()), 2);
+    assert!(told.contains("max_tokens is 20; prompt and answer together have room for 24"), "{told}");
     let filled = json(&ask(&[&HELLO[..], &["--max-context", "24", "--ignore-eos"], &JSON].concat()));
     assert_eq!(filled["finish_reason"], "length");
     assert!(filled["prompt_tokens"].as_u64().unwrap() + filled["completion_tokens"].as_u64().unwrap() <= 25);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_timeline_that_finds_no_room_leaves_the_answer_and_is_an_error() {
+    const FULL: [&str; 2] = ["--timeline", "/dev/full"];
+    let flags = [&HELLO[..], &["--max-tokens", "4", "--ignore-eos"], &FULL].concat();
+    let output = ask(&flags);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let said = stderr(&output);
+    let told = said.lines().last().unwrap();
+    assert!(told.starts_with("error: /dev/full: the timeline could not be written: "), "{said}");
+    assert_eq!(stdout(&output), stdout(&ask(&flags[..flags.len() - 2])));
+    let bench = ["--weights", "dummy", "--requests", "2", "--input-len", "4", "--output-len", "2"];
+    let model = model();
+    let flags = [&["bench", "throughput", "--model", &model][..], &bench, &FULL].concat();
+    let output = run(&flags);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stdout(&output).contains("new tokens/s"), "{}", stdout(&output));
 }

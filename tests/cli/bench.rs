@@ -24,6 +24,14 @@ fn full(phase: &Value, name: &str) {
 }
 
 #[test]
+fn limits_on_what_waits_that_refuse_the_workload_are_named() {
+    let told = error(&throughput(&["--requests", "3", "--waiting", "1"]), 2);
+    assert_eq!(told.trim_end(), "error: --waiting: 1, and 3 requests come at once");
+    let told = error(&throughput(&["--requests", "3", "--input-len", "8", "--waiting-tokens", "23"]), 2);
+    assert_eq!(told.trim_end(), "error: --waiting-tokens: 23, and prompts of 24 tokens come at once");
+}
+
+#[test]
 fn throughput_as_json_is_one_object_whose_figures_agree() {
     let flags = ["--requests", "70", "--input-len", "20", "--output-len", "6", "--stages", "2"];
     let figures = json(&throughput(&[&flags[..], &["--repeat", "3", "--format", "json"]].concat()));
@@ -146,20 +154,20 @@ fn throughput_as_tables_is_aligned_and_short() {
     let text = good(&output);
     assert_eq!(stderr(&output), "");
     for start in [
-        "requests at once",
+        "workload",
+        "requests ",
         "1 run",
-        "new tokens/s",
-        "time to first token",
+        "output tokens/s",
+        "TTFT",
+        "E2EL",
         "whole run",
+        "host cores",
         "stage  device",
         "0 ",
     ] {
         assert!(text.lines().any(|line| line.starts_with(start)), "{start}\n{text}");
     }
-    assert!(
-        !text.contains("time per token") && !text.contains("between two"),
-        "one token has no time between tokens\n{text}"
-    );
+    assert!(!text.contains("TPOT") && !text.contains("ITL"), "one token has no time between tokens\n{text}");
     assert!(text.lines().all(|line| line.len() < 120 && line == line.trim_end()), "{text}");
 }
 

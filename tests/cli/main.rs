@@ -1,16 +1,18 @@
-//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), `bench`, `plan` and
-//! `devices`, signals and terminals (`terminal`).
+//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), `bench` (its other
+//! measurements than throughput in `measurements`), `plan`, `profiles` and `devices`, signals and terminals (`terminal`).
 
 mod answers;
 mod bench;
 mod devices;
 mod flags;
+mod measurements;
 mod plan;
+mod profiles;
 mod terminal;
 
 use std::{
     io::Write,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
 
@@ -26,10 +28,12 @@ fn data(name: &str) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// The program with these flags, without the caller's settings of logs and colours.
+/// The program with these flags, without the caller's settings of logs and colours, and with a cache of its own.
 fn program(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pipeline-infer"));
     command.args(args).env_remove("RUST_LOG").stdin(Stdio::null());
+    // What tests measure is nobody's profile.
+    command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
     command
 }
 

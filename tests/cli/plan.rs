@@ -86,6 +86,41 @@ fn splits_are_ranked() {
     assert!(text.contains("1 planned: device 1 x h100-80g: the model does not fit"), "{text}");
 }
 
+/// Of a model that is larger than the GPU as much as can be is there, and the table says what the rest costs.
+#[test]
+fn a_processor_takes_what_has_no_room_on_gpus() {
+    let plan_on = |devices: &str| {
+        let flags = ["--devices", devices, "--running", "64", "--chunk", "256", "--format", "json"];
+        json(&plan(&[&["--model", "72b"], &flags[..]].concat()))["plan"].clone()
+    };
+    const CPU: &str = "cpu:mem=512g,bw=200g,bf16=2t";
+    let number = |value: &Value| value.as_f64().unwrap();
+    let mixed = plan_on(&format!("h100-80g,{CPU}"));
+    let stages = mixed["stages"].as_array().unwrap();
+    assert_eq!(stages.len(), 2);
+    let on = |device: &str| stages.iter().find(|stage| stage["device"] == device).unwrap();
+    let (gpu, cpu) = (on("cuda:0"), on("cpu"));
+    assert!(number(&gpu["weight_bytes"]) > 0.85 * number(&gpu["room_bytes"]), "{gpu}");
+    assert_eq!(number(&cpu["share"]), 1.0);
+    assert!(number(&gpu["share"]) < 0.1, "the GPU waits nearly all the time: {gpu}");
+    assert!(number(&mixed["kv_tokens"]) >= 16.0 * 768.0, "{mixed}");
+    // Better than the processor alone, and far from what GPUs alone reach, where it is not used.
+    let rate = |plan: &Value| number(&plan["new_tokens_per_s"]);
+    let (alone, gpus) = (plan_on(CPU), plan_on(&format!("2xh100-80g,{CPU}")));
+    assert!(rate(&mixed) > 1.5 * rate(&alone) && rate(&mixed) < 0.05 * rate(&gpus));
+    assert!(gpus["stages"].as_array().unwrap().iter().all(|stage| stage["device"] != "cpu"));
+    // Neither has room for the other's part.
+    let told = error(&plan(&["--model", "72b", "--devices", "l4,cpu:mem=64g,bw=200g,bf16=2t"]), 1);
+    assert!(
+        told.contains("device 1 x l4, 1 x cpu: the model does not fit") && told.contains(" more l4"),
+        "{told}"
+    );
+    // This machine's processor, as it is measured.
+    let told = json(&plan(&["--model", &model(), "--devices", "cpu", "--format", "json"]));
+    assert!(number(&told["devices"][0]["bandwidth"]) > 1e6, "{told}");
+    assert_eq!(told["plan"]["stages"][0]["device"], "cpu");
+}
+
 #[test]
 fn what_cannot_be_planned_is_one_line() {
     let cases: &[(&[&str], i32, &str)] = &[
@@ -146,4 +181,14 @@ fn runs_take_layouts_from_files_and_splits() {
     assert_eq!(ran_in(&["--stages", "3", "--split", "even"]), "0-1@cpu,2@cpu,3@cpu");
     let told = error(&ask(&["--prompt", "a", "--layout", "0-3", "--split", "even"]), 2);
     assert!(told.contains("--split"), "{told}");
+    for (devices, needle) in
+        [("cpu,cpu", "named twice"), ("cpu,gpu", "--devices gpu: it is none of"), ("cuda:99,cpu", "cuda")]
+    {
+        let output = ask(&["--prompt", "a", "--devices", devices]);
+        assert!(
+            !output.status.success() && stderr(&output).contains(needle),
+            "{devices}: {}",
+            stderr(&output)
+        );
+    }
 }

@@ -13,9 +13,9 @@ fn packet(step: u64) -> Step {
 }
 
 /// Packets of many lengths through a boundary of three buffers, the sender's buffer spoilt after each.
-pub(crate) fn brings_what_was_sent_in_order<B: Backend>(
-    transport: &dyn Transport<B>,
-    from: &Arc<B>,
+pub(crate) fn brings_what_was_sent_in_order<A: Backend, B: Backend>(
+    transport: &dyn Transport<A, B>,
+    from: &Arc<A>,
     to: &Arc<B>,
 ) {
     const LEN: usize = 1000;
@@ -48,9 +48,9 @@ pub(crate) fn brings_what_was_sent_in_order<B: Backend>(
     assert_eq!(receiver.wait().err(), Some(Closed), "{name}: the end of the sender is seen");
 }
 
-pub(crate) fn tells_a_sender_without_a_receiver<B: Backend>(
-    transport: &dyn Transport<B>,
-    from: &Arc<B>,
+pub(crate) fn tells_a_sender_without_a_receiver<A: Backend, B: Backend>(
+    transport: &dyn Transport<A, B>,
+    from: &Arc<A>,
     to: &Arc<B>,
 ) {
     let (mut sender, receiver) = transport.connect(from.clone(), to.clone(), 1, 4).unwrap();

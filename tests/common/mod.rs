@@ -4,6 +4,8 @@
 
 pub(crate) mod crossing;
 pub(crate) mod golden;
+pub(crate) mod seen;
+pub(crate) mod tower;
 pub(crate) mod world;
 
 use std::path::{Path, PathBuf};

@@ -168,6 +168,7 @@ impl World {
         self.scheduler.add(NewSequence {
             seq: SeqId(id),
             prompt: prompt.as_slice().into(),
+            images: None,
             tokens_max: prompt.len() + answer_max - 1,
             sampling: Arc::new(SamplingParams::default()),
             seed,
@@ -268,7 +269,7 @@ impl World {
         }
         self.device = Device { kv, seats: vec![None; self.config.running_max] };
         (self.config.slots, self.config.ahead) = (slots, ahead);
-        self.scheduler.change_stages(slots, ahead);
+        self.scheduler.change_stages(slots, ahead, None);
         self.changed = true;
     }
 

@@ -4,7 +4,7 @@
 //! the same numbers; the GPU's own come from its pages, so what is wrong there shows.
 
 use pipeline_infer::{
-    backend::{AttentionShape, Backend, DType, HeadShape, KvShape, Limits, QkNorm, cpu::Cpu},
+    backend::{AttentionShape, Backend, DType, HeadShape, KvShape, Limits, QkNorm, Rotation, cpu::Cpu},
     batch::MicroBatch,
 };
 
@@ -110,7 +110,7 @@ impl<'a, B: Backend> Layer<'a, B> {
             backend.vector(&tensor(&[case.heads.head_dim], DType::F32, &around_1)).unwrap()
         };
         let layer = Layer {
-            batch: backend.batch(LIMITS, inv_freq, scale).unwrap(),
+            batch: backend.batch(LIMITS, Rotation::plain(inv_freq, scale)).unwrap(),
             kv: backend.kv(case.kv(blocks)).unwrap(),
             norms: [head(7), head(8)],
             qkv: poisoned(backend, Room::Working, room * case.heads.qkv_dim()),
@@ -285,6 +285,32 @@ fn few_rows_after_many_tokens() {
             let begin = if quick() { 2 } else { 7 };
             let steps = (0..begin).map(|_| -> &Parts { &[(0, 600)] }).chain(rest.iter().copied());
             for (i, parts) in steps.enumerate() {
+                let micro = sequences.step(parts);
+                trial.step(&format!("step {i} {parts:?}"), &micro);
+            }
+        }
+    }
+}
+
+/// There is work for all multiprocessors: tiles of rows see several tiles of tokens, all or some of them.
+#[test]
+fn many_rows_after_many_tokens() {
+    let steps: &[&Parts] = &[
+        &[(0, 600)],
+        &[(0, 600)],
+        &[(1, 640)],
+        &[(0, 320), (1, 320)],
+        &[(0, 129), (1, 255), (2, 200), (3, 2)],
+        &[(0, 1), (1, 400), (3, 127), (2, 64), (4, 1)],
+    ];
+    for (head_dim, window) in [(64, Some(500)), (64, None), (128, None), (128, Some(130))] {
+        for dtype in [DType::BF16, DType::F16] {
+            let Some(gpu) = gpu(dtype, head_dim) else { return };
+            let heads = HeadShape { heads: 56, kv_heads: 4, head_dim };
+            let (case, cpu) = (Case { heads, dtype, window, norm: false }, cpu());
+            let mut sequences = Sequences::new(5, 2048);
+            let mut trial = Trial::new(case, &gpu, &cpu, sequences.blocks());
+            for (i, parts) in steps.iter().take(if quick() { 1 } else { steps.len() }).enumerate() {
                 let micro = sequences.step(parts);
                 trial.step(&format!("step {i} {parts:?}"), &micro);
             }

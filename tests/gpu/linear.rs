@@ -1,6 +1,6 @@
 //! Linear layers with what is around them.
 
-use pipeline_infer::backend::{Backend, DType, Norm, NormShape, Tensor};
+use pipeline_infer::backend::{Backend, DType, Norm, NormShape, Tensor, vision::VisionOps};
 
 use crate::{
     DTYPES, Room, assert_bits, assert_near, cpu,
@@ -107,6 +107,14 @@ fn linear_add<B: Backend>(b: &B, l: &Linear, on: &Loaded<B>, x: &[f32], y: &[f32
     let mut out = filled(b, Room::Wide, room * l.n(), x);
     let y = filled(b, Room::Working, room * l.k, y);
     b.linear_add(&mut out, &y, &on.w, room).unwrap();
+    read(b, &out, rows * l.n())
+}
+
+fn linear<B: VisionOps>(b: &B, l: &Linear, on: &Loaded<B>, x: &[f32], to: Room) -> Vec<f32> {
+    let rows = x.len() / l.k;
+    let x = filled(b, Room::Working, rows * l.k, x);
+    let mut out = poisoned(b, to, rows * l.n());
+    b.linear(&mut out, &x, &on.w, rows).unwrap();
     read(b, &out, rows * l.n())
 }
 
@@ -237,6 +245,29 @@ fn linear_add_adds_exact_products() {
                 // as large as above.
                 assert_near(&what, l.n(), &got, &want, |i| 3.0 * l.sums() + 2f32.powi(-23) * want[i].abs());
                 assert_bits(&format!("{what}, again"), l.n(), &linear_add(&gpu, &l, &there, &x, &y), &got);
+            }
+        }
+    }
+}
+
+/// Rows are not padded here, and may be any number.
+#[test]
+fn linear_multiplies_any_rows_exactly() {
+    for dtype in DTYPES {
+        let Some(gpu) = gpu(dtype, 64) else { return };
+        let cpu = cpu();
+        for l in linears(dtype) {
+            let (there, here) = (l.load(&gpu), l.load(&cpu));
+            for rows in rows_for(&l) {
+                let x = rounded(dtype, l.x(rows));
+                let want = linear(&cpu, &l, &here, &x, Room::Wide);
+                for (to, kept) in [(Room::Wide, DType::F32), (Room::Working, dtype)] {
+                    let what = l.what(&format!("linear to {to:?}"), rows);
+                    let got = linear(&gpu, &l, &there, &x, to);
+                    // Where no epilogue takes the size, a product is rounded before its bias, of at most 1, is added.
+                    let tolerance = |i: usize| 3.0 * l.sums() + unit(kept) * (1.0 + 2.0 * want[i].abs());
+                    assert_near(&what, l.n(), &got, &want, tolerance);
+                }
             }
         }
     }

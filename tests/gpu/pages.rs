@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use pipeline_infer::{
-    backend::{Backend, DType, HeadShape, KvShape, Limits},
+    backend::{Backend, DType, HeadShape, KvShape, Limits, Rotation},
     batch::{KV_BLOCK, MicroBatch},
 };
 
@@ -31,7 +31,7 @@ fn bytes(seed: u64, blocks: &Range<usize>, dtype: DType) -> Vec<u8> {
 fn written<B: Backend>(b: &B, dtype: DType, micro: &MicroBatch) -> Vec<u8> {
     let inv_freq: Vec<f32> = (0..HEADS.head_dim / 2).map(|i| 0.7f32.powi(i as i32)).collect();
     let mut kv = b.kv(shape(dtype)).unwrap();
-    let mut batch = b.batch(LIMITS, &inv_freq, 1.0).unwrap();
+    let mut batch = b.batch(LIMITS, Rotation::plain(&inv_freq, 1.0)).unwrap();
     b.set_batch(&mut batch, micro).unwrap();
     let rows = numbers(5, micro.rows() * HEADS.qkv_dim());
     let mut qkv = filled(b, Room::Working, b.rows(&batch) * HEADS.qkv_dim(), &rows);

@@ -1,7 +1,7 @@
 //! The embedding, and rows that are wanted: copies, bit by bit. And that what is written is what is read.
 
 use pipeline_infer::{
-    backend::{Backend, DType, Limits, Random, Tensor},
+    backend::{Backend, DType, Limits, Random, Rotation, Tensor},
     batch::MicroBatch,
 };
 
@@ -23,12 +23,12 @@ fn embed<B: Backend>(b: &B, dtype: DType, dim: usize, micro: &MicroBatch) -> [Ve
 fn look_up<B: Backend>(b: &B, parts: &[Tensor], dim: usize, micro: &MicroBatch) -> [Vec<f32>; 2] {
     let table = b.matrix(parts, &[]).unwrap();
     b.loaded().unwrap();
-    let mut batch = b.batch(LIMITS, &[1.0], 1.0).unwrap();
+    let mut batch = b.batch(LIMITS, Rotation::plain(&[1.0], 1.0)).unwrap();
     b.set_batch(&mut batch, micro).unwrap();
     let mut out = poisoned(b, Room::Wide, b.rows(&batch) * dim);
     let mut wanted = poisoned(b, Room::Wide, b.outputs(&batch).max(1) * dim);
     b.pass(&batch, &mut || {
-        b.embed(&mut out, &table, &batch)?;
+        b.embed(&mut out, &table, None, &batch)?;
         match b.outputs(&batch) {
             0 => Ok(()),
             _ => b.gather_outputs(&mut wanted, &out, &batch, dim),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pipeline_infer::{
     SamplingParams,
-    backend::{Backend, Limits},
+    backend::{Backend, Limits, Rotation},
     batch::{MicroBatch, ON_DEVICE, OutputRow, SeqId, SeqRows, SeqStart, Step},
 };
 
@@ -57,7 +57,7 @@ fn the_next_row_is_the_token_that_was_chosen() {
         let rows = gpu.rows_room(LIMITS.rows_max);
         let mut edge = Edge {
             table: gpu.matrix(std::slice::from_ref(&table), &[]).unwrap(),
-            batch: gpu.batch(LIMITS, &[1.0; 32], 1.0).unwrap(),
+            batch: gpu.batch(LIMITS, Rotation::plain(&[1.0; 32], 1.0)).unwrap(),
             sampler: gpu.sampler(VOCAB).unwrap(),
             hidden: poisoned(&gpu, Room::Wide, rows * DIM),
             logits: poisoned(&gpu, Room::Wide, rows * VOCAB),
@@ -116,7 +116,7 @@ impl Edge<'_> {
         }
         self.gpu.set_batch(&mut self.batch, &micro).unwrap();
         let (hidden, table, batch) = (&mut self.hidden, &self.table, &self.batch);
-        self.gpu.pass(batch, &mut || self.gpu.embed(hidden, table, batch)).unwrap();
+        self.gpu.pass(batch, &mut || self.gpu.embed(hidden, table, None, batch)).unwrap();
         let step = Step { step: number, after: number.checked_sub(1), batch: Arc::new(micro) };
         let pending = self.gpu.sample(&self.logits, &mut self.sampler, &step).unwrap();
         let embedded = read(self.gpu, &self.hidden, seats.len() * DIM);

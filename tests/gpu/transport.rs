@@ -8,9 +8,10 @@ use std::{
 use pipeline_infer::{
     backend::{
         DType,
+        cpu::Cpu,
         cuda::{Cuda, PipelineFacts},
     },
-    transport::{Ends, Peer, Transport, gpu_transports},
+    transport::{Ends, Peer, Transport, down_transports, gpu_transports, up_transports},
 };
 
 use crate::{common::crossing, device::gpus};
@@ -26,6 +27,23 @@ fn every_transport_brings_what_was_sent_in_order_between_all_gpus() {
                 crossing::brings_what_was_sent_in_order(transport, &from, &to);
                 crossing::tells_a_sender_without_a_receiver(transport, &from, &to);
             }
+        }
+    }
+}
+
+#[test]
+fn every_transport_brings_what_was_sent_in_order_between_gpus_and_the_processor() {
+    let facts = PipelineFacts { dtype: DType::BF16, head_dim: 64, seats: 1, in_flight: 1 };
+    let cpu = Arc::new(Cpu::new(Some(1)));
+    for gpu in 0..gpus() {
+        let gpu = Arc::new(Cuda::new(gpu, facts).unwrap_or_else(|e| panic!("opening cuda:{gpu}: {e}")));
+        for transport in down_transports() {
+            crossing::brings_what_was_sent_in_order(transport, &gpu, &cpu);
+            crossing::tells_a_sender_without_a_receiver(transport, &gpu, &cpu);
+        }
+        for transport in up_transports() {
+            crossing::brings_what_was_sent_in_order(transport, &cpu, &gpu);
+            crossing::tells_a_sender_without_a_receiver(transport, &cpu, &gpu);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Rotation, KV pages and attention.
 
 use pipeline_infer::backend::{
-    AttentionShape, Backend, DType, HeadShape, KvShape, QkNorm,
+    AttentionShape, Backend, DType, HeadShape, KvShape, QkNorm, Rotation,
     cpu::{Cpu, Simd, reference},
 };
 
@@ -52,7 +52,7 @@ impl Case {
     fn run(&self, cpu: &Cpu, steps: &[Step]) -> Results {
         let mut sequences = Sequences::new(self.heads);
         let mut kv = cpu.kv(self.kv()).unwrap();
-        let mut batch = cpu.batch(LIMITS, &self.inv_freq(), 1.1).unwrap();
+        let mut batch = cpu.batch(LIMITS, Rotation::plain(&self.inv_freq(), 1.1)).unwrap();
         let norms = [7, 8].map(|seed| buf(cpu, &numbers(seed, self.heads.head_dim)));
         let dims = [self.heads.qkv_dim(), self.heads.q_dim()];
         let mut results = Results::default();
@@ -159,7 +159,7 @@ fn does_not_see_what_others_left_in_a_block() {
         for cpu in devices(2) {
             let run = |dirt: f32| {
                 let mut kv = cpu.kv(case.kv()).unwrap();
-                let mut batch = cpu.batch(LIMITS, &case.inv_freq(), 1.0).unwrap();
+                let mut batch = cpu.batch(LIMITS, Rotation::plain(&case.inv_freq(), 1.0)).unwrap();
                 let mut attend = |len: usize, fill: Option<f32>| {
                     let mut sequences = Sequences::new(HEADS);
                     cpu.set_batch(&mut batch, &sequences.step(&[(0, len)])).unwrap();

@@ -2,7 +2,7 @@
 
 use pipeline_infer::{
     backend::{
-        Backend, DType, KvShape, Limits, Tensor,
+        Backend, DType, KvShape, Limits, Rotation, Tensor,
         cpu::{Cpu, Simd},
     },
     batch::{KV_BLOCK, MicroBatch, OutputRow, SeqId},
@@ -32,7 +32,7 @@ fn tensors_that_do_not_fit_together_are_named() {
 #[test]
 fn a_wrong_micro_batch_is_refused() {
     let cpu = Cpu::new(Some(1));
-    let mut batch = cpu.batch(LIMITS, &[1.0; 5], 1.0).unwrap();
+    let mut batch = cpu.batch(LIMITS, Rotation::plain(&[1.0; 5], 1.0)).unwrap();
     let good = Sequences::new(HEADS).step(&[(0, 20), (1, 3)]);
     cpu.set_batch(&mut batch, &good).unwrap();
     let mut refused = |what: &str, change: &dyn Fn(&mut MicroBatch)| {
@@ -61,7 +61,7 @@ fn a_wrong_micro_batch_is_refused() {
 fn pages_that_a_micro_batch_does_not_fit_are_refused() {
     let cpu = Cpu::new(Some(1));
     let shape = KvShape { blocks: 60, kv_heads: 2, head_dim: 10, dtype: DType::F16 };
-    let mut batch = cpu.batch(LIMITS, &[1.0; 5], 1.0).unwrap();
+    let mut batch = cpu.batch(LIMITS, Rotation::plain(&[1.0; 5], 1.0)).unwrap();
     cpu.set_batch(&mut batch, &Sequences::new(HEADS).step(&[(0, 20)])).unwrap();
     let mut qkv = cpu.buf(20 * HEADS.qkv_dim()).unwrap();
     let mut rope = |shape: KvShape| {
@@ -81,7 +81,10 @@ fn memory_that_there_is_not_is_an_error() {
         assert!(cpu.buf(len).is_err(), "{len}");
         let shape = KvShape { blocks: len / KV_BLOCK, kv_heads: 8, head_dim: 128, dtype: DType::F16 };
         assert!(cpu.kv(shape).is_err(), "{len}");
-        assert!(cpu.batch(Limits { rows_max: len, ..LIMITS }, &[1.0; 64], 1.0).is_err(), "{len}");
+        assert!(
+            cpu.batch(Limits { rows_max: len, ..LIMITS }, Rotation::plain(&[1.0; 64], 1.0)).is_err(),
+            "{len}"
+        );
     }
 }
 

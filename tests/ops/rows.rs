@@ -1,7 +1,7 @@
 //! Norms, sums, the gate and the embedding.
 
 use pipeline_infer::{
-    backend::{Backend, NormShape, cpu::reference},
+    backend::{Backend, NormShape, Rotation, cpu::reference},
     batch::{OutputRow, SeqId},
 };
 
@@ -58,10 +58,10 @@ fn embed_copies_rows_and_refuses_unknown_tokens() {
             let mut micro = Sequences::new(HEADS).step(&[(0, 3), (1, 2)]);
             micro.ids = vec![9, 0, 4, 4, 1];
             micro.outputs = [1, 4].map(|row| OutputRow { row, seq: SeqId(0), seat: 0 }).to_vec();
-            let mut batch = cpu.batch(LIMITS, &[1.0], 1.0).unwrap();
+            let mut batch = cpu.batch(LIMITS, Rotation::plain(&[1.0], 1.0)).unwrap();
             cpu.set_batch(&mut batch, &micro).unwrap();
             let mut out = poisoned(&cpu, 5 * dim);
-            cpu.embed(&mut out, &matrix, &batch).unwrap();
+            cpu.embed(&mut out, &matrix, None, &batch).unwrap();
             let row = |id: &u32| &table[*id as usize * dim..][..dim];
             let want = micro.ids.iter().map(row).collect::<Vec<_>>().concat();
             assert_bits("embed", &read(&cpu, &out, 5 * dim), &want);
@@ -73,7 +73,7 @@ fn embed_copies_rows_and_refuses_unknown_tokens() {
 
             micro.ids[2] = vocab;
             cpu.set_batch(&mut batch, &micro).unwrap();
-            let error = cpu.embed(&mut out, &matrix, &batch).unwrap_err().to_string();
+            let error = cpu.embed(&mut out, &matrix, None, &batch).unwrap_err().to_string();
             assert!(error.contains("token 10"), "{error}");
         }
     }

@@ -56,6 +56,27 @@ fn stages_are_busy_and_four_do_more_than_twice_the_work_of_one() {
     }
 }
 
+/// Slots beyond the number of devices cost passes over the weights. Where passes are compute-bound (no weights to wait for, but some
+/// microseconds a layer for its kernels' starts), they would cost little; but steps are planned ahead, so there is no bubble to fill.
+#[test]
+fn more_slots_than_devices_gain_nothing_even_where_passes_are_compute_bound() {
+    for (base, running) in [(644e-6, 256), (70e-6, 256), (70e-6, 1024)] {
+        let rate = |slots| {
+            let mut simulation = simulation(4, running * 21);
+            (simulation.config.slots, simulation.config.running_max) = (slots, running);
+            simulation.machine.boundary = 25_000;
+            simulation.machine.stages.iter_mut().for_each(|stage| stage.cost.base += base - 644e-6);
+            let work: Vec<Arrival> = (0..running as u32).map(|i| arrival(0, i, 0, 64, 256)).collect();
+            Report::of(&simulation.run(&work, &mut Blank)).output_tokens_per_s
+        };
+        let one_a_device = rate(4);
+        for slots in [5, 6, 8] {
+            let gain = rate(slots) / one_a_device - 1.0;
+            assert!(gain < 0.001, "{slots} slots, {running} sequences, base {base}: {gain:+.3}");
+        }
+    }
+}
+
 #[test]
 fn a_shared_prefix_is_computed_once() {
     let ttft = |reuse| {

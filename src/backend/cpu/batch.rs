@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use super::{device_error, memory::Memory, pool::Pool};
 use crate::{
-    backend::Limits,
+    backend::{Limits, Rotation},
     batch::{KV_BLOCK, MicroBatch},
     error::Result,
 };
@@ -24,8 +24,12 @@ pub struct Batch {
     pub(super) outputs: Vec<usize>, // rows
     /// One more than the largest KV block that the rows use.
     pub(super) blocks_end: usize,
-    written: Vec<u32>,  // KV blocks
-    inv_freq: Vec<f32>, // [half]
+    written: Vec<u32>,    // KV blocks
+    turns: Vec<[u32; 3]>, // [rows], or none
+    inv_freq: Vec<f32>,   // [half]
+    /// The first frequencies that turn by the second and by the third of a row's turns.
+    bounds: [usize; 2],
+    sections: bool,
     rotation_scale: f32,
     limits: Limits,
 }
@@ -39,7 +43,8 @@ pub(super) struct Tile {
 }
 
 impl Batch {
-    pub(super) fn new(limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Self> {
+    pub(super) fn new(limits: Limits, rotation: Rotation) -> Result<Self> {
+        let Rotation { inv_freq, scale: rotation_scale, sections } = rotation;
         let rotations = limits.rows_max.checked_mul(inv_freq.len());
         let rotations = rotations.ok_or_else(|| device_error(format!("{limits:?} is too much")))?;
         let tiles = limits.seqs_max.saturating_add(limits.rows_max / TILE_ROWS).min(limits.rows_max);
@@ -56,7 +61,10 @@ impl Batch {
             written: room(
                 limits.seqs_max.saturating_mul(2).min(limits.rows_max) + limits.rows_max / KV_BLOCK,
             )?,
+            turns: room(if sections.is_some() { limits.rows_max } else { 0 })?,
             inv_freq: inv_freq.to_vec(),
+            bounds: rotation.bounds(),
+            sections: sections.is_some(),
             rotation_scale,
             limits,
         })
@@ -79,7 +87,8 @@ impl Batch {
 
     pub(super) fn set(&mut self, pool: &Pool, from: &MicroBatch) -> Result<()> {
         self.clear();
-        check(from, self.limits).map_err(|why| device_error(format!("micro-batch: {why}")))?;
+        let checked = check(from, self.limits).and_then(|()| from.check_turns(self.sections));
+        checked.map_err(|why| device_error(format!("micro-batch: {why}")))?;
         for (seq, rows) in from.seqs.iter().enumerate() {
             let end = rows.row + rows.len;
             let tiles = (rows.row..end).step_by(TILE_ROWS);
@@ -92,6 +101,7 @@ impl Batch {
         }
         self.ids.extend(&from.ids);
         self.positions.extend(from.positions.iter().map(|&p| p as usize));
+        self.turns.extend(&from.turns);
         self.outputs.extend(from.outputs.iter().map(|o| o.row));
         self.rotate(pool);
         self.check_written()
@@ -109,6 +119,7 @@ impl Batch {
     fn clear(&mut self) {
         self.ids.clear();
         self.positions.clear();
+        self.turns.clear();
         self.blocks.clear();
         self.tiles.clear();
         self.outputs.clear();
@@ -119,13 +130,21 @@ impl Batch {
     /// The angle is rounded to f32, as the models were trained with.
     fn rotate(&mut self, pool: &Pool) {
         let len = self.rows() * self.half;
-        let (positions, inv_freq, scale) = (&self.positions, &self.inv_freq, self.rotation_scale);
+        let (inv_freq, scale, [down, across]) = (&self.inv_freq, self.rotation_scale, self.bounds);
+        let (positions, turns) = (&self.positions, &self.turns);
+        let places = |row: usize| match turns.get(row) {
+            Some(turns) => turns.map(|turn| turn as f32),
+            None => [positions[row] as f32; 3],
+        };
         let rotate = |out: &mut [f32], f: fn(f32) -> f32| {
             pool.rows(out, inv_freq.len(), 512, |first, out| {
                 for (row, out) in out.chunks_exact_mut(inv_freq.len()).enumerate() {
-                    let position = positions[first + row] as f32;
-                    for (o, freq) in out.iter_mut().zip(inv_freq) {
-                        *o = f(position * freq) * scale;
+                    let places = places(first + row);
+                    let sections = [0..down, down..across, across..out.len()];
+                    for (section, place) in sections.into_iter().zip(places) {
+                        for (o, freq) in out[section.clone()].iter_mut().zip(&inv_freq[section]) {
+                            *o = f(place * freq) * scale;
+                        }
                     }
                 }
             });

@@ -9,15 +9,34 @@ use super::{
     memory::{prefix, prefix_mut},
     simd::{Kernel, Vector, widen},
 };
-use crate::{backend::DType, error::Result};
+use crate::{backend::DType, batch::image_row, error::Result};
 
-pub(super) fn embed(cpu: &Cpu, out: &mut [f32], table: &Matrix, batch: &Batch) -> Result<()> {
-    if let Some(id) = batch.ids.iter().find(|&&id| id as usize >= table.n) {
-        return Err(device_error(format!("token {id} is not among the embedding's {}", table.n)));
+pub(super) fn embed(
+    cpu: &Cpu,
+    out: &mut [f32],
+    table: &Matrix,
+    images: Option<&[f32]>,
+    batch: &Batch,
+) -> Result<()> {
+    let (dim, images) = (table.k, images.unwrap_or_default());
+    for &id in &batch.ids {
+        match image_row(id) {
+            Some(row) if row >= images.len() / dim => {
+                let rows = images.len() / dim;
+                return Err(device_error(format!("row {row} is not among the {rows} of images")));
+            }
+            None if id as usize >= table.n => {
+                return Err(device_error(format!("token {id} is not among the embedding's {}", table.n)));
+            }
+            _ => (),
+        }
     }
-    let dim = table.k;
     cpu.pool.rows(prefix_mut(out, batch.rows() * dim), dim, GRAIN, |row, out| {
         for (to, &id) in out.chunks_exact_mut(dim).zip(&batch.ids[row..]) {
+            if let Some(row) = image_row(id) {
+                to.copy_from_slice(&images[row * dim..][..dim]);
+                continue;
+            }
             let (tensor, from) = table.row(id as usize);
             cpu.simd.run(Widen { dtype: tensor.dtype, from, to });
         }

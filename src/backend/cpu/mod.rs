@@ -15,6 +15,7 @@ mod matrix;
 mod memory;
 mod norm;
 mod pool;
+mod probe;
 pub mod reference;
 mod rope;
 pub mod sample;
@@ -27,7 +28,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use facts::{CpuFacts, facts};
+pub use facts::{CpuFacts, facts, free_bytes, memory_bytes};
+pub use probe::{CpuSpeed, speed};
 pub use sample::Sampler;
 pub use simd::Simd;
 
@@ -40,8 +42,8 @@ use self::{
 };
 use crate::{
     backend::{
-        AttentionShape, Backend, DeviceMemory, HeadShape, KvShape, Limits, Norm, NormShape, QkNorm, Tensor,
-        WarmUp,
+        AttentionShape, Backend, DeviceMemory, HeadShape, KvShape, Limits, Norm, NormShape, QkNorm, Rotation,
+        Tensor, WarmUp,
     },
     batch::{MicroBatch, Sampled, Step},
     error::{Error, Result},
@@ -177,8 +179,8 @@ impl Backend for Cpu {
         to.write(blocks, bytes)
     }
 
-    fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Self::Batch> {
-        Batch::new(limits, inv_freq, rotation_scale)
+    fn batch(&self, limits: Limits, rotation: Rotation<'_>) -> Result<Self::Batch> {
+        Batch::new(limits, rotation)
     }
 
     fn sampler(&self, vocab: usize) -> Result<Self::Sampler> {
@@ -233,8 +235,14 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn embed(&self, out: &mut Self::Buf, table: &Self::Matrix, batch: &Self::Batch) -> Result<()> {
-        embed::embed(self, out, table, batch)
+    fn embed(
+        &self,
+        out: &mut Self::Buf,
+        table: &Self::Matrix,
+        images: Option<&Self::Buf>,
+        batch: &Self::Batch,
+    ) -> Result<()> {
+        embed::embed(self, out, table, images.map(|images| &**images), batch)
     }
 
     fn norm_linear(

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     backend::{
         HeadShape, Norm,
-        vision::{Places, SegmentAttention, VisionOps},
+        vision::{Places, RowRun, SegmentAttention, VisionOps},
     },
     error::{Error, Result},
 };
@@ -57,6 +57,10 @@ impl VisionOps for Cpu {
         (images.cos, images.sin) = angles.map(|angle| (angle.cos(), angle.sin())).unzip();
         images.places.clone_from(from);
         Ok(())
+    }
+
+    fn row_width(&self, len: usize) -> usize {
+        len
     }
 
     fn linear(&self, out: &mut Self::Buf, x: &Self::Buf, w: &Self::Matrix, rows: usize) -> Result<()> {
@@ -109,6 +113,13 @@ impl VisionOps for Cpu {
         for (row, &cell) in x.chunks_exact(dim).zip(cells) {
             out[cell as usize * dim..][..dim].copy_from_slice(row);
         }
+        Ok(())
+    }
+
+    fn copy_rows(&self, to: &mut Self::Buf, from: &Self::Buf, run: RowRun) -> Result<()> {
+        let RowRun { from: first, to: at, rows, dim } = run;
+        let from = &prefix(from, (first + rows) * dim)[first * dim..];
+        prefix_mut(to, (at + rows) * dim)[at * dim..].copy_from_slice(from);
         Ok(())
     }
 }

@@ -28,13 +28,19 @@ const SHARE_TOKENS: usize = 512;
 const SHARES_MAX: usize = 8;
 /// Rows of a block of attention_prefill_merge.
 const MERGE_ROWS: usize = 4;
+/// Head sizes of attention_prefill_wgmma.cu, its block's threads and tokens of a tile.
+const WIDE_HEADS: [usize; 2] = [64, 128];
+const WIDE_THREADS: u32 = 384;
+const WIDE_TOKENS: usize = 128;
+/// Bytes of its shared memory beside the dynamic ones, at most.
+const WIDE_STATIC: u32 = 1 << 10;
 
 /// Bytes of the kernels' scratch on GPUs of up to 200 multiprocessors, each with two blocks.
 pub(super) const SCRATCH_BYTES_MAX: usize = 48 << 20;
 
 /// What the type and the head size allow.
 pub(super) enum Kernels {
-    Fast(Fast),
+    Fast(Box<Fast>),
     Plain(Kernel),
 }
 
@@ -45,14 +51,24 @@ pub(super) struct Fast {
     decode: Vec<Decode>,
 }
 
-/// attention_prefill.cu with its scratch.
+/// The kernels for several rows, with their scratch.
 struct Prefill {
     kernel: Kernel,
     /// Of a block of it.
     threads: u32,
     shared: u32,
+    /// In its place, where there is one for the GPU.
+    wide: Option<Wide>,
     /// For few rows after many tokens, with what it leaves.
     shares: Shares,
+}
+
+/// attention_prefill_wgmma.cu.
+struct Wide {
+    kernel: Kernel,
+    shared: u32,
+    /// How many run at once.
+    blocks: u32,
 }
 
 /// Blocks of attention_prefill.cu that share the tokens of a tile of rows.
@@ -85,7 +101,7 @@ impl Kernels {
         let fast = load.of.dtype != DType::F32 && FAST_HEADS.contains(&head_dim);
         let tiles = prefill_tokens(load.facts, head_dim);
         match (tiles, decode_ring(load.facts, head_dim, 1)) {
-            (Some(tokens), Some(_)) if fast => Ok(Kernels::Fast(Fast::load(load, tokens)?)),
+            (Some(tokens), Some(_)) if fast => Ok(Kernels::Fast(Box::new(Fast::load(load, tokens)?))),
             _ => {
                 let defines = [("DTYPE", load.dtype()), ("HEAD_DIM", head_dim as u32)];
                 Ok(Kernels::Plain(
@@ -165,7 +181,8 @@ impl Prefill {
         kernel.allow_shared(shared)?;
         // A warp has 32 rows, or 16 where a head is long.
         let threads = if head_dim <= 128 { PREFILL_ROWS } else { 2 * PREFILL_ROWS } as u32;
-        Ok(Prefill { kernel, threads, shared, shares: Shares::load(load, threads)? })
+        let (wide, shares) = (Wide::load(load)?, Shares::load(load, threads)?);
+        Ok(Prefill { kernel, threads, shared, wide, shares })
     }
 
     fn module(load: &Loading, tokens: usize) -> Result<Module> {
@@ -176,6 +193,23 @@ impl Prefill {
             ("BLOCK_N", tokens as u32),
         ];
         load.module("attention_prefill.cu", &defines)
+    }
+}
+
+impl Wide {
+    fn load(load: &Loading) -> Result<Option<Wide>> {
+        let head_dim = load.of.head_dim;
+        // Two stages of queries, keys and values, and what aligns them.
+        let shared = (3 * 2 * WIDE_TOKENS * head_dim * 2 + 1024) as u32;
+        let room = load.facts.shared_per_block_max >= shared + WIDE_STATIC;
+        if load.facts.arch() != "sm_90a" || !WIDE_HEADS.contains(&head_dim) || !room {
+            return Ok(None);
+        }
+        let defines = [("DTYPE", load.dtype()), ("HEAD_DIM", head_dim as u32)];
+        let kernel =
+            load.module("attention_prefill_wgmma.cu", &defines)?.kernel("attention_prefill_wgmma")?;
+        kernel.allow_shared(shared)?;
+        Ok(Some(Wide { kernel, shared, blocks: load.facts.multiprocessors }))
     }
 }
 
@@ -284,8 +318,8 @@ pub(super) fn attention(
 impl Operands {
     fn launch(&self, cuda: &Cuda, kernel: &Kernel, grid: Grid) -> Result<()> {
         let Operands { out, qkv, keys, values, batch, heads, kv_heads, window, scale } = self;
-        // SAFETY: (ptr × 4, Batch, u32 × 3, f32) matches attention_prefill.cu and attention_generic.cu; the sizes have
-        // been checked.
+        // SAFETY: (ptr × 4, Batch, u32 × 3, f32) matches attention_prefill.cu, attention_prefill_wgmma.cu and
+        // attention_generic.cu; the sizes have been checked.
         unsafe {
             cuda.launch(
                 kernel,
@@ -302,8 +336,13 @@ impl Operands {
             threads: prefill.threads,
             shared,
         };
-        match count {
-            1 => self.launch(cuda, &prefill.kernel, grid(1, prefill.shared)),
+        match (count, &prefill.wide) {
+            (1, None) => self.launch(cuda, &prefill.kernel, grid(1, prefill.shared)),
+            (1, Some(wide)) => {
+                let blocks = [wide.blocks.min(self.heads * tiles as u32), 1, 1];
+                let grid = Grid { blocks, threads: WIDE_THREADS, shared: wide.shared };
+                self.launch(cuda, &wide.kernel, grid)
+            }
             _ => self.prefill_shared(cuda, &prefill.shares, grid(count, prefill.shares.shared)),
         }
     }

@@ -1,6 +1,8 @@
 //! A micro-batch on the GPU: one packed copy a step, laid out anew for every number of rows.
 #![allow(unsafe_code)]
 
+mod pack;
+
 use std::{
     collections::HashMap,
     sync::{
@@ -9,6 +11,7 @@ use std::{
     },
 };
 
+use self::pack::pack;
 use super::{
     Buf, Cuda,
     attention::PREFILL_ROWS,
@@ -18,7 +21,7 @@ use super::{
     pad_rows,
 };
 use crate::{
-    backend::{DType, Limits},
+    backend::{DType, Limits, Rotation},
     batch::{KV_BLOCK, MicroBatch, SeqRows},
     error::Result,
 };
@@ -28,8 +31,6 @@ use crate::{
 const STAGING_MAX: usize = 64;
 /// `counts` in batch.cuh.
 const COUNTS: usize = 8;
-/// `NONE` in batch.cuh.
-const NONE: u32 = u32::MAX;
 
 /// `struct Batch` in batch.cuh.
 #[derive(Debug, Clone, Copy)]
@@ -50,6 +51,7 @@ pub(crate) struct BatchView {
     output_row: DevicePtr,
     output_seat: DevicePtr,
     rotations: DevicePtr,
+    turns: DevicePtr,
 }
 
 /// Room for a micro-batch, and the passes recorded over it.
@@ -59,6 +61,10 @@ pub struct Batch {
     rotations: DeviceBuf, // [rows, half] of (cosine, sine)
     half: usize,
     scale: f32,
+    /// The first frequencies that turn by the second and by the third of a row's turns.
+    bounds: [usize; 2],
+    /// Rows have turns.
+    sections: bool,
     device: DeviceBuf,
     staging: Vec<(Pinned, Event)>,
     next: usize,
@@ -103,31 +109,34 @@ struct Places {
     seqs: usize,
     tiles: usize,
     outputs: usize,
+    /// Rows that have turns.
+    turns: usize,
 }
 
 impl Places {
     /// For a shape. A recorded pass's places follow from its padded rows alone.
-    fn of(shape: &Shape, seqs: usize) -> Places {
+    fn of(shape: &Shape, seqs: usize, sections: bool) -> Places {
         let Shape { rows_padded, outputs_padded, tiles, decode, .. } = *shape;
         // Room for whole vectors of 16 bytes.
         let even = |n: usize| n.next_multiple_of(4);
         match decode {
             true => {
                 let n = even(rows_padded);
-                Places { rows: n, seqs: n, tiles: 0, outputs: n }
+                Places { rows: n, seqs: n, tiles: 0, outputs: n, turns: if sections { n } else { 0 } }
             }
             false => Places {
                 rows: even(rows_padded),
                 seqs: even(seqs),
                 tiles: even(tiles),
                 outputs: even(outputs_padded),
+                turns: if sections { even(rows_padded) } else { 0 },
             },
         }
     }
 
     /// Numbers before the block lists.
     fn fixed(&self) -> usize {
-        COUNTS + 3 * self.rows + 6 * self.seqs + 2 * self.tiles + 2 * self.outputs
+        COUNTS + 3 * self.rows + 6 * self.seqs + 2 * self.tiles + 2 * self.outputs + 3 * self.turns
     }
 }
 
@@ -139,14 +148,16 @@ pub(super) fn device_bytes(limits: Limits, half: usize) -> [usize; 2] {
         seqs: limits.seqs_max.max(rows) + 4,
         tiles: rows.div_ceil(PREFILL_ROWS) + limits.seqs_max + 4,
         outputs: rows + 4,
+        turns: rows + 4,
     };
     let blocks = limits.seqs_max * limits.context_max.div_ceil(KV_BLOCK);
     [4 * (places.fixed() + blocks), rows * half * 8]
 }
 
 impl Batch {
-    pub(super) fn new(cuda: &Cuda, limits: Limits, inv_freq: &[f32], scale: f32) -> Result<Batch> {
+    pub(super) fn new(cuda: &Cuda, limits: Limits, rotation: Rotation) -> Result<Batch> {
         let context = cuda.context;
+        let Rotation { inv_freq, scale, sections } = rotation;
         let half = inv_freq.len();
         let [bytes, rotations] = device_bytes(limits, half);
         let mut frequencies = Buf { memory: cuda.take(4 * half)?.into(), dtype: DType::F32, len: half };
@@ -173,6 +184,7 @@ impl Batch {
             output_row: null,
             output_seat: null,
             rotations: rotations.ptr(),
+            turns: null,
         };
         Ok(Batch {
             limits,
@@ -180,6 +192,8 @@ impl Batch {
             rotations,
             half,
             scale,
+            bounds: rotation.bounds(),
+            sections: sections.is_some(),
             device,
             staging,
             next: 0,
@@ -210,6 +224,11 @@ impl Batch {
         (self.inv_freq.f32s(self.half), self.half, self.scale)
     }
 
+    /// The first frequencies that turn by the second and by the third of a row's turns.
+    pub(crate) fn bounds(&self) -> [usize; 2] {
+        self.bounds
+    }
+
     /// The table of the pass: cosine and sine of each row's frequencies.
     pub(crate) fn rotations(&self) -> DevicePtr {
         self.rotations.ptr() // [rows, half]
@@ -220,8 +239,9 @@ impl Batch {
         let room = Room { limits: self.limits, seats: cuda.tokens.seats(), blocks: self.pool.load(Relaxed) };
         let shape = shape(from);
         room.check(from, shape.blocks)
+            .and_then(|()| from.check_turns(self.sections))
             .map_err(|why| cuda.error(format!("a micro-batch does not fit: {why}; this is a bug")))?;
-        let places = Places::of(&shape, from.seqs.len());
+        let places = Places::of(&shape, from.seqs.len(), self.sections);
         let (pinned, copied) = &mut self.staging[self.next];
         // Long ago, as a rule.
         copied.synchronize()?;
@@ -245,7 +265,7 @@ impl Batch {
             at += len;
             here
         };
-        let Places { rows, seqs, tiles, outputs } = *places;
+        let Places { rows, seqs, tiles, outputs, turns } = *places;
         BatchView {
             counts: take(COUNTS),
             ids: take(rows),
@@ -260,6 +280,7 @@ impl Batch {
             tiles: take(2 * tiles),
             output_row: take(outputs),
             output_seat: take(outputs),
+            turns: if turns > 0 { take(3 * turns) } else { DevicePtr::NULL },
             blocks: take(0),
             rotations: self.rotations.ptr(),
         }
@@ -376,67 +397,6 @@ fn shape(from: &MicroBatch) -> Shape {
         reach: several().map(|s| s.cached + s.len).max().unwrap_or(0),
         decode,
         blocks: blocks_end(from),
-    }
-}
-
-/// Writes the arrays one after another, and returns how many bytes they are.
-fn pack(bytes: &mut [u8], from: &MicroBatch, shape: &Shape, places: &Places) -> usize {
-    let mut to = Writer { bytes, at: 0 };
-    let counts = [shape.rows, from.seqs.len(), shape.outputs, shape.single, shape.tiles, 0, 0, 0];
-    to.array(COUNTS, 0, counts.iter().map(|&n| n as u32));
-    to.array(places.rows, NONE, from.ids.iter().copied());
-    to.array(places.rows, 0, from.positions.iter().copied());
-    let seqs = || from.seqs.iter();
-    let row_seq = seqs().enumerate().flat_map(|(i, s)| std::iter::repeat_n(i as u32, s.len));
-    to.array(places.rows, NONE, row_seq);
-    to.array(places.seqs, 0, seqs().map(|s| s.row as u32));
-    to.array(places.seqs, 0, seqs().map(|s| s.len as u32));
-    to.array(places.seqs, 0, seqs().map(|s| (s.cached + s.len) as u32));
-    let starts = seqs().scan(0, |at, s| {
-        let start = *at;
-        *at += blocks_used(s).len() as u32;
-        Some(start)
-    });
-    to.array(places.seqs, 0, starts);
-    to.array(places.seqs, 0, seqs().map(|s| s.seat));
-    let singles = seqs().enumerate().filter(|(_, s)| s.len == 1).map(|(i, _)| i as u32);
-    to.array(places.seqs, 0, singles);
-    to.array(2 * places.tiles, 0, tiles(from));
-    to.array(places.outputs, 0, from.outputs.iter().map(|o| o.row as u32));
-    to.array(places.outputs, 0, from.outputs.iter().map(|o| o.seat));
-    for seq in &from.seqs {
-        let used = blocks_used(seq);
-        to.array(used.len(), 0, used.iter().copied());
-    }
-    to.at
-}
-
-/// Sequence and first row of each tile, those with the longest context first: they take longest.
-fn tiles(from: &MicroBatch) -> impl Iterator<Item = u32> {
-    let several = from.seqs.iter().enumerate().filter(|(_, s)| s.len > 1);
-    let mut tiles: Vec<(usize, [u32; 2])> = several
-        .flat_map(|(i, s)| {
-            (0..s.len).step_by(PREFILL_ROWS).map(move |row| (s.cached + row, [i as u32, row as u32]))
-        })
-        .collect();
-    tiles.sort_by_key(|&(context, _)| std::cmp::Reverse(context));
-    tiles.into_iter().flat_map(|(_, tile)| tile)
-}
-
-struct Writer<'a> {
-    bytes: &'a mut [u8],
-    at: usize,
-}
-
-impl Writer<'_> {
-    /// Writes the numbers, then `filler` up to `len` of them.
-    fn array(&mut self, len: usize, filler: u32, numbers: impl Iterator<Item = u32>) {
-        let room = self.bytes[self.at..][..4 * len].chunks_exact_mut(4);
-        let all = numbers.chain(std::iter::repeat(filler));
-        for (to, n) in room.zip(all) {
-            to.copy_from_slice(&n.to_le_bytes());
-        }
-        self.at += 4 * len;
     }
 }
 

@@ -23,6 +23,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("attention_decode.cu", include_str!("../../../kernels/attention_decode.cu")),
     ("attention_generic.cu", include_str!("../../../kernels/attention_generic.cu")),
     ("attention_prefill.cu", include_str!("../../../kernels/attention_prefill.cu")),
+    ("attention_prefill_wgmma.cu", include_str!("../../../kernels/attention_prefill_wgmma.cu")),
     ("copy.cu", include_str!("../../../kernels/copy.cu")),
     ("dummy.cu", include_str!("../../../kernels/dummy.cu")),
     ("embed.cu", include_str!("../../../kernels/embed.cu")),
@@ -31,18 +32,23 @@ const SOURCES: &[(&str, &str)] = &[
     ("norm.cu", include_str!("../../../kernels/norm.cu")),
     ("rope.cu", include_str!("../../../kernels/rope.cu")),
     ("sample.cu", include_str!("../../../kernels/sample.cu")),
+    ("segment_attention.cu", include_str!("../../../kernels/segment_attention.cu")),
+    ("segment_attention_plain.cu", include_str!("../../../kernels/segment_attention_plain.cu")),
+    ("segments.cu", include_str!("../../../kernels/segments.cu")),
 ];
 const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("../../../kernels/attention.cuh")),
     ("attention_pages.cuh", include_str!("../../../kernels/attention_pages.cuh")),
     ("attention_parts.cuh", include_str!("../../../kernels/attention_parts.cuh")),
     ("attention_share.cuh", include_str!("../../../kernels/attention_share.cuh")),
+    ("attention_tiles.cuh", include_str!("../../../kernels/attention_tiles.cuh")),
     ("batch.cuh", include_str!("../../../kernels/batch.cuh")),
     ("bulk.cuh", include_str!("../../../kernels/bulk.cuh")),
     ("cluster.cuh", include_str!("../../../kernels/cluster.cuh")),
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("gemv.cuh", include_str!("../../../kernels/gemv.cuh")),
     ("sample.cuh", include_str!("../../../kernels/sample.cuh")),
+    ("wgmma.cuh", include_str!("../../../kernels/wgmma.cuh")),
 ];
 
 const MAGIC: &[u8; 8] = b"PIcubin1";
@@ -77,6 +83,16 @@ pub fn cache_folder() -> Option<PathBuf> {
     let given = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let base = given("XDG_CACHE_HOME").or_else(|| given("HOME").map(|home| home.join(".cache")))?;
     Some(base.join("pipeline-infer"))
+}
+
+/// What stands for all kernels and their headers: it changes with each of them.
+pub fn kernels_key() -> u128 {
+    let mut hash = Fnv::default();
+    for (name, text) in SOURCES.iter().chain(HEADERS) {
+        hash.part(name.as_bytes());
+        hash.part(text.as_bytes());
+    }
+    hash.0
 }
 
 fn key(source: &str, options: &[String]) -> u128 {

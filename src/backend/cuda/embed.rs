@@ -1,7 +1,7 @@
 //! Rows of a table by token, and rows that are wanted: kernels/embed.cu.
 #![allow(unsafe_code)]
 
-use super::{Batch, Buf, Cuda, Grid, Kernel, Loading, Matrix, launch::args};
+use super::{Batch, Buf, Cuda, DevicePtr, Grid, Kernel, Loading, Matrix, launch::args};
 use crate::{backend::DType, error::Result};
 
 /// Numbers that a block writes: `SPAN` in embed.cu.
@@ -23,18 +23,28 @@ fn grid(rows: usize, dim: usize) -> Grid {
     Grid { blocks: [rows as u32, dim.div_ceil(SPAN) as u32, 1], threads: 128, shared: 0 }
 }
 
-/// `out[row] = table[id of row]`; padding becomes zeros.
-pub(super) fn embed(cuda: &Cuda, out: &mut Buf, table: &Matrix, batch: &Batch) -> Result<()> {
+/// `out[row] = table[id of row]`, or the row of `images` that the id stands for; padding becomes zeros.
+pub(super) fn embed(
+    cuda: &Cuda,
+    out: &mut Buf,
+    table: &Matrix,
+    images: Option<&Buf>,
+    batch: &Batch,
+) -> Result<()> {
     let (rows, dim) = (batch.shape().rows_padded, table.k);
     let to = out.expect(DType::F32, rows * dim);
     let (view, last) = (batch.view(), cuda.tokens.table());
-    // SAFETY: (float*, const T*, const u32*, Batch, u32, u32) as in embed.cu; `out` has been checked, an id beyond the
-    // table is not looked up, and all belong to the stage.
+    let (images, image_rows) = match images {
+        Some(images) => (images.f32s(images.len), (images.len / dim) as u32),
+        None => (DevicePtr::NULL, 0),
+    };
+    // SAFETY: (float*, const T*, const float*, u32, const u32*, Batch, u32, u32) as in embed.cu; `out` has been checked, an
+    // id beyond the table or the images is not looked up, and all belong to the stage, or live as long.
     unsafe {
         cuda.launch(
             &cuda.kernels.embed.embed,
             grid(rows, dim),
-            &mut args![to, table.weights(), last, view, dim as u32, table.n as u32],
+            &mut args![to, table.weights(), images, image_rows, last, view, dim as u32, table.n as u32],
         )
     }
 }

@@ -34,13 +34,12 @@ impl Graph {
         let outcome = ops();
         // SAFETY: the stream lives; the capture must end in any case.
         let graph = unsafe { result::stream::end_capture(stream.raw) };
+        let recorded = graph.map(Recorded);
         outcome?;
-        let graph = context.check("recording a pass", graph)?;
+        let recorded = context.check("recording a pass", recorded)?;
         let mut raw = std::ptr::null_mut();
         // SAFETY: the graph has just been recorded.
-        let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut raw, graph, 0).result() };
-        // SAFETY: what has been made of it does not need it.
-        let _ = unsafe { result::graph::destroy(graph) };
+        let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut raw, recorded.0, 0).result() };
         context.check("making a recorded pass ready", made)?;
         Ok(Graph { context, raw })
     }
@@ -53,6 +52,19 @@ impl Graph {
         let outcome = unsafe { result::graph::launch(self.raw, stream.raw) };
         drop(beside);
         self.context.check("repeating a pass", outcome).map_err(|error| stream.explain(error))
+    }
+}
+
+/// What has been recorded: what is made of it does not need it.
+struct Recorded(sys::CUgraph);
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        // Where nothing could be recorded there may be none.
+        if !self.0.is_null() {
+            // SAFETY: it was recorded by whoever drops it, and is destroyed here alone.
+            let _ = unsafe { result::graph::destroy(self.0) };
+        }
     }
 }
 

@@ -24,8 +24,7 @@ pub(super) fn norm_linear(
         return gemv::norm_linear(cuda, out, x, norm, w);
     }
     norm::rms_norm(cuda, normed, x, norm)?;
-    let (to, dtype) = (out.expect(out.dtype, rows * w.n), out.dtype);
-    multiply(cuda, (to, dtype, false), normed, w, rows)
+    linear(cuda, out, normed, w, rows)
 }
 
 pub(super) fn norm_gate_up(
@@ -42,6 +41,12 @@ pub(super) fn norm_gate_up(
     }
     norm_linear(cuda, gate_up, normed, x, norm, w)?;
     act::silu_mul(cuda, out, gate_up, rows, w.n / 2)
+}
+
+/// `out = x · wᵀ + bias`, for any number of rows.
+pub(super) fn linear(cuda: &Cuda, out: &mut Buf, x: &Buf, w: &super::Matrix, rows: usize) -> Result<()> {
+    let (to, dtype) = (out.expect(out.dtype, rows * w.n), out.dtype);
+    multiply(cuda, (to, dtype, false), x, w, rows)
 }
 
 pub(super) fn linear_add(cuda: &Cuda, x: &mut Buf, y: &Buf, w: &super::Matrix, rows: usize) -> Result<()> {

@@ -106,6 +106,15 @@ impl Pinned {
         self.bytes
     }
 
+    /// Where `len` f32 lie, from a byte on that is aligned for them.
+    pub(super) fn numbers(&self, at: usize, len: usize) -> *mut f32 {
+        let end = len.checked_mul(4).and_then(|bytes| bytes.checked_add(at));
+        let within = end.is_some_and(|end| end <= self.bytes) && at.is_multiple_of(4);
+        assert!(within, "{len} numbers from byte {at} on, of {}; this is a bug", self.bytes);
+        // SAFETY: within the allocation, which begins on a page.
+        unsafe { self.at.add(at).cast() }
+    }
+
     /// The bytes.
     ///
     /// SAFETY: no GPU writes them now.

@@ -15,6 +15,7 @@ mod copy;
 mod driver;
 mod dummy;
 mod embed;
+mod energy;
 mod gemv;
 mod graph;
 mod kv;
@@ -31,6 +32,7 @@ mod peer;
 mod probe;
 mod rope;
 mod sample;
+mod segments;
 mod tokens;
 mod tune;
 mod warm_up;
@@ -42,14 +44,16 @@ use std::sync::{
 
 pub use account::{StageNeeds, allocated, free_bytes, kv_waste, rows_room, stage_bytes};
 pub use batch::Batch;
-pub use compile::{cache_folder, write_aside};
+pub use compile::{cache_folder, kernels_key, write_aside};
 pub use driver::{DeviceFacts, devices, driver_present};
+pub use energy::Energy;
 pub use kv::Kv;
 pub use lost::any as any_lost;
 pub use matrix::Matrix;
 pub use memory::Event;
 pub use probe::{Gpu, Link, LinkKind, Probe, probe};
 pub use sample::{Pending, Sampler};
+pub use segments::Images;
 
 pub(crate) use memory::{DevicePtr, Stream};
 pub(crate) use peer::Ring;

@@ -8,8 +8,8 @@ use super::{
 };
 use crate::{
     backend::{
-        AttentionShape, Backend, DType, DeviceMemory, HeadShape, KvShape, Limits, Norm, QkNorm, Tensor,
-        WarmUp,
+        AttentionShape, Backend, DType, DeviceMemory, HeadShape, KvShape, Limits, Norm, QkNorm, Rotation,
+        Tensor, WarmUp,
     },
     batch::{MicroBatch, Sampled, Step},
     error::Result,
@@ -90,8 +90,8 @@ impl Backend for Cuda {
         pages::write(self, to, blocks, bytes)
     }
 
-    fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Batch> {
-        Batch::new(self, limits, inv_freq, rotation_scale)
+    fn batch(&self, limits: Limits, rotation: Rotation<'_>) -> Result<Batch> {
+        Batch::new(self, limits, rotation)
     }
 
     fn sampler(&self, vocab: usize) -> Result<Sampler> {
@@ -153,8 +153,8 @@ impl Backend for Cuda {
         copy::write(self, to, from)
     }
 
-    fn embed(&self, out: &mut Buf, table: &Matrix, batch: &Batch) -> Result<()> {
-        embed::embed(self, out, table, batch)
+    fn embed(&self, out: &mut Buf, table: &Matrix, images: Option<&Buf>, batch: &Batch) -> Result<()> {
+        embed::embed(self, out, table, images, batch)
     }
 
     fn norm_linear(

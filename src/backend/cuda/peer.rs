@@ -34,6 +34,27 @@ impl Ring {
             Ring::Host(memory) => memory.ptr(),
         }
     }
+
+    /// Shows f32 that lie in memory of the host, from a byte on.
+    ///
+    /// SAFETY: nobody writes them meanwhile.
+    pub(crate) unsafe fn read<T>(&self, at: usize, len: usize, look: impl FnOnce(&[f32]) -> T) -> T {
+        // SAFETY: `on_host` checks the place; zeroed when it was made, so that there are numbers; the caller's.
+        look(unsafe { std::slice::from_raw_parts(self.on_host(at, len), len) })
+    }
+
+    /// Lets f32 be written that lie in memory of the host, from a byte on.
+    ///
+    /// SAFETY: nobody reads or writes them meanwhile.
+    pub(crate) unsafe fn write<T>(&self, at: usize, len: usize, put: impl FnOnce(&mut [f32]) -> T) -> T {
+        // SAFETY: as above.
+        put(unsafe { std::slice::from_raw_parts_mut(self.on_host(at, len), len) })
+    }
+
+    fn on_host(&self, at: usize, len: usize) -> *mut f32 {
+        let Ring::Host(memory) = self else { panic!("memory that the host does not reach; this is a bug") };
+        memory.numbers(at, len)
+    }
 }
 
 impl Cuda {
@@ -70,6 +91,11 @@ impl Cuda {
     /// An event of this GPU, for order.
     pub(crate) fn event(&self) -> Result<Event> {
         Event::new(self.context)
+    }
+
+    /// Waits on the host until an event of this GPU has been reached, or a stage of its pipeline has failed.
+    pub(crate) fn wait_on_host(&self, event: &Event) -> Result<()> {
+        self.tokens.until(event)
     }
 
     /// Puts `numbers` f32 on their way, then the event.

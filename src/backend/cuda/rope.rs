@@ -27,10 +27,17 @@ impl Kernels {
 pub(super) fn rotations(cuda: &Cuda, batch: &Batch) -> Result<()> {
     let (inv_freq, half, scale) = batch.frequencies();
     let (table, view, half) = (batch.rotations(), batch.view(), half as u32);
+    let [down, across] = batch.bounds().map(|n| n as u32);
     let grid = Grid::row((batch.shape().rows_padded as u32 * half).div_ceil(THREADS), THREADS);
-    // SAFETY: (ptr, Batch, ptr, u32, f32) matches rope.cu; the table has room for the padded rows, and lives with the
-    // batch.
-    unsafe { cuda.launch(&cuda.kernels.rope.rotations, grid, &mut args![table, view, inv_freq, half, scale]) }
+    // SAFETY: (ptr, Batch, ptr, u32, u32, u32, f32) matches rope.cu; the table has room for the padded rows, and lives with
+    // the batch.
+    unsafe {
+        cuda.launch(
+            &cuda.kernels.rope.rotations,
+            grid,
+            &mut args![table, view, inv_freq, half, down, across, scale],
+        )
+    }
 }
 
 pub(super) fn rope_kv(

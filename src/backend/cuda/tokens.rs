@@ -67,8 +67,13 @@ impl Tokens {
 
     /// Waits until the step's tokens are there, or a stage has failed.
     pub(super) fn wait(&self, step: u64) -> Result<()> {
+        self.until(self.chosen(step))
+    }
+
+    /// Waits until an event has been reached, or a stage has failed.
+    pub(super) fn until(&self, event: &Event) -> Result<()> {
         let mut since = Instant::now();
-        while !self.chosen(step).reached()? {
+        while !event.reached()? {
             if let Some(error) = self.failed.get() {
                 return Err(error.clone());
             }

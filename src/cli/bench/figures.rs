@@ -1,91 +1,130 @@
-//! What came of the runs, as JSON or as tables.
+//! What came of the runs: all figures, in the order of the JSON object.
 
 use serde::Serialize;
 
 use super::{
+    goodput::{Goodput, Limit, per_token_ms},
     late::LatePrompt,
+    limits::{self, Done},
     phases::Phase,
     record::{Gap, Queues, Record},
-    spread::Spread,
-    throughput::Workload,
+    results::Point,
+    session::{Measured, Run, Session},
+    spread::{Spread, median},
+    uses::{Energy, HostCpu, KvUse, Totals},
+    workload::Workload,
 };
 use crate::{
     backend::{cpu, cuda},
-    cli::{
-        loading::{Loaded, Speed},
-        table::{Shares, columns, seconds, stages},
-    },
-    engine::{Engine, EngineStats, StageStats},
-    layout::Device,
-    request::Usage,
+    cli::{loading::Speed, setup::Setup, table::Shares},
+    engine::{Comparison, Engine, EngineStats, StageStats},
+    layout::{Device, Layout},
     schedule::StageCost,
 };
 
-/// One run over the workload.
-pub(super) struct Run {
-    /// From submitting the first request to the end of the last.
-    pub(super) seconds: f64,
-    /// What each request took.
-    pub(super) usages: Vec<Usage>,
-    /// And the one that came later.
-    pub(super) late: Option<Usage>,
-    /// What the engine told.
-    pub(super) record: Record,
+/// What was measured, as far as the runs do not tell.
+pub(super) struct Subject<'a> {
+    /// The measurement's name.
+    pub(super) bench: &'static str,
+    pub(super) setup: &'a Setup,
+    pub(super) workload: &'a Workload,
+    /// Within which requests are served well.
+    pub(super) good: &'a [Limit],
 }
 
 /// All figures, in the order of the JSON object.
 #[derive(Debug, Serialize)]
 pub(super) struct Figures {
-    workload: Workload,
+    bench: &'static str,
+    /// The same work on as many stages has the same one: `7b/256x512x256/s4`.
+    pub(super) id: String,
+    pub(super) workload: Workload,
+    settings: Settings,
     layout: String,
-    devices: Vec<Named>,
-    dtype: &'static str,
+    pub(super) devices: Vec<Named>,
+    pub(super) dtype: &'static str,
     /// Of each run.
-    seconds: Vec<f64>,
-    output_tokens_per_s: Rate,
-    prompt_tokens_per_s: Rate,
-    total_tokens_per_s: Rate,
-    requests_per_s: Rate,
+    pub(super) seconds: Vec<f64>,
+    /// Of each run, for how far they are apart.
+    runs: Vec<RunFigures>,
+    pub(super) output_tokens_per_s: Rate,
+    pub(super) prompt_tokens_per_s: Rate,
+    pub(super) total_tokens_per_s: Rate,
+    pub(super) requests_per_s: Rate,
+    pub(super) goodput: Option<Goodput>,
     /// From a request's submission to its first token.
-    ttft_ms: Spread,
+    pub(super) ttft_ms: Spread,
     /// Between a request's tokens after the first, its mean; none if there is one token alone.
-    tpot_ms: Option<Spread>,
+    pub(super) tpot_ms: Option<Spread>,
     /// Between two tokens of a request, each by itself.
-    itl_ms: Option<Spread>,
-    /// The longest of them over the median.
+    pub(super) itl_ms: Option<Spread>,
+    /// From a request's submission to its end.
+    pub(super) e2el_ms: Spread,
+    /// Of the whole batch, run by run.
+    pub(super) batch_ms: Spread,
+    /// The longest time between two tokens over the median.
     gap_max_over_median: Option<f64>,
     /// With `--then-input-len`.
-    late_prompt: Option<LatePrompt>,
-    pipeline: Pipeline,
+    pub(super) late_prompt: Option<LatePrompt>,
+    pub(super) pipeline: Pipeline,
+    /// The time that the devices' limits allow for these passes, over the time that they took.
+    pub(super) limit_share: Option<f64>,
+    pub(super) kv_use: KvUse,
+    pub(super) energy: Option<Energy>,
+    pub(super) host_cpu: HostCpu,
+    pub(super) host_bytes_peak: Option<usize>,
     scheduler: SchedulerFigures,
     /// What each stage's time is made of, in seconds; none where the runs did not tell.
     costs: Option<Vec<StageCost>>,
+    /// What stages took for kinds of passes, beside what plans say.
+    pub(super) compared: Comparison,
     /// If there are any, the figures that follow from measurements have gaps.
     dropped_measurements: u64,
-    load_seconds: f64,
+    pub(super) load_seconds: f64,
     /// Of the weights alone; none where they are used as the file has them.
-    load_gb_per_s: Option<f64>,
-    weight_bytes: usize,
-    kv_tokens: usize,
-    stages: Vec<StageFigures>,
+    pub(super) load_gb_per_s: Option<f64>,
+    pub(super) weight_bytes: usize,
+    pub(super) kv_tokens: usize,
+    pub(super) stages: Vec<StageFigures>,
+}
+
+/// What was asked of the engine; none is its default.
+#[derive(Debug, Serialize)]
+struct Settings {
+    split: Option<&'static str>,
+    slots: Option<usize>,
+    chunk: Option<usize>,
+    running: Option<usize>,
 }
 
 #[derive(Debug, PartialEq, Serialize)]
-struct Named {
-    device: String,
-    name: String,
+pub(super) struct Named {
+    pub(super) device: String,
+    pub(super) name: String,
 }
 
 /// Of the median run and the best one.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-struct Rate {
-    median: f64,
-    best: f64,
+pub(super) struct Rate {
+    pub(super) median: f64,
+    pub(super) best: f64,
+}
+
+/// A run: medians over its requests.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+struct RunFigures {
+    output_tokens_per_s: f64,
+    total_tokens_per_s: f64,
+    requests_per_s: f64,
+    ttft_ms: f64,
+    tpot_ms: Option<f64>,
+    itl_ms: Option<f64>,
+    e2el_ms: f64,
 }
 
 /// How full the stages were.
 #[derive(Debug, Serialize)]
-struct Pipeline {
+pub(super) struct Pipeline {
     steady: Option<Phase>,
     whole: Option<Phase>,
 }
@@ -103,138 +142,103 @@ struct SchedulerFigures {
 
 /// A stage, over all runs.
 #[derive(Debug, Serialize)]
-struct StageFigures {
-    device: String,
+pub(super) struct StageFigures {
+    pub(super) device: String,
     layers: String,
-    weight_bytes: usize,
-    kv_bytes: usize,
+    pub(super) weight_bytes: usize,
+    pub(super) kv_bytes: usize,
     /// All else that was taken of its GPU's memory.
-    buffer_bytes: Option<usize>,
+    pub(super) buffer_bytes: Option<usize>,
     /// What the whole GPU has in use at the end, less what it had before the engine was built (its context included).
-    device_bytes_peak: Option<usize>,
+    pub(super) device_bytes_peak: Option<usize>,
     #[serde(flatten)]
     shares: Shares,
     batches: u64,
     rows: u64,
+    /// Of what its device allows, over the runs' time; none where its device is not known.
+    pub(super) of_limits: Option<limits::Shares>,
+    /// Processor seconds a second of its thread, if it has one of its own.
+    pub(super) host_cores: Option<f64>,
 }
 
 impl Figures {
-    /// The figures of an engine's runs; `before` is from the moment when the first began.
-    pub(super) fn new(
-        workload: Workload,
-        engine: &Engine,
-        loaded: Loaded,
-        runs: &[Run],
-        before: &EngineStats,
-    ) -> Figures {
-        let after = engine.stats();
-        let stats = &after.stages;
+    /// The figures of a session's runs.
+    pub(super) fn new(subject: &Subject<'_>, session: &Session, measured: &Measured) -> Figures {
+        let Measured { runs, before, after, host_bytes_peak, compared } = measured;
+        let engine = &session.engine;
         let on_gpu = engine.layout().stages().iter().any(|stage| stage.device != Device::Cpu);
-        let requests = f64::from(workload.requests);
-        let (late, late_input) = (workload.then_input_len.map_or(0.0, |_| 1.0), workload.then_input_len);
-        let input = requests * f64::from(workload.input_len) + late_input.map_or(0.0, f64::from);
-        let output = requests * f64::from(workload.output_len) + late;
-        let spread = |ms: fn(&Usage) -> f64| Spread::of(runs.iter().flat_map(|r| &r.usages).map(ms));
-        let itl_ms = Spread::counted(runs.iter().flat_map(|r| &r.record.gaps).map(Gap::ms).collect());
+        let totals = Totals::of(runs);
+        let usages = || runs.iter().flat_map(|run| &run.usages);
+        let decodes = usages().any(|usage| usage.completion_tokens > 1);
+        let itl_ms = itl(runs);
+        let workload = subject.workload.clone();
+        let requests = workload.requests as usize;
+        let done = done(runs);
         Figures {
-            workload,
+            bench: subject.bench,
+            id: id(subject, &engine.layout()),
+            settings: Settings::of(subject.setup),
             layout: engine.layout().to_string(),
             devices: devices(engine),
             dtype: engine.dtype().name(),
             seconds: runs.iter().map(|r| r.seconds).collect(),
-            output_tokens_per_s: Rate::of(output, runs),
-            prompt_tokens_per_s: Rate::of(input, runs),
-            total_tokens_per_s: Rate::of(input + output, runs),
-            requests_per_s: Rate::of(requests + late, runs),
-            ttft_ms: spread(|usage| 1e3 * usage.first_token_s)
-                .expect("a run without requests; this is a bug"),
-            tpot_ms: if workload.output_len > 1 { spread(per_token_ms) } else { None },
+            runs: runs.iter().map(RunFigures::of).collect(),
+            output_tokens_per_s: Rate::of(totals.output, runs),
+            prompt_tokens_per_s: Rate::of(totals.input, runs),
+            total_tokens_per_s: Rate::of(totals.input + totals.output, runs),
+            requests_per_s: Rate::of(totals.requests, runs),
+            goodput: Goodput::of(subject.good, usages(), totals.seconds),
+            ttft_ms: some(usages().map(|usage| 1e3 * usage.first_token_s)),
+            tpot_ms: Spread::of(usages().filter_map(per_token_ms)),
             itl_ms,
+            e2el_ms: some(usages().map(|usage| 1e3 * usage.total_s)),
+            batch_ms: some(runs.iter().map(|run| 1e3 * run.seconds)),
             gap_max_over_median: itl_ms.map(|spread| spread.max / spread.median),
-            late_prompt: late_input.map(|input_len| late_prompt(input_len, runs)),
-            pipeline: Pipeline::of(runs, stats.len(), workload.output_len > 1),
-            scheduler: SchedulerFigures::of(runs, before, &after),
+            late_prompt: workload.then_input_len.map(|input_len| late_prompt(input_len, runs)),
+            pipeline: Pipeline::of(runs, after.stages.len(), decodes),
+            limit_share: session.demands.least_s(&done, requests).map(|least| least / totals.seconds),
+            kv_use: KvUse::of(runs),
+            energy: Energy::of(runs, &totals),
+            host_cpu: HostCpu::of(runs, totals.seconds),
+            host_bytes_peak: *host_bytes_peak,
+            scheduler: SchedulerFigures::of(runs, before, after),
             costs: runs.last().and_then(|run| run.record.costs.costs()),
+            compared: compared.clone(),
             dropped_measurements: after.dropped - before.dropped,
-            load_seconds: loaded.took.as_secs_f64(),
-            load_gb_per_s: loaded.weights.filter(|_| on_gpu).and_then(Speed::gb_per_s),
-            weight_bytes: stats.iter().map(|s| s.weight_bytes).sum(),
+            load_seconds: session.loaded.took.as_secs_f64(),
+            load_gb_per_s: session.loaded.weights.filter(|_| on_gpu).and_then(Speed::gb_per_s),
+            weight_bytes: after.stages.iter().map(|s| s.weight_bytes).sum(),
             kv_tokens: engine.kv_tokens(),
-            stages: before.stages.iter().zip(stats).map(|(was, is)| StageFigures::new(was, is)).collect(),
+            stages: stages(session, measured, &done, totals.seconds),
+            workload,
         }
     }
 
-    /// One object on one line.
-    pub(super) fn json(&self) -> String {
-        let text = serde_json::to_string(self).expect("plain data becomes JSON; this is a bug");
-        text + "\n"
-    }
-
-    /// For people. `before` and `after` are from when the first run began and the last one ended.
-    pub(super) fn table(&self, before: &[StageStats], after: &[StageStats]) -> String {
-        let Workload { requests, input_len, output_len, .. } = self.workload;
-        let mut what: Vec<Vec<String>> =
-            self.devices.iter().map(|d| vec![d.device.clone(), d.name.clone()]).collect();
-        what.extend([
-            vec!["requests at once".into(), requests.to_string()],
-            vec!["prompt tokens, each".into(), input_len.to_string()],
-            vec!["new tokens, each".into(), output_len.to_string()],
-            vec!["type".into(), self.dtype.into()],
-            vec!["weights MB".into(), format!("{:.1}", self.weight_bytes as f64 / 1e6)],
-            vec!["KV cache, tokens".into(), self.kv_tokens.to_string()],
-            vec!["loading".into(), seconds(self.load_seconds)],
-        ]);
-        what.extend(self.load_gb_per_s.map(|rate| vec!["weights, GB/s".into(), format!("{rate:.1}")]));
-        let time = Rate { median: median(&self.seconds), best: least(&self.seconds) };
-        let head = |name: String, columns: &[&str]| {
-            std::iter::once(name).chain(columns.iter().map(|c| (*c).to_owned())).collect::<Vec<_>>()
-        };
-        let runs = match self.seconds.len() {
-            1 => "1 run".into(),
-            n => format!("{n} runs"),
-        };
-        let rates = [
-            head(runs, &["median", "best"]),
-            vec!["time".into(), seconds(time.median), seconds(time.best)],
-            self.output_tokens_per_s.row("new tokens/s"),
-            self.prompt_tokens_per_s.row("prompt tokens/s"),
-            self.total_tokens_per_s.row("both, tokens/s"),
-            self.requests_per_s.row("requests/s"),
-        ];
-        let mut latencies = vec![
-            head("a request".into(), &["mean", "median", "p90", "p99", "max"]),
-            self.ttft_ms.row("time to first token"),
-        ];
-        latencies.extend(self.tpot_ms.map(|spread| spread.row("time per token after it")));
-        latencies.extend(self.itl_ms.map(|spread| spread.row("between two tokens")));
-        let mut tables = vec![what, rates.to_vec(), latencies];
-        tables.extend(self.late_prompt.map(|late| late.rows()));
-        tables.extend(self.pipeline.rows());
-        if self.stages.iter().any(|stage| stage.device_bytes_peak.is_some()) {
-            tables.push(self.memory());
-        }
-        tables.push(stages(before, after));
-        tables.iter().map(|rows| columns(rows)).collect::<Vec<_>>().join("\n")
-    }
-
-    /// What each stage takes of its GPU's memory.
-    fn memory(&self) -> Vec<Vec<String>> {
-        let megabytes = |bytes: Option<usize>| bytes.map_or("-".into(), |b| format!("{:.1}", b as f64 / 1e6));
-        let head = ["memory, MB", "device", "weights", "KV cache", "buffers", "device in use"];
-        let mut rows = vec![head.map(String::from).to_vec()];
-        for (i, s) in self.stages.iter().enumerate() {
-            let taken = [Some(s.weight_bytes), Some(s.kv_bytes), s.buffer_bytes, s.device_bytes_peak];
-            let mut row = vec![format!("stage {i}"), s.device.clone()];
-            row.extend(taken.map(megabytes));
-            rows.push(row);
-        }
-        rows
+    /// As JSON.
+    pub(super) fn point(&self) -> Point {
+        Point(serde_json::to_value(self).expect("plain data becomes JSON; this is a bug"))
     }
 }
 
-/// The mean time between tokens. There are at least two.
-fn per_token_ms(usage: &Usage) -> f64 {
-    1e3 * (usage.total_s - usage.first_token_s) / f64::from(usage.completion_tokens - 1)
+/// `MODEL/WORKLOAD/STAGES`, with what else was asked of the engine.
+fn id(subject: &Subject<'_>, layout: &Layout) -> String {
+    let setup = subject.setup;
+    let mut id = format!("{}/{}/s{}", setup.model_name(), subject.workload.id(), layout.stages().len());
+    if setup.layout.is_some() {
+        let cuts: Vec<String> = layout.stages().iter().map(ToString::to_string).collect();
+        id += &format!(".{}", cuts.join("+"));
+    }
+    id += &setup.split.map_or(String::new(), |split| format!(".{}", split.name()));
+    id += &setup.slots.map_or(String::new(), |slots| format!(".slots{slots}"));
+    id + &setup.chunk.map_or(String::new(), |chunk| format!(".chunk{chunk}"))
+}
+
+fn some(values: impl IntoIterator<Item = f64>) -> Spread {
+    Spread::of(values).expect("runs without requests; this is a bug")
+}
+
+fn itl(runs: &[Run]) -> Option<Spread> {
+    Spread::counted(runs.iter().flat_map(|r| &r.record.gaps).map(Gap::ms).collect())
 }
 
 /// Each device once, with what it is.
@@ -256,18 +260,57 @@ fn devices(engine: &Engine) -> Vec<Named> {
     found
 }
 
-impl StageFigures {
-    fn new(was: &StageStats, is: &StageStats) -> StageFigures {
-        StageFigures {
-            device: is.device.clone(),
-            layers: is.layers.clone(),
-            weight_bytes: is.weight_bytes,
-            kv_bytes: is.kv_bytes,
-            buffer_bytes: is.buffer_bytes(),
-            device_bytes_peak: is.memory.map(|memory| memory.device),
-            shares: Shares::between(&was.times, &is.times).unwrap_or_default(),
-            batches: is.times.batches - was.times.batches,
-            rows: is.times.rows - was.times.rows,
+/// What each stage had to do in all runs.
+fn done(runs: &[Run]) -> Vec<Done> {
+    let mut sums: Vec<Done> = Vec::new();
+    for run in runs {
+        sums.resize(run.record.done.len().max(sums.len()), Done::default());
+        run.record.done.iter().zip(&mut sums).for_each(|(done, sum)| *sum += *done);
+    }
+    sums
+}
+
+fn stages(session: &Session, measured: &Measured, done: &[Done], seconds: f64) -> Vec<StageFigures> {
+    let cores = HostCpu::of(&measured.runs, seconds).threads;
+    let stage = |(i, (was, is)): (usize, (&StageStats, &StageStats))| StageFigures {
+        device: is.device.clone(),
+        layers: is.layers.clone(),
+        weight_bytes: is.weight_bytes,
+        kv_bytes: is.kv_bytes,
+        buffer_bytes: is.buffer_bytes(),
+        device_bytes_peak: is.memory.map(|memory| memory.device),
+        shares: Shares::between(&was.times, &is.times).unwrap_or_default(),
+        batches: is.times.batches - was.times.batches,
+        rows: is.times.rows - was.times.rows,
+        of_limits: done.get(i).and_then(|done| session.demands.shares(i, done, seconds)),
+        host_cores: cores.get(&format!("stage {i}")).copied(),
+    };
+    measured.before.stages.iter().zip(&measured.after.stages).enumerate().map(stage).collect()
+}
+
+impl Settings {
+    fn of(setup: &Setup) -> Settings {
+        Settings {
+            split: setup.split.map(|split| split.name()),
+            slots: setup.slots,
+            chunk: setup.chunk,
+            running: setup.running,
+        }
+    }
+}
+
+impl RunFigures {
+    fn of(run: &Run) -> RunFigures {
+        let one = Totals::of(std::slice::from_ref(run));
+        let middle = |spread: Option<Spread>| spread.map(|spread| spread.median);
+        RunFigures {
+            output_tokens_per_s: one.output / run.seconds,
+            total_tokens_per_s: (one.input + one.output) / run.seconds,
+            requests_per_s: one.requests / run.seconds,
+            ttft_ms: some(run.usages.iter().map(|usage| 1e3 * usage.first_token_s)).median,
+            tpot_ms: middle(Spread::of(run.usages.iter().filter_map(per_token_ms))),
+            itl_ms: middle(itl(std::slice::from_ref(run))),
+            e2el_ms: some(run.usages.iter().map(|usage| 1e3 * usage.total_s)).median,
         }
     }
 }
@@ -276,25 +319,20 @@ impl Rate {
     /// Of runs that each did so much.
     fn of(work: f64, runs: &[Run]) -> Rate {
         let seconds: Vec<f64> = runs.iter().map(|r| r.seconds).collect();
-        Rate { median: work / median(&seconds), best: work / least(&seconds) }
-    }
-
-    fn row(&self, name: &str) -> Vec<String> {
-        vec![name.into(), format!("{:.1}", self.median), format!("{:.1}", self.best)]
+        let least = seconds.iter().copied().fold(f64::INFINITY, f64::min);
+        Rate { median: work / median(&seconds), best: work / least }
     }
 }
 
 impl Pipeline {
+    /// In the order of a table.
+    pub(super) fn phases(&self) -> impl Iterator<Item = &Phase> {
+        self.steady.iter().chain(&self.whole)
+    }
+
     fn of(runs: &[Run], stages: usize, decodes: bool) -> Pipeline {
         let records: Vec<(&Record, f64)> = runs.iter().map(|run| (&run.record, run.seconds)).collect();
         Pipeline { steady: Phase::steady(&records, stages, decodes), whole: Phase::whole(&records, stages) }
-    }
-
-    fn rows(&self) -> Option<Vec<Vec<String>>> {
-        let head = ["pipeline", "bubble", "imbalance", "slowest", "steps", "measured"];
-        let phases: Vec<&Phase> = self.steady.iter().chain(&self.whole).collect();
-        let rows = || std::iter::once(head.map(String::from).to_vec()).chain(phases.iter().map(|p| p.row()));
-        (!phases.is_empty()).then(|| rows().collect())
     }
 }
 
@@ -318,36 +356,23 @@ fn late_prompt(input_len: u32, runs: &[Run]) -> LatePrompt {
     LatePrompt::of(input_len, &first_tokens, &records)
 }
 
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let n = sorted.len();
-    (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0
-}
-
-fn least(values: &[f64]) -> f64 {
-    values.iter().copied().fold(f64::INFINITY, f64::min)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::bench::uses::tests::run;
 
     #[test]
     fn rates_are_of_the_median_and_of_the_best_run() {
-        let runs = [4.0, 1.0, 2.0].map(|seconds| Run {
-            seconds,
-            usages: Vec::new(),
-            late: None,
-            record: Record::default(),
-        });
+        let runs = [4.0, 1.0, 2.0].map(|seconds| run(seconds, None));
         assert_eq!(Rate::of(8.0, &runs), Rate { median: 4.0, best: 8.0 });
         assert_eq!(Rate::of(8.0, &runs[..2]), Rate { median: 3.2, best: 8.0 });
     }
 
     #[test]
-    fn the_time_per_token_leaves_the_first_out() {
-        let usage = Usage { completion_tokens: 5, first_token_s: 1.0, total_s: 3.0, ..Usage::default() };
-        assert_eq!(per_token_ms(&usage), 500.0);
+    fn a_run_has_medians_over_its_requests() {
+        let one = RunFigures::of(&run(2.0, None));
+        assert_eq!((one.output_tokens_per_s, one.requests_per_s), (4.5, 1.5));
+        // A request of 2.5 s, of which 2 s are for 4 tokens; one of 1.5 s, 1 s of it for 2.
+        assert_eq!((one.tpot_ms, one.e2el_ms, one.ttft_ms), (Some(500.0), 2000.0, 500.0));
     }
 }

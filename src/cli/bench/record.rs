@@ -2,9 +2,11 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use super::limits::{Demands, Done};
 use crate::{
     batch::{MicroBatch, SeqId},
     engine::{Engine, Measurement, Measurements},
+    layout::Measured,
     pipeline::{StageSpan, Work},
     schedule::{CostModel, PassShape, SchedulerStats},
 };
@@ -19,6 +21,7 @@ const LATE: Duration = Duration::from_millis(20);
 /// Listens to an engine.
 pub(super) struct Recorder {
     measurements: Measurements,
+    demands: Demands,
     requests: usize,
     record: Record,
     /// Steps that have not come back.
@@ -45,10 +48,14 @@ pub(super) struct Record {
     /// When each sequence's first token came.
     pub(super) first_tokens: HashMap<SeqId, Duration>,
     pub(super) queues: Queues,
+    /// What each stage had to do.
+    pub(super) done: Vec<Done>,
     /// What the steps were that spans may come for.
     pub(super) shapes: HashMap<u64, PassShape>,
     /// What the stages' times are made of.
     pub(super) costs: CostModel,
+    /// What they took, by kinds of passes.
+    pub(super) measured: Measured,
 }
 
 /// So many sequences had a token at each of these moments and none in between.
@@ -71,12 +78,15 @@ pub(super) struct Queues {
     running_max: usize,
     kv_blocks_total: usize,
     kv_blocks_used_max: usize,
+    #[serde(skip)]
+    kv_blocks_used_sum: u64,
 }
 
 impl Recorder {
-    pub(super) fn new(engine: &Engine) -> Recorder {
+    pub(super) fn new(engine: &Engine, demands: Demands) -> Recorder {
         Recorder {
             measurements: engine.measurements(ROOM),
+            demands,
             requests: 0,
             record: Record::default(),
             open: HashMap::new(),
@@ -90,8 +100,8 @@ impl Recorder {
         self.requests = requests;
         self.measurements.try_iter().for_each(drop);
         // What stages cost is the same in each run.
-        let costs = std::mem::take(&mut self.record.costs);
-        self.record = Record { costs, ..Record::default() };
+        let Record { costs, measured, .. } = std::mem::take(&mut self.record);
+        self.record = Record { costs, measured, ..Record::default() };
         self.open.clear();
         self.last.clear();
     }
@@ -103,6 +113,7 @@ impl Recorder {
                 Measurement::Span(span) => self.record.span(span),
                 Measurement::Planned { at, step, queues } => {
                     self.record.planned(at, step.step, &step.batch, &queues);
+                    self.demands.add(&step.batch, &mut self.record.done);
                     self.open.insert(step.step, step.batch);
                 }
                 Measurement::Applied { at, step, ended, .. } => {
@@ -115,7 +126,10 @@ impl Recorder {
                     self.record.tokens(at, &batch, &mut self.last);
                 }
                 // What was told of other stages says nothing of these.
-                Measurement::Relaid { .. } => self.record.spans.clear(),
+                Measurement::Relaid { .. } => {
+                    self.record.spans.clear();
+                    self.record.measured = Measured::default();
+                }
             }
         }
     }
@@ -124,8 +138,8 @@ impl Recorder {
     pub(super) fn end(&mut self) -> Record {
         std::thread::sleep(LATE);
         self.read();
-        let costs = self.record.costs.clone();
-        std::mem::replace(&mut self.record, Record { costs, ..Record::default() })
+        let (costs, measured) = (self.record.costs.clone(), self.record.measured.clone());
+        std::mem::replace(&mut self.record, Record { costs, measured, ..Record::default() })
     }
 }
 
@@ -142,6 +156,7 @@ impl Record {
         }
         if let Some(shape) = self.shapes.get(&span.step) {
             self.costs.fit(span.stage, shape, span.taken());
+            self.measured.add(span.stage, *shape, span.taken().as_secs_f64());
         }
     }
 
@@ -193,6 +208,7 @@ impl Queues {
         self.kv_blocks_total = now.kv_blocks_total;
         let used = now.kv_blocks_total - now.kv_blocks_free - now.kv_blocks_cached;
         self.kv_blocks_used_max = self.kv_blocks_used_max.max(used);
+        self.kv_blocks_used_sum += used as u64;
     }
 
     /// Of several runs.
@@ -205,6 +221,7 @@ impl Queues {
             running_max: a.running_max.max(b.running_max),
             kv_blocks_total: a.kv_blocks_total.max(b.kv_blocks_total),
             kv_blocks_used_max: a.kv_blocks_used_max.max(b.kv_blocks_used_max),
+            kv_blocks_used_sum: a.kv_blocks_used_sum + b.kv_blocks_used_sum,
         };
         runs.into_iter().fold(Queues::default(), join)
     }
@@ -212,5 +229,15 @@ impl Queues {
     /// Steps in flight, the mean over the steps that were planned.
     pub(super) fn in_flight_mean(&self) -> f64 {
         self.in_flight_sum as f64 / self.planned.max(1) as f64
+    }
+
+    /// Share of the KV blocks that sequences have, the mean over the steps that were planned.
+    pub(super) fn kv_use_mean(&self) -> f64 {
+        self.kv_blocks_used_sum as f64 / (self.planned * self.kv_blocks_total as u64).max(1) as f64
+    }
+
+    /// The same, at most.
+    pub(super) fn kv_use_max(&self) -> f64 {
+        self.kv_blocks_used_max as f64 / self.kv_blocks_total.max(1) as f64
     }
 }

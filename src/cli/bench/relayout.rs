@@ -2,13 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use clap::{ArgMatches, Args, Command, FromArgMatches, value_parser};
+use clap::{ArgMatches, Args, Command, FromArgMatches, ValueEnum, value_parser};
 use serde::Serialize;
 
 use super::{
+    drive::next,
     record::{Gap, Record, Recorder},
+    session::{Runs, Session},
     spread::Spread,
-    throughput::{self, Format, Workload},
+    workload::{Lengths, Workload},
 };
 use crate::{
     cli::{
@@ -17,7 +19,7 @@ use crate::{
         setup::Setup,
         table::{columns, seconds},
     },
-    engine::{Engine, Relayout},
+    engine::Relayout,
     error::{Error, Result},
     layout::{Device, Given, Layout},
     request::Event,
@@ -30,13 +32,23 @@ pub(super) const SUBCOMMAND: Subcommand =
 struct RelayoutArgs {
     #[command(flatten)]
     setup: Setup,
+    /// Requests, all submitted at once
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = value_parser!(u32).range(1..=1_000_000), help_heading = "Workload")]
+    requests: u32,
     #[command(flatten)]
-    workload: Workload,
+    lengths: Lengths,
     #[command(flatten)]
     change: Change,
     /// table is for people; json is one object
     #[arg(long, value_name = "FORMAT", default_value = "table", help_heading = "Output")]
     format: Format,
+}
+
+/// How figures look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
 }
 
 /// What changes, and when.
@@ -78,46 +90,40 @@ struct Run {
 }
 
 fn flags(command: Command) -> Command {
-    // These two have defaults of their own here.
-    RelayoutArgs::augment_args(command)
-        .mut_arg("max_context", |arg| {
-            arg.help("The longest sequence, prompt and answer together [default: as long as they are]")
-        })
-        .mut_arg("running", |arg| {
-            arg.help("Sequences that run at once at most; others wait [default: all requests]")
-        })
+    super::throughput::own_defaults(RelayoutArgs::augment_args(command))
 }
 
 fn run(matches: &ArgMatches) -> Result<u8> {
     let args = RelayoutArgs::from_arg_matches(matches).expect("clap has parsed these flags; this is a bug");
-    args.workload.check(args.setup.max_context)?;
-    let RelayoutArgs { setup, workload, change, format } = args;
-    if workload.then_input_len.is_some() {
-        return Err(Error::usage("--then-input-len", "it is for bench throughput"));
-    }
+    let RelayoutArgs { setup, requests, lengths, change, format } = args;
+    let workload = Workload::random(requests, lengths);
+    workload.check(setup.max_context)?;
+    workload.check_waiting(&setup, false)?;
     let Given { layout: to, placed } = Given::from_arg(&change.to)?;
-    let after = change.after.unwrap_or(workload.output_len / 2).max(1);
-    if after >= workload.output_len {
-        let why = format!("each request has {} new tokens: --output-len", workload.output_len);
+    let output_len = lengths.output_len;
+    let after = change.after.unwrap_or(output_len / 2).max(1);
+    if after >= output_len {
+        let why = format!("each request has {output_len} new tokens: --output-len");
         return Err(Error::usage("--after", why));
     }
     // Nobody listens for signals: one ends the process.
     Interrupt::install()?;
     // All runs have the same prompts: what one leaves must be of no use to the next.
-    let (engine, _) =
-        throughput::start(&setup, &workload, format, |builder| builder.movable(true).prefix_cache(false))?;
+    let runs = Runs { warmup: 0, repeat: Some(1), exact: false, limits: None };
+    let session = Session::start(&setup.moving(), &runs, &workload.need(), format == Format::Table)?;
+    let engine = &session.engine;
     to.check(engine.spec().layers.len())?;
     let from = engine.layout();
     if !placed && from.stages().iter().any(|stage| stage.device != Device::Cpu) {
         return Err(Error::usage("--to", "it names no devices, and stages run on GPUs"));
     }
-    let plain = || one(&engine, &workload, None);
+    let plain = || one(&session, &workload, None);
     // The first one warms up.
     plain()?;
     let mut runs = vec![plain()?, plain()?];
     for i in 0..change.repeat {
         let to = if i.is_multiple_of(2) { &to } else { &from };
-        runs.push(one(&engine, &workload, Some((to, after)))?);
+        runs.push(one(&session, &workload, Some((to, after)))?);
     }
     let first = runs[0].tokens.clone();
     for run in &mut runs {
@@ -130,26 +136,30 @@ fn run(matches: &ArgMatches) -> Result<u8> {
         }
         Format::Table => table(&figures, &from),
     };
-    crate::cli::print(text.as_bytes())
+    let code = crate::cli::print(text.as_bytes())?;
+    session.engine.end()?;
+    Ok(code)
 }
 
 /// One run, in the middle of which the layout changes, if it is to.
-fn one(engine: &Engine, workload: &Workload, change: Option<(&Layout, u32)>) -> Result<Run> {
-    let mut recorder = Recorder::new(engine);
-    let requests = workload.requests(0, engine.spec().vocab);
+fn one(session: &Session, workload: &Workload, change: Option<(&Layout, u32)>) -> Result<Run> {
+    let engine = &session.engine;
+    let mut recorder = Recorder::new(engine, session.demands.clone());
+    let requests = workload.work(0, false, engine.spec().vocab).requests;
     recorder.begin(requests.len());
     let started = Instant::now();
-    let mut open = requests.into_iter().map(|r| engine.submit(r)).collect::<Result<Vec<_>>>()?;
+    let mut open =
+        requests.into_iter().map(|timed| engine.submit(timed.request)).collect::<Result<Vec<_>>>()?;
     let mut tokens = vec![Vec::new(); open.len()];
     let (seconds, relayout) = std::thread::scope(|scope| {
         let (mut changing, mut failed, mut turns) = (None, None, 0);
         let mut reader = Some(&mut recorder);
         while failed.is_none()
-            && open.iter().zip(&tokens).any(|(_, t)| t.len() < workload.output_len as usize)
+            && open.iter().zip(&tokens).any(|(_, t)| t.len() < workload.lengths.output_len as usize)
         {
             // Each turn brings each a token.
             for (events, tokens) in open.iter_mut().zip(&mut tokens) {
-                match throughput::next(events, &mut reader) {
+                match next(events, &mut reader) {
                     Some(Event::Token { id, .. }) => tokens.push(id),
                     Some(Event::Error(error)) => failed = failed.or(Some(error)),
                     Some(Event::Finished { .. }) | None => (),
@@ -187,7 +197,8 @@ fn decoding(record: &Record) -> Vec<Gap> {
 }
 
 fn table(figures: &Figures, from: &Layout) -> String {
-    let Workload { requests, input_len, output_len, .. } = figures.workload;
+    let (requests, lengths) = (figures.workload.requests, figures.workload.lengths);
+    let Lengths { input_len, output_len, .. } = lengths;
     let head = [
         "layout",
         "units moved",

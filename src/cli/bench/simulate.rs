@@ -6,10 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::{ArgMatches, Args, Command, FromArgMatches, value_parser};
+use clap::{ArgMatches, Args, Command, FromArgMatches, ValueEnum, value_parser};
 use serde::Serialize;
 
-use super::throughput::{Format, Random};
+use super::random::Random;
 use crate::{
     batch::KV_BLOCK,
     cli::{
@@ -42,6 +42,12 @@ struct SimulateArgs {
     /// table is for people; json is one object
     #[arg(long, value_name = "FORMAT", default_value = "table", help_heading = "Output")]
     format: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
 }
 
 /// What passes take. The defaults for layers and head come from matrix products of a 7b Qwen2 on an H200, bf16, at

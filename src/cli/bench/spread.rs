@@ -7,10 +7,10 @@ use crate::cli::table::seconds;
 /// Values, most of them often.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(super) struct Spread {
-    mean: f64,
+    pub(super) mean: f64,
     pub(super) median: f64,
-    p90: f64,
-    p99: f64,
+    pub(super) p90: f64,
+    pub(super) p99: f64,
     pub(super) max: f64,
 }
 
@@ -53,6 +53,14 @@ impl Spread {
     }
 }
 
+/// The middle of some values, of which there is one at least.
+pub(super) fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let n = sorted.len();
+    (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,6 +72,7 @@ mod tests {
         let one = Spread::of([3.0]).unwrap();
         assert_eq!(one, Spread { mean: 3.0, median: 3.0, p90: 3.0, p99: 3.0, max: 3.0 });
         assert_eq!(Spread::of([]), None);
+        assert_eq!((median(&[3.0, 1.0, 2.0]), median(&[1.0, 4.0])), (2.0, 2.5));
         let values = [(1.0, 89), (2.0, 10), (0.5, 0), (50.0, 1)];
         let each = values.iter().flat_map(|&(value, count)| std::iter::repeat_n(value, count as usize));
         assert_eq!(Spread::counted(values.to_vec()), Spread::of(each));

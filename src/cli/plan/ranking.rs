@@ -9,6 +9,11 @@ use crate::{
     layout::{Layout, Planner, Prediction},
 };
 
+/// Another order of the devices is told of if it makes so many times as many tokens a second.
+const WORTH: f64 = 1.001;
+/// Rows of a table; JSON has them all.
+const ROWS_MAX: usize = 16;
+
 /// Layouts, the one with the most tokens a second first; those that do not fit last.
 #[derive(Serialize)]
 #[serde(transparent)]
@@ -36,6 +41,7 @@ pub(super) fn rank(planner: &Planner<'_>, stages: Option<Stages>, given: Option<
         Some(Stages::Of(n)) => n..=n,
         _ => 1..=most,
     };
+    let last = *counts.end();
     let mut ranked = Vec::new();
     let mut add = |stages, split, layout: Result<Layout>, shown: &mut Vec<Layout>| {
         let prediction = layout.and_then(|layout| {
@@ -54,6 +60,7 @@ pub(super) fn rank(planner: &Planner<'_>, stages: Option<Stages>, given: Option<
         ranked.push(Ranked { stages, split, outcome });
     };
     let mut shown = Vec::new();
+    let rate = |layout: &Layout| planner.predict(layout).map_or(0.0, |told| told.new_tokens_per_s);
     if let Some(layout) = given {
         layout.check(planner.spec.layers.len())?;
         add(layout.stages().len(), "given", Ok(layout.clone()), &mut shown);
@@ -64,8 +71,12 @@ pub(super) fn rank(planner: &Planner<'_>, stages: Option<Stages>, given: Option<
             return Err(error);
         }
         let fits = planned.is_ok();
+        let given_order = planned.as_ref().map_or(0.0, &rate);
         add(stages, "planned", planned, &mut shown);
-        if let Ok(layout) = planner.plan_any_order(stages) {
+        // Another order is told where it is worth it.
+        if let Ok(layout) = planner.plan_any_order(stages)
+            && rate(&layout) > given_order * WORTH
+        {
             add(stages, "any order", Ok(layout), &mut shown);
         }
         if fits {
@@ -73,6 +84,10 @@ pub(super) fn rank(planner: &Planner<'_>, stages: Option<Stages>, given: Option<
         }
     }
     ranked.sort_by(|a, b| b.rate().total_cmp(&a.rate()));
+    // Where nothing fits, what would make the most stages fit is all that is worth saying.
+    if let Some(Ranked { outcome: Outcome::Error(_), .. }) = ranked.first() {
+        planner.plan(last)?;
+    }
     Ok(Ranking(ranked))
 }
 
@@ -101,7 +116,7 @@ impl Ranking {
         ];
         let mut rows = vec![head.map(String::from).to_vec()];
         let mut notes = String::new();
-        for Ranked { stages, split, outcome } in &self.0 {
+        for Ranked { stages, split, outcome } in self.0.iter().take(ROWS_MAX) {
             let mut row = vec![stages.to_string(), (*split).into()];
             match outcome {
                 Outcome::Plan(plan) => {
@@ -117,6 +132,10 @@ impl Ranking {
                 }
             }
             rows.push(row);
+        }
+        let more = self.0.len().saturating_sub(ROWS_MAX);
+        if more > 0 {
+            notes += &format!("{more} more: --format json\n");
         }
         format!("{}\n{notes}", columns(&rows))
     }

@@ -11,9 +11,9 @@ use crate::{
 pub(super) fn heading(told: &Told) -> String {
     let Told { model, layers, dtype, workload, devices, measured, .. } = told;
     let measured = match measured.iter().filter(|measured| **measured).count() {
-        0 => "predicted",
-        n if n == devices.len() => "measured",
-        _ => "measured and predicted",
+        0 => "predicted from device data",
+        n if n == devices.len() => "predicted from earlier runs",
+        _ => "predicted from earlier runs and device data",
     };
     format!(
         "{model}: {layers} layers, {}; {} device{}, {measured}; {} requests at once of {} prompt and {} new tokens\n\n",
@@ -27,18 +27,20 @@ pub(super) fn heading(told: &Told) -> String {
 }
 
 /// A row a stage, then what they do together.
-pub(super) fn plan(plan: &Prediction) -> String {
+pub(super) fn plan(plan: &Prediction, wanted: usize) -> String {
     let mut head: Vec<String> =
         ["stage", "device", "", "units", "weights GB", "KV tokens"].map(String::from).to_vec();
     head.extend(plan.stages[0].times.iter().map(|time| match time.pass {
         Pass::Decode { rows: 1, .. } => "1 row".into(),
         Pass::Decode { rows, .. } => format!("{rows} rows"),
         Pass::Chunk { rows, .. } => format!("chunk of {rows}"),
+        Pass::Batch(_) => time.pass.to_string(),
     }));
     head.push("share".into());
     let mut rows = vec![head];
     for (i, stage) in plan.stages.iter().enumerate() {
-        let gigabytes = format!("{:.1}", stage.weight_bytes as f64 / 1e9);
+        let gigabytes = stage.weight_bytes as f64 / 1e9;
+        let gigabytes = if gigabytes < 0.1 { format!("{gigabytes:.4}") } else { format!("{gigabytes:.1}") };
         let (device, name) = (stage.device.clone(), stage.name.clone());
         let mut row = vec![i.to_string(), device, name, units(stage), gigabytes, stage.kv_tokens.to_string()];
         row.extend(stage.times.iter().map(|time| seconds(time.seconds)));
@@ -48,7 +50,7 @@ pub(super) fn plan(plan: &Prediction) -> String {
     let mut sums = vec![
         vec!["layout".into(), plan.layout.clone()],
         vec!["KV tokens".into(), plan.kv_tokens.to_string()],
-        vec!["requests at once".into(), plan.running.to_string()],
+        vec!["requests at once".into(), running(plan, wanted)],
         vec!["bubble of the slowest".into(), percent(plan.bubble)],
         vec!["imbalance".into(), percent(plan.imbalance)],
     ];
@@ -58,6 +60,17 @@ pub(super) fn plan(plan: &Prediction) -> String {
     sums.push(vec!["prompt tokens/s".into(), whole(plan.prompt_tokens_per_s)]);
     sums.push(vec!["new tokens/s, with prompts".into(), whole(plan.new_tokens_per_s)]);
     format!("{}\n{}\n", columns(&rows), pairs(&sums))
+}
+
+/// How many requests run at once, and where others would have no room.
+fn running(plan: &Prediction, wanted: usize) -> String {
+    let tightest = plan.stages.iter().min_by_key(|stage| stage.kv_tokens);
+    match tightest {
+        Some(stage) if plan.running < wanted => {
+            format!("{} of {wanted}: {} has no room for more KV tokens", plan.running, stage.device)
+        }
+        _ => plan.running.to_string(),
+    }
 }
 
 /// `embed, 0-7`.

@@ -1,6 +1,8 @@
 //! The processor as a device that fails when it is told to, and that can pose as one whose ops return before they are
 //! done: its tokens are known to the device alone until they are collected.
 
+mod vision;
+
 use std::{
     collections::HashMap,
     ops::Range,
@@ -10,8 +12,8 @@ use std::{
 
 use crate::{
     backend::{
-        AttentionShape, Backend, DeviceMemory, HeadShape, KvShape, Limits, Norm, QkNorm, Tensor, WarmUp,
-        cpu::Cpu,
+        AttentionShape, Backend, DeviceMemory, HeadShape, KvShape, Limits, Norm, QkNorm, Rotation, Tensor,
+        WarmUp, cpu::Cpu,
     },
     batch::{MicroBatch, ON_DEVICE, Sampled, Step},
     error::Result,
@@ -124,10 +126,10 @@ impl<const ASYNC: bool> Backend for Faulty<ASYNC> {
     }
 
     /// Called once, on the stage's thread.
-    fn batch(&self, limits: Limits, inv_freq: &[f32], rotation_scale: f32) -> Result<Self::Batch> {
+    fn batch(&self, limits: Limits, rotation: Rotation<'_>) -> Result<Self::Batch> {
         self.plan.install();
         self.at(Point::Load)?;
-        self.cpu.batch(limits, inv_freq, rotation_scale)
+        self.cpu.batch(limits, rotation)
     }
 
     fn sampler(&self, vocab: usize) -> Result<Self::Sampler> {
@@ -186,9 +188,15 @@ impl<const ASYNC: bool> Backend for Faulty<ASYNC> {
         self.cpu.write(to, from)
     }
 
-    fn embed(&self, out: &mut Self::Buf, table: &Self::Matrix, batch: &Self::Batch) -> Result<()> {
+    fn embed(
+        &self,
+        out: &mut Self::Buf,
+        table: &Self::Matrix,
+        images: Option<&Self::Buf>,
+        batch: &Self::Batch,
+    ) -> Result<()> {
         self.at(Point::Embed)?;
-        self.cpu.embed(out, table, batch)
+        self.cpu.embed(out, table, images, batch)
     }
 
     fn norm_linear(

@@ -8,6 +8,7 @@ use super::{Stages, Worker};
 use crate::{
     engine::{
         rebuild::Old,
+        recipe::Recipe,
         relayout::{Change, Failed, GAP, Prepared, Relayout, State, Switch, parts, tell},
     },
     error::{Error, Result},
@@ -55,7 +56,9 @@ impl Worker {
                 self.relayout(layout, None);
             }
         }
-        let drained = self.scheduler.stats().in_flight == 0 && matches!(self.stages, Stages::Up(_));
+        let stats = self.scheduler.stats();
+        let in_flight = stats.in_flight + stats.images.map_or(0, |images| images.in_flight);
+        let drained = in_flight == 0 && matches!(self.stages, Stages::Up(_));
         let Some(change) = self.change.take_if(|change| change.drains() && drained) else { return };
         let stays = Stages::Failed(Error::Engine("it is not known why; this is a bug".into()), None);
         let (Stages::Up(old), State::Draining(prepared, since)) =
@@ -88,7 +91,8 @@ impl Worker {
         self.meter.relaid(layout);
         let cost = self.scheduler.cost_model().of_parts(&parts(&old, layout));
         self.scheduler.set_cost_model(cost);
-        self.scheduler.change_stages(self.recipe.scheduling.slots, self.recipe.scheduling.ahead);
+        let Recipe { scheduling, images, .. } = &self.recipe;
+        self.scheduler.change_stages(scheduling.slots, scheduling.ahead, *images);
         self.balancer.iter_mut().for_each(|balancer| balancer.changed(layout));
         *self.layout.lock().unwrap_or_else(PoisonError::into_inner) = layout.clone();
         let report = prepared.report(switch.since);

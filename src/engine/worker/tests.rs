@@ -8,9 +8,9 @@ use std::{
 use super::*;
 use crate::{
     batch::ON_DEVICE,
-    engine::text,
+    engine::{counts::WaitingLimits, text},
     request::{FinishReason, Prompt},
-    schedule::SchedulerConfig,
+    schedule::{Keys, SchedulerConfig},
 };
 
 const EOS: u32 = 3;
@@ -38,8 +38,9 @@ fn stages(in_flight: usize) -> (Wired, channel::Receiver<Step>, channel::Sender<
     let (results, results_out) = channel::unbounded();
     let patience = Duration::from_secs(5);
     let wired = Wired {
+        vision: None,
         stages: Vec::new(),
-        collector: None,
+        collectors: Vec::new(),
         steps: Some(steps_in),
         results: results_out,
         stock: Arc::default(),
@@ -68,12 +69,15 @@ fn start(config: SchedulerConfig, blocks: usize, rebuilds: usize) -> Ends {
         redraw: Arc::new(|_| Err(Error::usage("--layout", "made to be refused"))),
         layout: layout.clone(),
         scheduling: config,
+        images: None,
+        keys: Keys::default(),
         blocks,
         patience: Duration::from_secs(5),
         weigh: Arc::new(|_| (1, 1)),
     };
     let (text, text_thread) = text::spawn(commands.clone()).unwrap();
-    let (counts, meter) = (Arc::new(Counts::new(100)), Meter::new(false));
+    let limits = WaitingLimits { requests: 100, tokens: 1000 };
+    let (counts, meter) = (Arc::new(Counts::new(limits)), Meter::new(false));
     let worker = Worker {
         scheduler: recipe.scheduler(),
         recipe,
@@ -106,9 +110,20 @@ impl Ends {
         let ending = Ending { eos: [EOS].into(), tokens_max: 10 };
         let answer = |sample| Answer::new(sample, &params, None, ending.clone(), 2).unwrap();
         let answers = (0..n).map(answer).collect();
-        let place = self.counts.wait().unwrap();
+        let place = self.counts.wait(2).unwrap();
         let prompt = [1, 2].into();
-        let submission = Submission { request, prompt, params, ending, answers, events, place };
+        let submission = Submission {
+            request,
+            prompt,
+            keys: Default::default(),
+            images: None,
+            media: [].into(),
+            params,
+            ending,
+            answers,
+            events,
+            place,
+        };
         self.commands.send(Command::Submit(Box::new(submission))).unwrap();
         received
     }

@@ -1,6 +1,7 @@
 //! What the architectures have in common: config.json's keys, and the hub's names of tensors.
 
 use super::rope;
+pub(super) use super::rope::sections;
 use crate::{
     backend::HeadShape,
     error::Result,
@@ -24,14 +25,20 @@ pub(super) struct Defaults {
     /// `None`: hidden size / heads.
     pub(super) head_dim: Option<usize>,
     pub(super) context_max: usize,
+    pub(super) eps: f64,
+    pub(super) theta: f64,
+}
+
+impl Defaults {
+    /// What most architectures agree on.
+    pub(super) const USUAL: Defaults =
+        Defaults { kv_heads: None, head_dim: None, context_max: 2048, eps: 1e-6, theta: 10_000.0 };
 }
 
 /// A decoder with attention to all tokens and without biases or head norms.
 pub(super) fn spec(config: &Config, arch: &'static str, defaults: Defaults) -> Result<ModelSpec> {
     let size = |key: &str, max: usize| config.required(key, config.size(key, max)?);
-    if config.has("quantization_config") {
-        return Err(config.error("quantization_config", "quantised checkpoints are not supported"));
-    }
+    not_quantised(config)?;
     let act = config.text("hidden_act")?.unwrap_or("silu");
     if act != "silu" {
         let why = format!("\"{}\" is not known (known: silu)", crate::error::shown(act));
@@ -40,7 +47,7 @@ pub(super) fn spec(config: &Config, arch: &'static str, defaults: Defaults) -> R
     let dim = size("hidden_size", DIM_MAX)?;
     let heads = heads(config, dim, &defaults)?;
     let context_max = config.size("max_position_embeddings", TOKENS_MAX)?.unwrap_or(defaults.context_max);
-    let eps = config.positive("rms_norm_eps")?.unwrap_or(1e-6);
+    let eps = config.positive("rms_norm_eps")?.unwrap_or(defaults.eps);
     if eps > 1.0 {
         return Err(config.error("rms_norm_eps", format!("{eps} is above 1")));
     }
@@ -52,12 +59,24 @@ pub(super) fn spec(config: &Config, arch: &'static str, defaults: Defaults) -> R
         heads,
         layers: vec![LayerSpec { window: None }; size("num_hidden_layers", LAYERS_MAX)?],
         norm: Norm::Rms { eps: eps as f32 },
-        rope: rope::read(config, heads.head_dim, context_max)?,
+        rope: rope::read(config, heads.head_dim, context_max, defaults.theta)?,
+        sections: None,
         bias: Biases::default(),
         qk_norm: false,
         tied: config.flag("tie_word_embeddings")?.unwrap_or(false),
         context_max,
+        vision: None,
+        pads: None,
     })
+}
+
+/// Refuses weights that are not plain numbers.
+pub(super) fn not_quantised(config: &Config) -> Result<()> {
+    const KEY: &str = "quantization_config";
+    match config.has(KEY) {
+        true => Err(config.error(KEY, "quantised checkpoints are not supported")),
+        false => Ok(()),
+    }
 }
 
 fn heads(config: &Config, dim: usize, defaults: &Defaults) -> Result<HeadShape> {
@@ -100,13 +119,13 @@ pub(super) fn window(config: &Config, absent: usize) -> Result<Option<usize>> {
     }
 }
 
-/// Qwen's windows: by `layer_types` if it is there, else on the layers from `max_window_layers` on; none
-/// without `use_sliding_window`.
-pub(super) fn qwen_windows(config: &Config, layers: usize) -> Result<Vec<LayerSpec>> {
+/// Qwen's windows: by `layer_types` if it is there, else on the layers from `max_window_layers` on, or from `first` if that
+/// is not there; none without `use_sliding_window`.
+pub(super) fn qwen_windows(config: &Config, layers: usize, first: usize) -> Result<Vec<LayerSpec>> {
     let window =
         if config.flag("use_sliding_window")?.unwrap_or(false) { window(config, 4096)? } else { None };
     let Some(types) = config.texts("layer_types")? else {
-        let first = config.count("max_window_layers", TOKENS_MAX)?.unwrap_or(28);
+        let first = config.count("max_window_layers", TOKENS_MAX)?.unwrap_or(first);
         return Ok((0..layers).map(|i| LayerSpec { window: window.filter(|_| i >= first) }).collect());
     };
     if types.len() != layers {
@@ -129,7 +148,7 @@ pub(super) fn qwen_windows(config: &Config, layers: usize) -> Result<Vec<LayerSp
     types.iter().map(layer).collect()
 }
 
-/// The names that all four architectures use.
+/// The names that all architectures use.
 pub(super) fn tensor(role: Role) -> String {
     use Role::*;
     let (layer, rest) = match role {

@@ -21,7 +21,7 @@ impl Arch for Llama {
     }
 
     fn spec(&self, config: &Config) -> Result<ModelSpec> {
-        let defaults = common::Defaults { kv_heads: None, head_dim: None, context_max: 2048 };
+        let defaults = common::Defaults { context_max: 2048, ..common::Defaults::USUAL };
         let mut spec = common::spec(config, self.name(), defaults)?;
         let attention = config.flag("attention_bias")?.unwrap_or(false);
         let mlp = config.flag("mlp_bias")?.unwrap_or(false);

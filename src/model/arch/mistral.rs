@@ -21,7 +21,8 @@ impl Arch for Mistral {
     }
 
     fn spec(&self, config: &Config) -> Result<ModelSpec> {
-        let defaults = common::Defaults { kv_heads: Some(8), head_dim: None, context_max: 131_072 };
+        let defaults =
+            common::Defaults { kv_heads: Some(8), context_max: 131_072, ..common::Defaults::USUAL };
         let mut spec = common::spec(config, self.name(), defaults)?;
         let window = common::window(config, 4096)?;
         spec.layers.fill(LayerSpec { window });

@@ -7,13 +7,17 @@ mod common;
 mod llama;
 mod mistral;
 mod qwen2;
+mod qwen2_5_vl;
 mod qwen3;
 mod rope;
 
 pub use super::spec::Role;
 
-use super::{config::Config, spec::ModelSpec};
-use crate::error::{Result, shown};
+use super::{config::Config, spec::ModelSpec, weights::Weights};
+use crate::{
+    backend::Tensor,
+    error::{Result, shown},
+};
 
 /// An architecture.
 pub trait Arch: Sync {
@@ -25,10 +29,27 @@ pub trait Arch: Sync {
     fn spec(&self, config: &Config) -> Result<ModelSpec>;
     /// What the checkpoint calls the tensor of this role.
     fn tensor(&self, role: Role) -> String;
+    /// What other checkpoints call it.
+    fn other_tensor(&self, _: Role) -> Option<String> {
+        None
+    }
+}
+
+impl dyn Arch {
+    /// The tensor of this role, under the name that it has there.
+    pub fn load(&self, weights: &Weights, spec: &ModelSpec, role: Role) -> Result<Tensor> {
+        let usual = self.tensor(role);
+        let name = match self.other_tensor(role) {
+            Some(other) if !weights.has(&usual) && weights.has(&other) => other,
+            _ => usual,
+        };
+        weights.tensor(&name, &spec.shape(role))
+    }
 }
 
 /// All architectures.
-pub const ARCHS: &[&dyn Arch] = &[&llama::Llama, &mistral::Mistral, &qwen2::Qwen2, &qwen3::Qwen3];
+pub const ARCHS: &[&dyn Arch] =
+    &[&llama::Llama, &mistral::Mistral, &qwen2::Qwen2, &qwen2_5_vl::Qwen2_5Vl, &qwen3::Qwen3];
 
 /// The architecture that a config.json names: the first of `architectures`, or else `model_type`.
 pub fn find(config: &Config) -> Result<&'static dyn Arch> {
@@ -78,7 +99,7 @@ mod tests {
         assert_eq!(
             said,
             "config.json: architectures: \"GPT2LMHeadModel\" is not known (known: LlamaForCausalLM, \
-             MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)"
+             MistralForCausalLM, Qwen2ForCausalLM, Qwen2_5_VLForConditionalGeneration, Qwen3ForCausalLM)"
         );
         assert!(message(r#"{"architectures": [], "model_type": "gpt2"}"#).contains("llama, mistral, qwen2"));
         assert_eq!(message("{}"), "config.json: architectures: it is missing");
@@ -89,7 +110,10 @@ mod tests {
     /// A config.json of the architecture with a few keys changed: `null` in `changes` removes a key.
     fn spec(arch: &str, changes: &str) -> Result<ModelSpec> {
         let text = r#"{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 100,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}"#;
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4,
+            "vision_config": {"hidden_size": 32, "num_heads": 2, "out_hidden_size": 64},
+            "rope_scaling": {"type": "default", "mrope_section": [2, 3, 3]}}"#;
         let mut values: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text).unwrap();
         values.extend(serde_json::from_str::<serde_json::Map<_, _>>(changes).unwrap());
         values.insert("architectures".into(), serde_json::json!([arch]));

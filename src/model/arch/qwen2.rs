@@ -21,10 +21,11 @@ impl Arch for Qwen2 {
     }
 
     fn spec(&self, config: &Config) -> Result<ModelSpec> {
-        let defaults = common::Defaults { kv_heads: Some(32), head_dim: None, context_max: 32_768 };
+        let defaults =
+            common::Defaults { kv_heads: Some(32), context_max: 32_768, ..common::Defaults::USUAL };
         let mut spec = common::spec(config, self.name(), defaults)?;
         spec.bias = Biases { qkv: true, out: false, mlp: false };
-        spec.layers = common::qwen_windows(config, spec.layers.len())?;
+        spec.layers = common::qwen_windows(config, spec.layers.len(), 28)?;
         Ok(spec)
     }
 

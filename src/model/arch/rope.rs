@@ -8,22 +8,18 @@ use crate::{
     model::{config::Config, spec::Rope},
 };
 
-/// Reads `rope_scaling` or `rope_parameters`, and `rope_theta` in or beside it.
-pub(super) fn read(config: &Config, head_dim: usize, context_max: usize) -> Result<Rope> {
-    let given = |key: &str| Ok(config.object(key)?.filter(|section| !section.is_empty()));
-    let section = match given("rope_scaling")? {
-        Some(section) => Some(section),
-        None => given("rope_parameters")?,
-    };
-    let section = section.unwrap_or_else(|| config.empty("rope_parameters"));
+/// Reads `rope_scaling` or `rope_parameters`, and `rope_theta` in or beside it, or else `theta`.
+pub(super) fn read(config: &Config, head_dim: usize, context_max: usize, theta: f64) -> Result<Rope> {
+    let section = section(config)?;
+    let one = |section: &Config| one(config, section, &Plain { head_dim, context_max, theta });
     let mut ropes = Vec::new();
     for kind in ["full_attention", "sliding_attention"] {
         if let Some(section) = section.object(kind)? {
-            ropes.push(one(config, &section, head_dim, context_max)?);
+            ropes.push(one(&section)?);
         }
     }
     match &ropes[..] {
-        [] => one(config, &section, head_dim, context_max),
+        [] => one(&section),
         [a, b] if a != b => {
             Err(section.error("sliding_attention", "it differs from full_attention, which is not supported"))
         }
@@ -31,11 +27,43 @@ pub(super) fn read(config: &Config, head_dim: usize, context_max: usize) -> Resu
     }
 }
 
+/// How many frequencies turn by time, by the place down and by the place across: `mrope_section`.
+pub(super) fn sections(config: &Config, head_dim: usize) -> Result<[usize; 3]> {
+    const KEY: &str = "mrope_section";
+    let section = section(config)?;
+    let given = section.ids(KEY)?.unwrap_or_else(|| vec![16, 24, 24]);
+    let whole = |s: &[usize; 3]| s.iter().sum::<usize>() == head_dim / 2;
+    let sections = given.iter().map(|&n| n as usize).collect::<Vec<_>>().try_into().ok().filter(whole);
+    sections.ok_or_else(|| {
+        let half = head_dim / 2;
+        section.error(KEY, format!("{given:?} are not three numbers of frequencies, {half} together"))
+    })
+}
+
+/// Where the parameters are.
+fn section(config: &Config) -> Result<Config> {
+    let given = |key: &str| Ok(config.object(key)?.filter(|section| !section.is_empty()));
+    let section = match given("rope_scaling")? {
+        Some(section) => Some(section),
+        None => given("rope_parameters")?,
+    };
+    Ok(section.unwrap_or_else(|| config.empty("rope_parameters")))
+}
+
+/// What parameters are for.
+struct Plain {
+    head_dim: usize,
+    context_max: usize,
+    /// If no other is given.
+    theta: f64,
+}
+
 /// One set of parameters: those of `section`, with what it leaves to `config`.
-fn one(config: &Config, section: &Config, head_dim: usize, context_max: usize) -> Result<Rope> {
+fn one(config: &Config, section: &Config, plain: &Plain) -> Result<Rope> {
+    let &Plain { head_dim, context_max, theta } = plain;
     const THETA: &str = "rope_theta";
     let place = if section.has(THETA) { section } else { config };
-    let theta = place.number(THETA)?.unwrap_or(10_000.0);
+    let theta = place.number(THETA)?.unwrap_or(theta);
     if theta <= 1.0 {
         return Err(place.error(THETA, format!("{theta} is not above 1")));
     }
@@ -49,7 +77,8 @@ fn one(config: &Config, section: &Config, head_dim: usize, context_max: usize) -
     let key = if section.has("rope_type") { "rope_type" } else { "type" };
     let scaling = Scaling { config, section, context_max };
     let (inv_freq, scale) = match section.text(key)?.unwrap_or("default") {
-        "default" => (plain, 1.0),
+        // With sections: see `sections`.
+        "default" | "mrope" => (plain, 1.0),
         "linear" => (scaling.linear(&plain)?, 1.0),
         "llama3" => (scaling.llama3(&plain)?, 1.0),
         "yarn" => scaling.yarn(theta, &powers)?,
@@ -176,7 +205,7 @@ mod tests {
     use super::*;
 
     fn rope(text: &str, context_max: usize) -> Result<Rope> {
-        read(&Config::parse("config.json", text.as_bytes()).unwrap(), 16, context_max)
+        read(&Config::parse("config.json", text.as_bytes()).unwrap(), 16, context_max, 10_000.0)
     }
 
     #[track_caller]

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use super::{Decoder, HeadWeights, Layer};
+use super::{Decoder, HeadWeights, Layer, rotation};
 use crate::{
     backend::{Backend, KvShape, Limits, WarmUp},
     error::Result,
@@ -122,9 +122,8 @@ impl<B: Backend> Decoder<B> {
         self.try_all(backend, all, 1, tell)?;
         backend.loaded()?;
         self.layers = layers;
-        let rope = self.spec.rope.clone();
         // The old one remembers how small those pages were.
-        self.batch = backend.batch(limits, &rope.inv_freq, rope.scale)?;
+        self.batch = backend.batch(limits, rotation(&self.spec))?;
         for WarmUp { batch, .. } in all.iter().filter(|warm_up| warm_up.passes > 1) {
             self.prepare(backend, batch)?;
             self.ops(backend, usize::MAX, |batch, ops| backend.record(batch, ops))?;

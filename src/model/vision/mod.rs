@@ -1,10 +1,12 @@
 //! The vision tower's forward pass, over the ops of a backend.
 
 mod spec;
+mod units;
 
 use std::{ops::Range, sync::Arc};
 
 pub use spec::VisionSpec;
+pub use units::{VisionPass, VisionUnit, vision_buffer_sizes, vision_units};
 
 use super::weights::Weights;
 use crate::{
@@ -52,8 +54,8 @@ struct Block<B: VisionOps> {
     qkv: B::Matrix,     // [3 * dim, dim]
     out: B::Matrix,     // [dim, dim]
     mlp_norm: B::Buf,   // [dim]
-    gate_up: B::Matrix, // [2 * ffn, dim]
-    down: B::Matrix,    // [dim, ffn]
+    gate_up: B::Matrix, // [2 * width, dim]
+    down: B::Matrix,    // [dim, width]
     reach: Reach,
 }
 
@@ -72,8 +74,8 @@ struct Scratch<B: VisionOps> {
     normed: B::Buf,  // [rows, dim]
     qkv: B::Buf,     // [rows, 3 * dim]
     attn: B::Buf,    // [rows, dim]
-    gate_up: B::Buf, // [rows, 2 * ffn]
-    act: B::Buf,     // [rows, ffn]
+    gate_up: B::Buf, // [rows, 2 * width]: as wide as the backend wants rows of `ffn` numbers
+    act: B::Buf,     // [rows, width]
 }
 
 impl<B: VisionOps> Tower<B> {
@@ -88,18 +90,19 @@ impl<B: VisionOps> Tower<B> {
         };
         let blocks = config.blocks.clone().map(|i| loader.block(&spec, i)).collect::<Result<_>>()?;
         let merger = match config.blocks.end == spec.full.len() {
-            true => Some(loader.merger(&spec, config.rows_max)?),
+            true => Some(loader.merger(&spec, rows)?),
             false => None,
         };
         backend.loaded()?;
         let working = |dim: usize| backend.working_buf(rows * dim);
+        let width = backend.row_width(spec.ffn);
         let scratch = Scratch {
             hidden: backend.buf(rows * spec.dim)?,
             normed: working(spec.dim)?,
             qkv: working(spec.heads.qkv_dim())?,
             attn: working(spec.dim)?,
-            gate_up: working(2 * spec.ffn)?,
-            act: working(spec.ffn)?,
+            gate_up: working(2 * width)?,
+            act: working(width)?,
         };
         let images = backend.images(config.rows_max, &spec.inv_freq())?;
         Ok(Tower { spec, embed, blocks, merger, images, places: Places::default(), scratch })
@@ -131,7 +134,8 @@ impl<B: VisionOps> Tower<B> {
 
     /// Runs the part.
     pub fn forward(&mut self, backend: &B) -> Result<()> {
-        let rows = self.places.rows.len();
+        // What pads the rows may be anything: no row takes from it.
+        let rows = backend.rows_room(self.places.rows.len());
         if let Some(embed) = &self.embed {
             backend.linear(&mut self.scratch.hidden, &embed.patches, &embed.matrix, rows)?;
         }
@@ -187,7 +191,7 @@ impl<B: VisionOps> Merger<B> {
         backend.norm(&mut s.normed, &s.hidden, norm(&self.norm, spec, rows))?;
         // The rows of a cell, one after another, are a row here.
         backend.linear(&mut self.wide, &s.normed, &self.up, cells)?;
-        backend.gelu(&mut self.wide, rows * spec.dim)?;
+        backend.gelu(&mut self.wide, cells * spec.cell_rows() * spec.dim)?;
         backend.linear(&mut self.merged, &self.wide, &self.down, cells)?;
         backend.scatter_cells(&mut self.tokens, &self.merged, images, spec.out)
     }
@@ -222,20 +226,24 @@ impl<B: VisionOps> Loader<'_, B> {
 
     fn block(&self, spec: &VisionSpec, i: usize) -> Result<Block<B>> {
         let name = |rest: &str| format!("blocks.{i}.{rest}");
-        let (dim, ffn) = (spec.dim, spec.ffn);
+        let (dim, ffn, width) = (spec.dim, spec.ffn, self.backend.row_width(spec.ffn));
         Ok(Block {
             attn_norm: self.vector(&name("norm1"), dim)?,
             qkv: self.matrix(&[&name("attn.qkv")], 3 * dim, dim)?,
             out: self.matrix(&[&name("attn.proj")], dim, dim)?,
             mlp_norm: self.vector(&name("norm2"), dim)?,
-            gate_up: self.matrix(&[&name("mlp.gate_proj"), &name("mlp.up_proj")], ffn, dim)?,
-            down: self.matrix(&[&name("mlp.down_proj")], dim, ffn)?,
+            gate_up: self.padded(
+                &[&name("mlp.gate_proj"), &name("mlp.up_proj")],
+                [ffn, dim],
+                [width, dim],
+            )?,
+            down: self.padded(&[&name("mlp.down_proj")], [dim, ffn], [dim, width])?,
             reach: if spec.full[i] { Reach::Frame } else { Reach::Window },
         })
     }
 
-    fn merger(&self, spec: &VisionSpec, rows_max: usize) -> Result<Merger<B>> {
-        let cells = self.backend.rows_room(rows_max / spec.cell_rows());
+    fn merger(&self, spec: &VisionSpec, rows: usize) -> Result<Merger<B>> {
+        let cells = rows / spec.cell_rows();
         let wide = spec.cell_rows() * spec.dim;
         Ok(Merger {
             norm: self.vector("merger.ln_q", spec.dim)?,
@@ -253,8 +261,14 @@ impl<B: VisionOps> Loader<'_, B> {
 
     /// Matrices `[n, k]` under each other, with their biases.
     fn matrix(&self, names: &[&str], n: usize, k: usize) -> Result<B::Matrix> {
-        let part = |name: &&str| self.tensor(&format!("{name}.weight"), &[n, k])?.to_dtype(self.dtype);
-        let bias = |name: &&str| self.tensor(&format!("{name}.bias"), &[n]);
+        self.padded(names, [n, k], [n, k])
+    }
+
+    /// The same, with zeros up to another size.
+    fn padded(&self, names: &[&str], [n, k]: [usize; 2], to: [usize; 2]) -> Result<B::Matrix> {
+        let weight = |name: &&str| self.tensor(&format!("{name}.weight"), &[n, k])?.to_dtype(self.dtype);
+        let part = |name: &&str| weight(name)?.padded(&to);
+        let bias = |name: &&str| self.tensor(&format!("{name}.bias"), &[n])?.padded(&to[..1]);
         let parts: Vec<Tensor> = names.iter().map(part).collect::<Result<_>>()?;
         let biases: Vec<Tensor> = names.iter().map(bias).collect::<Result<_>>()?;
         self.backend.matrix(&parts, &biases)

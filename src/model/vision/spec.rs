@@ -81,7 +81,7 @@ impl VisionSpec {
             merge,
             window,
             out: vision.required("out_hidden_size", size("out_hidden_size", DIM_MAX)?)?,
-            tokens_per_second: vision.count("tokens_per_second", 1000)?.unwrap_or(2) as u32,
+            tokens_per_second: vision.count("tokens_per_second", 1000)?.unwrap_or(4) as u32,
         })
     }
 

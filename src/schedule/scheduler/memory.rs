@@ -25,7 +25,8 @@ pub(super) enum Growth {
 
 /// Blocks that a prompt can begin with.
 pub(super) enum Prefix {
-    Found(Vec<u32>),
+    /// So many; the pool watches over them.
+    Found(usize),
     /// The next one is being written in this very step, so a later step can read it.
     Coming,
 }
@@ -105,7 +106,8 @@ impl Scheduler {
         let sequence = &mut self.sequences[slot];
         match sequence.state {
             State::Prompt => {
-                self.prompt = None;
+                self.prompt.take_if(|prompt| *prompt == slot);
+                self.held.remove(&sequence.begun);
                 self.prompt_tokens -= sequence.goal - sequence.planned;
             }
             State::Decoding => self.decoding -= 1,
@@ -125,7 +127,7 @@ impl Scheduler {
         let known = sequence.known();
         if self.config.prefix_reuse {
             for block in sequence.keys.len()..known / KV_BLOCK {
-                let key = self.keys.after(sequence.keys.last().copied(), &sequence.block_tokens(block));
+                let key = sequence.block_key(&self.keys, sequence.keys.last().copied(), block);
                 sequence.keys.push(key);
             }
         }
@@ -154,29 +156,34 @@ impl Scheduler {
                 None => break,
             }
         }
-        let readable = |&key: &_| self.pool.find(key).filter(|found| found.written < step).map(|f| f.id);
-        let found: Vec<u32> = keys.iter().map_while(readable).collect();
-        sequence.findable = found.len();
-        Prefix::Found(found)
+        // Those that were there at an earlier step are not looked for again.
+        self.pool.watch(sequence.new.seq);
+        let next = |pool: &BlockPool| pool.find(*keys.get(pool.watched().0)?);
+        while let Some(found) = next(&self.pool).filter(|found| found.written < step) {
+            self.pool.watch_more(found.id);
+        }
+        sequence.findable = self.pool.watched().0;
+        Prefix::Found(sequence.findable)
     }
 
-    /// Gives a waiting sequence blocks for all its known tokens and the next one; false if there are too few. Those of
-    /// lower priority give theirs. Others that may need more keep a block each to grow into.
-    pub(super) fn take_blocks(&mut self, slot: u32, prefix: &[u32]) -> bool {
+    /// Gives a waiting sequence blocks for all its known tokens and the next one, those that it can begin with among them; false if
+    /// there are too few. Those of lower priority give theirs. Others that may need more keep a block each to grow into.
+    pub(super) fn take_blocks(&mut self, slot: u32) -> bool {
         let sequence = &self.sequences[slot];
         let rank = sequence.rank;
         let all = BlockPool::blocks_for((sequence.known() + 1).min(sequence.new.tokens_max));
-        let new = all - prefix.len();
         loop {
-            let woken = prefix.iter().filter(|&&block| self.pool.is_cached(block)).count();
-            if new + woken + self.growing <= self.pool.available() {
+            let (found, woken) = self.pool.watched();
+            if all - found + woken + self.growing <= self.pool.available() {
                 break;
             }
             let victim = self.last_running().filter(|&victim| rank.outranks(self.sequences[victim].rank));
             let Some(victim) = victim else { return false };
             self.preempt(victim, rank);
         }
+        let prefix = self.pool.unwatch();
         prefix.iter().for_each(|&block| self.pool.share(block));
+        let new = all - prefix.len();
         let mut take = || self.pool.take().expect("blocks were counted; this is a bug");
         let blocks: Arc<[u32]> = prefix.iter().copied().chain((0..new).map(|_| take())).collect();
         let sequence = &mut self.sequences[slot];
@@ -198,8 +205,7 @@ impl Scheduler {
         }
         for block in sequence.published..full {
             let known = sequence.keys.get(block).copied();
-            let key =
-                known.unwrap_or_else(|| self.keys.after(sequence.last_key, &sequence.block_tokens(block)));
+            let key = known.unwrap_or_else(|| sequence.block_key(&self.keys, sequence.last_key, block));
             sequence.last_key = Some(key);
             self.pool.publish(sequence.blocks[block], key, sequence.last);
         }

@@ -28,8 +28,10 @@ struct Room {
 
 impl Scheduler {
     /// Sees to it that there is a prompt in hand, if one can begin. A prompt that has begun goes on before another begins, so
-    /// none is left half done. One whose prefix is being computed in this step waits for the next step.
+    /// none is left half done. One whose prefix is being computed in this step waits for the next step, and one whose image
+    /// is not in the store for that.
     pub(super) fn begin_prompt(&mut self) {
+        self.change_prompts();
         let mut after = None;
         for _ in 0..=PASSED_OVER_MAX {
             if self.prompt.is_some() || self.seats.is_empty() {
@@ -39,11 +41,16 @@ impl Scheduler {
             if self.returning.first().is_some_and(|&first| first < rank) {
                 return;
             }
+            if !self.can_go(slot, self.sequences[slot].findable * KV_BLOCK) {
+                after = Some(rank);
+                continue;
+            }
             match self.find_prefix(slot) {
                 Prefix::Coming => after = Some(rank),
-                Prefix::Found(prefix) => {
-                    if self.take_blocks(slot, &prefix) {
-                        self.admit(slot, prefix.len() * KV_BLOCK);
+                Prefix::Found(blocks) if !self.can_go(slot, blocks * KV_BLOCK) => after = Some(rank),
+                Prefix::Found(blocks) => {
+                    if self.take_blocks(slot) {
+                        self.admit(slot, blocks * KV_BLOCK);
                     }
                     return;
                 }
@@ -55,6 +62,8 @@ impl Scheduler {
         let sequence = &mut self.sequences[slot];
         sequence.state = State::Prompt;
         sequence.goal = sequence.known();
+        sequence.begun = self.begun_next;
+        self.begun_next += 1;
         sequence.seat = self.seats.pop();
         self.prompt = Some(slot);
         self.prompt_tokens -= found;
@@ -86,8 +95,9 @@ impl Scheduler {
         while room.rows > 0 {
             self.begin_prompt();
             let Some(slot) = self.prompt else { return };
-            let sequence = &mut self.sequences[slot];
-            let (start, left) = (sequence.planned, sequence.goal - sequence.planned);
+            let start = self.sequences[slot].planned;
+            let reach = self.reach(slot, start);
+            let left = reach - start;
             let len = match room.seconds.is_finite() {
                 true => {
                     let shape = PassShape::of(&draft.batch);
@@ -100,10 +110,13 @@ impl Scheduler {
             if len == 0 {
                 return;
             }
+            let sequence = &mut self.sequences[slot];
             if !std::mem::replace(&mut sequence.started, true) {
                 draft.batch.starts.push(sequence.start());
             }
+            let row = draft.batch.ids.len();
             draft.batch.ids.extend(sequence.tokens(start, len));
+            self.place_images(slot, start, &mut draft.batch.ids[row..]);
             self.push_rows(slot, len, draft);
             self.publish_full(slot);
             self.prompt_tokens -= len;
@@ -111,6 +124,9 @@ impl Scheduler {
             room.floor = room.floor.saturating_sub(len);
             if len < left {
                 return;
+            }
+            if reach < self.sequences[slot].goal {
+                continue;
             }
             self.prompt = None;
             self.sequences[slot].state = State::Decoding;

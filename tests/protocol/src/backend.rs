@@ -193,6 +193,12 @@ impl<const ASYNC: bool> Backend for Device<ASYNC> {
     }
 }
 
+/// In place of `src/backend/cpu`.
+pub mod cpu {
+    /// The processor, as a stage sees it.
+    pub type Cpu = super::Device<false>;
+}
+
 /// In place of `src/backend/cuda`: what `src/transport/peer.rs` asks of a GPU.
 pub mod cuda {
     use super::{Buf as OwnBuf, Device};
@@ -233,6 +239,28 @@ pub mod cuda {
         /// Where it begins.
         pub fn ptr(&self) -> DevicePtr {
             DevicePtr(self.cells.start)
+        }
+    }
+
+    impl Ring {
+        /// Shows a number.
+        ///
+        /// # Safety
+        /// Nothing can go wrong here; it is unsafe where the real one is.
+        pub unsafe fn read<T>(&self, at: usize, _len: usize, look: impl FnOnce(&[f32]) -> T) -> T {
+            let number = self.world.lock().read_on_host(self.cells.start + at / CELL_BYTES);
+            look(&[number])
+        }
+
+        /// Lets a number be written.
+        ///
+        /// # Safety
+        /// As above.
+        pub unsafe fn write<T>(&self, at: usize, _len: usize, put: impl FnOnce(&mut [f32]) -> T) -> T {
+            let mut number = [f32::NAN];
+            let outcome = put(&mut number);
+            self.world.lock().write_on_host(self.cells.start + at / CELL_BYTES, number[0]);
+            outcome
         }
     }
 
@@ -291,6 +319,11 @@ pub mod cuda {
         /// Makes the stream wait.
         pub fn wait(&self, event: &Event) -> Result<()> {
             self.call(|state| state.wait(self.stage, event.0))
+        }
+
+        /// Waits on the host.
+        pub fn wait_on_host(&self, event: &Event) -> Result<()> {
+            self.world.lock().synchronize(event.0)
         }
 
         /// Records an event.

@@ -72,6 +72,38 @@ pub const BUGS: &[Bug] = &[
         edits: &[("let _ = self.free.send(numbers);", "drop(numbers);")],
     },
     Bug {
+        name: "packet_read_by_the_processor_without_a_wait",
+        file: "transport/pinned.rs",
+        edits: &[("self.failed = self.end.wait(&mut entry).err();\n        self.came", "self.came")],
+    },
+    Bug {
+        name: "entry_written_by_the_processor_without_a_wait",
+        file: "transport/pinned.rs",
+        edits: &[("self.failed = self.end.wait(&mut entry).err();\n            self.room", "self.room")],
+    },
+    Bug {
+        name: "entry_given_to_the_processor_before_its_event_is_recorded",
+        file: "transport/pinned.rs",
+        edits: &[
+            (
+                "        self.end.cuda.record_event(&entry.done)?;\n        entry.used = true;",
+                "        let event = entry.done.clone();\n        entry.used = true;",
+            ),
+            (
+                "entry.used = true;\n        // The sender may be gone already; then nobody needs the entry.\n        let _ = self.end.to.send(entry);\n        Ok(())",
+                "entry.used = true;\n        let _ = self.end.to.send(entry);\n        self.end.cuda.record_event(&event)",
+            ),
+        ],
+    },
+    Bug {
+        name: "what_the_gpu_said_instead_of_a_packet_is_forgotten",
+        file: "transport/pinned.rs",
+        edits: &[(
+            "        self.failed = self.end.wait(&mut entry).err();\n        self.came",
+            "        let _ = self.end.wait(&mut entry);\n        self.came",
+        )],
+    },
+    Bug {
         name: "token_word_sent_before_its_event",
         file: "pipeline/stage.rs",
         edits: &[

@@ -56,6 +56,10 @@ pub enum Way {
     Processor {
         one_thread: bool,
     },
+    /// On devices of two kinds, which meet in pinned memory: a bit for each stage that is on a GPU.
+    Mixed {
+        gpus: usize,
+    },
 }
 
 /// A pipeline whose threads run.
@@ -85,6 +89,8 @@ impl Setup {
     pub fn group_max(&self) -> usize {
         match self.way {
             Way::Processor { .. } => 1,
+            // Tokens that the host does not know must be known where they are embedded.
+            Way::Mixed { gpus } => 1 + (gpus & gpus >> (self.stages - 1) & 1),
             _ => 2,
         }
     }

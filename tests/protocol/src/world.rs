@@ -211,6 +211,26 @@ impl State {
         at
     }
 
+    /// The host reads what a device may have written.
+    pub(crate) fn read_on_host(&mut self, cell: usize) -> f32 {
+        let Cell { number, wrote, .. } = self.cells[cell];
+        if let Some(at) = wrote {
+            self.expect_done(at, "the host reads a packet");
+        }
+        number
+    }
+
+    /// The host writes where a device may have read.
+    pub(crate) fn write_on_host(&mut self, cell: usize, number: f32) {
+        let Cell { wrote, read, .. } = self.cells[cell].clone();
+        for at in wrote.into_iter().chain(read) {
+            if self.done[at.0] < at.1 {
+                self.violated(format!("the host writes what stage {} may still be using", at.0));
+            }
+        }
+        self.cells[cell] = Cell { number, wrote: None, read: Vec::new() };
+    }
+
     /// Memory goes: nobody may still use it.
     pub(crate) fn free(&mut self, cells: std::ops::Range<usize>) {
         if self.streams.iter().any(|stream| stream.lost.is_some()) {

@@ -25,6 +25,7 @@ fn seeded_bugs_are_found() {
         Setup::new(2, 2, Way::Staged),
         Setup::new(3, 2, Way::Host),
         Setup::new(3, 3, Way::Processor { one_thread: false }),
+        Setup { ring: 1, ..Setup::new(3, 2, Way::Mixed { gpus: 0b010 }) },
     ];
     let mut missed = Vec::new();
     for (name, wire) in SEEDED {

@@ -39,9 +39,19 @@ fn the_processor() {
     holds(Setup::new(3, 3, Way::Processor { one_thread: false }));
 }
 
+/// Every order of the processor and GPUs over three stages.
+#[test]
+fn the_processor_beside_gpus() {
+    for gpus in 1..7 {
+        holds(Setup::new(3, 2, Way::Mixed { gpus }));
+    }
+}
+
 /// Boundaries with less room than steps in flight make stages wait, and no more than that.
 #[test]
 fn one_entry_is_enough() {
     holds(Setup { ring: 1, ..Setup::new(3, 2, Way::Peer) });
     holds(Setup { ring: 1, ..Setup::new(3, 3, Way::Processor { one_thread: false }) });
+    holds(Setup { ring: 1, ..Setup::new(3, 2, Way::Mixed { gpus: 0b010 }) });
+    holds(Setup { ring: 1, ..Setup::new(3, 2, Way::Mixed { gpus: 0b101 }) });
 }
