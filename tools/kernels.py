@@ -137,9 +137,9 @@ def main():
     for path in args.files or sorted(KERNELS.glob("*.cu")):
         source = path.read_text()
         may_spill = set(re.findall(r"^// spills: (\w+)", source, re.M))
-        sets = [(arch, defines) for arch in args.arch for defines in variants(source, arch)]
-        if not sets:
+        if not re.search(r"^// variants.*: ", source, re.M):
             raise SystemExit(f"{path}: no line `// variants: …`")
+        sets = [(arch, defines) for arch in args.arch for defines in variants(source, arch)]
         for arch, defines in sets:
             log, cubin = compiler.compile(path.name, source, arch, defines)
             count += 1
