@@ -118,7 +118,7 @@ fn no_bit_changes_where_blocks_are_few_and_clients_go() {
     let dir = chat_llama();
     let want = alone(&builder(&dir).build().unwrap());
     let spec = open_model(&dir, true).unwrap().spec;
-    let token = 2 * spec.heads.kv_heads * spec.heads.head_dim * spec.layers.len() * 4;
+    let token = 2 * spec.heads.kv_heads * spec.heads.head_dim * spec.layers.len() * 2;
     let engine = builder(&dir).kv_memory(token * 16 * 14).running(9).build().unwrap();
     for seed in 0..4 {
         let got = disturbed(&engine, seed, |i| i % 4 == seed as usize % 4);

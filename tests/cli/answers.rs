@@ -305,5 +305,5 @@ fn a_timeline_that_finds_no_room_leaves_the_answer_and_is_an_error() {
     let flags = [&["bench", "throughput", "--model", &model][..], &bench, &FULL].concat();
     let output = run(&flags);
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
-    assert!(stdout(&output).contains("new tokens/s"), "{}", stdout(&output));
+    assert!(stdout(&output).contains("output tokens/s"), "{}", stdout(&output));
 }

@@ -20,8 +20,11 @@ type Step = (u32, Vec<(u32, f32)>);
 /// Prompts of many lengths. Every third answer is short: sequences come and go.
 fn submit(engine: &Engine, count: u32, answer: u32) -> Vec<Events> {
     let vocab = engine.spec().vocab as u32;
+    // Pads are places of images.
+    let pads = engine.spec().pads.map_or([vocab; 2], |pads| [pads.image, pads.video]);
+    let word = |id: u32| if pads.contains(&id) { 0 } else { id };
     let of = |i: u32| {
-        let ids: Vec<u32> = (0..1 + i * 7 % 60).map(|t| (t * 31 + i * 17 + 3) % vocab).collect();
+        let ids: Vec<u32> = (0..1 + i * 7 % 60).map(|t| word((t * 31 + i * 17 + 3) % vocab)).collect();
         let mut request = request(&ids, if i.is_multiple_of(3) { 1 + i } else { answer });
         request.sampling.logprobs = Some(2);
         engine.submit(request).unwrap()
