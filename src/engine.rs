@@ -16,6 +16,7 @@ mod recipe;
 mod relayout;
 #[cfg(test)]
 mod relayout_tests;
+mod stall;
 mod start;
 mod stock;
 mod text;
@@ -106,6 +107,7 @@ struct StageFacts {
     weight_bytes: usize,
     kv_bytes: usize,
     memory: Box<dyn Fn() -> Option<DeviceMemory> + Send + Sync>,
+    idle: stall::AskIdle,
     metrics: Arc<StageMetrics>,
 }
 

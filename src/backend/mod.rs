@@ -189,6 +189,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn name(&self) -> String;
     /// What is taken of the device's memory; `None` where nobody counts.
     fn memory(&self) -> Option<DeviceMemory>;
+    /// Whether all that the device was given has been done; `None` if ops are done when they return.
+    fn is_idle(&self) -> Option<bool>;
 
     /// How many rows buffers must have room for, so that the ops can go over this many: some devices pad.
     fn rows_room(&self, rows: usize) -> usize;

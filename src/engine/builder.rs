@@ -3,7 +3,11 @@
 mod plan;
 mod vision;
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 pub(super) use self::vision::place_tower;
 
@@ -85,6 +89,7 @@ pub struct EngineBuilder {
     movable: bool,
     balance: Option<Pace>,
     free: Option<Free>,
+    stall: Option<Duration>,
 }
 
 /// How stages are started.
@@ -283,6 +288,13 @@ impl EngineBuilder {
     #[cfg(test)]
     pub(super) fn free_when_moving(mut self, free: Free) -> Self {
         self.free = Some(free);
+        self
+    }
+
+    /// With stages that may take so long from the end of a step to that of the next one, wherever they are.
+    #[cfg(test)]
+    pub(super) fn stall(mut self, limit: Duration) -> Self {
+        self.stall = Some(limit);
         self
     }
 

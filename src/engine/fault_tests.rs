@@ -355,6 +355,29 @@ fn a_thread_that_hangs_is_left_behind() {
     }
 }
 
+/// A stage that ends no step is a fault like others: who was on it is told what all stages do.
+#[test]
+fn stages_that_end_nothing_for_too_long_have_failed() {
+    for mode in [Mode::Together, Mode::Apart, Mode::Ahead, MIXED[0]] {
+        watched(format!("{mode:?}"), move || {
+            let slow = Kind::Slow(Duration::from_millis(1500));
+            let plan = plan(vec![Fault::new(1, Point::AfterReceive, slow, 4..5)]);
+            let wire = wire(mode, plan, PATIENCE / 2);
+            let builder = builder().stall(Duration::from_millis(300));
+            let engine = builder.build_on(Some(mode.ahead()), wire).unwrap();
+            let error = ended(engine.submit(request(0, ANSWER)).unwrap()).1.unwrap_err().to_string();
+            assert!(error.contains("no step has ended for ") && error.contains(" s: 0 on c"), "{error}");
+            assert!(error.contains("; 1 on c") && error.contains(" waits for a micro-batch"), "{error}");
+            // They are built anew once that one has ended, and an engine at rest is none that hangs.
+            for _ in 0..2 {
+                assert_eq!(ended(engine.submit(request(0, ANSWER)).unwrap()).0, expected()[0]);
+                std::thread::sleep(Duration::from_millis(400));
+            }
+            assert_eq!(engine.stats().rebuilds, 1);
+        });
+    }
+}
+
 /// Faults while stages end, and an engine that is dropped with all hands full.
 #[test]
 fn an_engine_can_be_dropped_whatever_happens() {

@@ -11,6 +11,7 @@ use super::{
     meter::Meter,
     place::{Free, Room},
     progress::Progress,
+    stall::STALL,
     stock::Stock,
     vision::VisionConfig,
     wire::{PATIENCE, Shared, Wired},
@@ -49,6 +50,8 @@ pub(super) struct Recipe {
     pub(super) blocks: usize,
     /// How long stages may take to end.
     pub(super) patience: Duration,
+    /// How long it may take from the end of a step to that of the next one, if there is a limit.
+    pub(super) stall: Option<Duration>,
     /// Bytes of a unit's weights, and of its keys and values in a block.
     pub(super) weigh: Arc<dyn Fn(Unit) -> (usize, usize) + Send + Sync>,
 }
@@ -74,6 +77,8 @@ pub(super) struct Runs {
     /// What is free on them.
     pub(super) free: Free,
     pub(super) meter: Arc<Meter>,
+    /// How long it may take from the end of a step to that of the next one, if it is said; else GPUs alone have a limit.
+    pub(super) stall: Option<Duration>,
     /// Of each stage that there has been: those of other layouts go on counting in its place.
     pub(super) metrics: Mutex<Vec<Arc<StageMetrics>>>,
 }
@@ -130,6 +135,7 @@ impl Runs {
             keys: self.keys.clone(),
             blocks: self.config.kv_blocks,
             patience: PATIENCE,
+            stall: self.stall.or_else(|| on_gpus(layout).then_some(STALL)),
             weigh: Arc::new(weigh),
         })
     }
@@ -155,6 +161,10 @@ impl Runs {
         }
         metrics[..stages].to_vec()
     }
+}
+
+fn on_gpus(layout: &Layout) -> bool {
+    layout.stages().iter().all(|stage| stage.device != Device::Cpu)
 }
 
 /// Micro-batches in flight in a layout, unless it is said how many, and whether the host runs a step ahead: tokens that it does

@@ -14,6 +14,7 @@ use super::{
     meter::Meter,
     rebuild::Faults,
     recipe::Recipe,
+    stall::Stall,
     text,
     timeline::{self, Timeline},
     wire::Wired,
@@ -70,6 +71,7 @@ pub(super) fn start(ready: Ready) -> Result<Engine> {
         loading,
         change: None,
         balancer,
+        stall: Stall::new(),
         layout: layout.clone(),
     };
     let thread = std::thread::Builder::new()

@@ -189,7 +189,7 @@ impl Link<'_> {
         let VisionConfig { stages, metrics, .. } = config;
         let (device, metrics) = (stages[index].0, metrics[index].clone());
         let tower = config.part(blocks.clone());
-        let of = Arc::downgrade(backend);
+        let (of, asked) = (Arc::downgrade(backend), Arc::downgrade(backend));
         let facts = StageFacts {
             device: device.to_string(),
             layers: VisionStage { device, blocks: Some(blocks) }.to_string(),
@@ -197,6 +197,7 @@ impl Link<'_> {
             weight_bytes: 0,
             kv_bytes: 0,
             memory: Box::new(move || of.upgrade()?.memory()),
+            idle: Arc::new(move || asked.upgrade()?.is_idle()),
             metrics: metrics.clone(),
         };
         let (loaded, loading) = channel::bounded(1);

@@ -234,6 +234,8 @@ impl Start<'_> {
         // Whoever asks must not keep the device's memory from being given back.
         let of = Arc::downgrade(&backend);
         let memory = Box::new(move || of.upgrade()?.memory());
+        let of = Arc::downgrade(&backend);
+        let idle = Arc::new(move || of.upgrade()?.is_idle());
         let progress = self.progress.clone();
         let stocks = (self.stock.clone(), self.shared.before.clone());
         let on = (stage.device, backend.clone());
@@ -249,7 +251,7 @@ impl Start<'_> {
             metrics: metrics.clone(),
             probe,
         });
-        StageFacts { device, layers, vision: false, weight_bytes: 0, kv_bytes, memory, metrics }
+        StageFacts { device, layers, vision: false, weight_bytes: 0, kv_bytes, memory, idle, metrics }
     }
 }
 

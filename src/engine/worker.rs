@@ -25,6 +25,7 @@ use super::{
     rebuild::{Built, Faults, Old, Rebuild, take_down},
     recipe::Recipe,
     relayout::{Change, Failed, Prepared, Relayout, Switch},
+    stall::Stall,
     text::Say,
     vision::Work,
     wire::Wired,
@@ -87,6 +88,8 @@ pub(super) struct Worker {
     pub(super) change: Option<Change>,
     /// Wants one, if it is to.
     pub(super) balancer: Option<Balancer>,
+    /// When something has last come of what is in flight.
+    pub(super) stall: Stall,
     /// The layout, for all to see.
     pub(super) layout: Arc<Mutex<Layout>>,
 }
@@ -137,13 +140,19 @@ enum Came {
     Built(Result<Built>),
     Prepared(Result<Box<Prepared>>),
     Switched(Result<Box<Prepared>, Failed>),
+    /// Nothing, for too long.
+    Nothing,
 }
 
 impl Worker {
     /// Runs until the engine is dropped.
     pub(super) fn run(mut self) {
         'run: loop {
-            match self.wait() {
+            let came = self.wait();
+            if let Came::Outcome(_) | Came::Images(_) = came {
+                self.stall.progress();
+            }
+            match came {
                 Came::Command(Command::End) => break 'run,
                 Came::Command(command) => self.command(command),
                 Came::Outcome((step, Ok(sampled))) => self.tokens(step, sampled),
@@ -152,6 +161,7 @@ impl Worker {
                 Came::Built(built) => self.built(built),
                 Came::Prepared(prepared) => self.prepared(prepared),
                 Came::Switched(outcome) => self.switched(outcome),
+                Came::Nothing => self.fault(self.stall.error(&self.facts)),
             }
             // What is planned next should know of all requests that have come: the first of many, planned alone, would keep the
             // others waiting for a round.
@@ -203,6 +213,7 @@ impl Worker {
             Stages::Up(Wired { vision: Some(vision), .. }) => &vision.arrived,
             _ => &no_images,
         };
+        let nothing = self.stall.late(self.recipe.stall.filter(|_| self.works()));
         let gone = |what: &str| Error::Engine(format!("{what}; this is a bug"));
         let too_long = || Error::Engine("it takes too long".into());
         channel::select! {
@@ -221,6 +232,7 @@ impl Worker {
                 let failed = |_| Err(Failed { error: gone("nobody changes them"), hopeless: false });
                 Came::Switched(done.unwrap_or_else(failed))
             }
+            recv(nothing) -> _ => Came::Nothing,
             recv(late) -> _ => match &self.stages {
                 Stages::Switching(_) => Came::Switched(Err(Failed { error: too_long(), hopeless: true })),
                 _ => Came::Built(Err(too_long())),
@@ -228,10 +240,20 @@ impl Worker {
         }
     }
 
+    /// Whether stages have something to do.
+    fn works(&self) -> bool {
+        let stats = self.scheduler.stats();
+        let images = stats.images.map_or(0, |images| images.in_flight);
+        matches!(self.stages, Stages::Up(_)) && stats.in_flight + images > 0
+    }
+
     /// Gives the stages what they have room for.
     fn plan(&mut self) {
         if self.change.as_ref().is_some_and(Change::drains) {
             return;
+        }
+        if !self.works() {
+            self.stall.progress();
         }
         self.plan_images();
         self.plan_steps();

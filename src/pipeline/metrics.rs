@@ -1,7 +1,7 @@
 //! What a stage does with its time.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -17,7 +17,18 @@ pub struct StageMetrics {
     copy_ns: AtomicU64,
     batches: AtomicU64,
     rows: AtomicU64,
+    /// What its thread does now, as a number of [`DOING`].
+    doing: AtomicU8,
 }
+
+/// What a stage's thread does, by kinds of time.
+const DOING: [&str; 5] = [
+    "works or gives its device work",
+    "waits for a micro-batch",
+    "waits for room at the next stage",
+    "waits for a stage that shares its device",
+    "hands a micro-batch on",
+];
 
 /// What a stage has done since it started.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize)]
@@ -57,6 +68,23 @@ impl StageMetrics {
             self.add(kind, now - *since);
         }
         *since = now;
+    }
+
+    /// From now on the stage's thread spends this kind of time.
+    pub(super) fn begins(&self, kind: Spent) {
+        let number = match kind {
+            Spent::Busy => 0,
+            Spent::WaitInput => 1,
+            Spent::WaitOutput => 2,
+            Spent::WaitDevice => 3,
+            Spent::Copy => 4,
+        };
+        self.doing.store(number, Relaxed);
+    }
+
+    /// What the stage's thread does now, in words.
+    pub fn doing(&self) -> &'static str {
+        DOING[usize::from(self.doing.load(Relaxed))]
     }
 
     /// Adds to a kind.

@@ -146,6 +146,7 @@ impl<B: Backend> Running<B> {
     }
 
     fn receive(&mut self) -> Result<Result<Step, Closed>> {
+        self.metrics.begins(Spent::WaitInput);
         fault::at(Point::BeforeReceive, self.index)?;
         let step = match &mut self.input {
             Input::Steps(steps, tokens) => {
@@ -164,9 +165,11 @@ impl<B: Backend> Running<B> {
     ///
     /// What does not depend on the stage before is given to the device first: it is done while that one still works.
     fn step(&mut self, step: &Step) -> Result<Option<B::Pending>> {
+        self.metrics.begins(Spent::WaitDevice);
         let turn = self.turn.clone();
         let turn = turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         self.spent(Spent::WaitDevice);
+        self.metrics.begins(Spent::Busy);
         self.decoder.prepare(&*self.backend, &step.batch)?;
         self.spent(Spent::Busy);
         let mut pass = self.probe.begin();
@@ -212,7 +215,9 @@ impl<B: Backend> Running<B> {
         let Output::Boundary(boundary) = &mut self.output else { return Ok(()) };
         mark(pass, Moment::Computed, &self.backend)?;
         let gone = |Closed| Error::Engine("the next stage is gone".into());
+        self.metrics.begins(Spent::WaitOutput);
         boundary.wait_for_room().map_err(gone)?;
+        self.metrics.begins(Spent::Copy);
         boundary.clear()?;
         mark(pass, Moment::Room, &self.backend)?;
         self.metrics.spent::<B>(Spent::WaitOutput, &mut self.since);

@@ -242,7 +242,7 @@ fn nonsense_is_one_line() {
     let cases: &[(&str, &[&str], i32, &str)] = &[
         ("latency", &["--requests", "0"], 2, "--requests"),
         ("latency", &["--repeat", "0"], 2, "--repeat"),
-        ("latency", &["--input-len", "9", "--output-len", "2", "--limits", "cpu"], 2, "--limits cpu: "),
+        ("latency", &["--input-len", "9", "--output-len", "2", "--limits", "h900"], 2, "--limits h900: "),
         ("latency", &["--plot", "/nowhere/a.svg"], 1, "/nowhere/a.svg: there is no such folder"),
         ("latency", &["--plot", "/"], 1, "it is a folder"),
         ("throughput", &["--prompt-file", "x", "--then-input-len", "3"], 2, "--then-input-len"),

@@ -129,6 +129,10 @@ impl Backend for Cpu {
         None
     }
 
+    fn is_idle(&self) -> Option<bool> {
+        None
+    }
+
     fn rows_room(&self, rows: usize) -> usize {
         rows
     }

@@ -179,6 +179,16 @@ impl Stream {
         }
     }
 
+    /// Whether all that was put into it has been done.
+    pub(super) fn is_idle(&self) -> Result<bool> {
+        self.context.enter()?;
+        // SAFETY: the stream lives.
+        match unsafe { sys::cuStreamQuery(self.raw) }.result() {
+            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            outcome => self.context.check("running", outcome).map(|()| true),
+        }
+    }
+
     /// An error of something that was to go into it, with what is known about the stream beside.
     pub(super) fn explain(&self, error: Error) -> Error {
         let Error::Device { device, why } = error else { return error };

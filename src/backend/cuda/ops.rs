@@ -36,6 +36,10 @@ impl Backend for Cuda {
         Some(DeviceMemory { taken: self.taken.load(Relaxed), device })
     }
 
+    fn is_idle(&self) -> Option<bool> {
+        self.stream.is_idle().ok()
+    }
+
     fn rows_room(&self, rows: usize) -> usize {
         pad_rows(rows)
     }

@@ -117,6 +117,7 @@ impl EngineBuilder {
             spare,
             free: self.free.unwrap_or(cuda::free_bytes),
             meter,
+            stall: self.stall,
             metrics: Mutex::default(),
         };
         Ok((layout, runs))

@@ -65,6 +65,10 @@ impl<const ASYNC: bool> Backend for Faulty<ASYNC> {
         Some(DeviceMemory { taken: 1, device: 1 })
     }
 
+    fn is_idle(&self) -> Option<bool> {
+        Some(false)
+    }
+
     fn rows_room(&self, rows: usize) -> usize {
         self.cpu.rows_room(rows)
     }

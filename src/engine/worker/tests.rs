@@ -73,6 +73,7 @@ fn start(config: SchedulerConfig, blocks: usize, rebuilds: usize) -> Ends {
         keys: Keys::default(),
         blocks,
         patience: Duration::from_secs(5),
+        stall: None,
         weigh: Arc::new(|_| (1, 1)),
     };
     let (text, text_thread) = text::spawn(commands.clone()).unwrap();
@@ -92,6 +93,7 @@ fn start(config: SchedulerConfig, blocks: usize, rebuilds: usize) -> Ends {
         loading: Duration::ZERO,
         change: None,
         balancer: None,
+        stall: Stall::new(),
         layout: Arc::new(Mutex::new(layout)),
     };
     let threads = vec![std::thread::spawn(|| worker.run()), text_thread];
