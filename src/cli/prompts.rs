@@ -92,6 +92,7 @@ fn whole(from: impl Read) -> Result<Content> {
 }
 
 /// A line that is not blank.
+#[derive(Debug)]
 pub(super) struct Line {
     /// Its number, from 1 on.
     pub(super) number: usize,

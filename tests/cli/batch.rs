@@ -97,7 +97,7 @@ fn slow_model() -> TempDir {
     }
     let config = fs::read_to_string(format!("{}/config.json", data("qwen2_5_vl"))).unwrap();
     let mut config: Value = serde_json::from_str(&config).unwrap();
-    for (key, value) in [("hidden_size", 256), ("intermediate_size", 1024), ("num_hidden_layers", 8)] {
+    for (key, value) in [("hidden_size", 256), ("intermediate_size", 256), ("num_hidden_layers", 8)] {
         config[key] = value.into();
     }
     config["max_position_embeddings"] = 8192.into();
@@ -203,7 +203,7 @@ fn an_item_that_is_wrong_is_an_error_on_its_line() {
 fn a_killed_run_goes_on_without_losing_or_repeating_an_item() {
     let (place, model) = (Place::new(), slow_model());
     let model = model.path().to_str().unwrap();
-    let slow = ["--model", model, "--weights", "dummy", "--ignore-eos", "--max-tokens", "40"];
+    let slow = ["--model", model, "--weights", "dummy", "--ignore-eos", "--max-tokens", "60"];
     let images = ["photos/9.png", "photos/B.JPG", "no"];
     let lines: Vec<Value> =
         (0..12).map(|i| json!({"id": i, "image": images[i % 3], "prompt": format!("{i}")})).collect();
@@ -215,7 +215,7 @@ fn a_killed_run_goes_on_without_losing_or_repeating_an_item() {
     fs::remove_file(place.path("out.jsonl")).unwrap();
     // Killed again and again, one item after another.
     let one = [&flags[..], &["--running".into(), "1".into(), "--resume".into()]].concat();
-    for lines in [2, 5, 7] {
+    for lines in [2, 5] {
         let mut child = start(&one).stderr(Stdio::null()).spawn().unwrap();
         place.wait_for("out.jsonl", lines);
         signal(&child, libc::SIGKILL);

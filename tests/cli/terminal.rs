@@ -229,6 +229,8 @@ fn a_bar_shows_how_far_loading_is() {
 fn ctrl_c_stops_an_answer_and_the_conversation_goes_on() {
     let folder = slow_model();
     let mut session = Session::start(&slow_flags(&folder));
+    // A bar has an arrow, too.
+    session.wait_for("Ctrl-D leaves.");
     session.wait_for("> ");
     session.send("Hello\r");
     session.wait_for("\n");

@@ -33,7 +33,7 @@ use crate::{
 
 /// Items between the input and the results.
 const ITEMS_MAX: usize = 512;
-/// Bytes that their images take before no more are decoded.
+/// Bytes that they and their images take before no more are decoded.
 const IMAGE_BYTES: usize = 1 << 30;
 /// Threads that decode: more gain nothing beside the fastest tower.
 const DECODERS_MAX: usize = 16;
@@ -231,15 +231,18 @@ impl<'a> Flow<'a> {
     }
 }
 
+/// An image once somebody has opened it.
+type Opened = Arc<OnceLock<Result<Media>>>;
+
 /// Where items come from. Those about one image follow each other, and it is opened once.
 struct Feed {
     items: Enumerate<Items>,
-    last: Option<(String, Arc<OnceLock<Result<Media>>>)>,
+    last: Option<(String, Opened)>,
 }
 
 impl Feed {
     /// The next item, with its image where others may ask for the same.
-    fn next(&mut self) -> Option<(usize, Item, Option<Arc<OnceLock<Result<Media>>>>)> {
+    fn next(&mut self) -> Option<(usize, Item, Option<Opened>)> {
         let (number, item) = self.items.next()?;
         let opened = item.image.as_ref().map(|image| match &self.last {
             Some((last, opened)) if last == image => opened.clone(),
@@ -264,6 +267,7 @@ fn decode(asker: &Asker, gate: &Arc<Gate>, feed: &Mutex<Feed>, jobs: &Sender<(us
     while let Some(mut pass) = gate.enter() {
         let next = feed.lock().unwrap_or_else(PoisonError::into_inner).next();
         let Some((number, item, opened)) = next else { return };
+        pass.hold(item.bytes);
         let asked = item.asked.clone().and_then(|asked| match opened {
             Some(opened) => with_opened(asker, asked, &opened),
             None => Ok(asked),

@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use glob::MatchOptions;
 use serde_json::Value;
 
 use crate::{
@@ -30,6 +31,8 @@ pub(super) struct Item {
     pub(super) question: Option<String>,
     /// What tells it from others, and the same item of another run from this one's.
     pub(super) key: String,
+    /// Of its line, which may bring images along.
+    pub(super) bytes: usize,
     /// What is asked, or what is wrong with it.
     pub(super) asked: Result<Asked>,
 }
@@ -124,8 +127,10 @@ fn find(named: &str, only: bool) -> Result<Vec<Image>> {
 
 /// The image files that match a glob, in their natural order.
 fn matches(pattern: &str) -> Result<Vec<PathBuf>> {
-    let paths =
-        glob::glob(pattern).map_err(|e| Error::usage(format!("--images {pattern}"), e.to_string()))?;
+    // As in a shell, hidden files have to be asked for.
+    let options = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
+    let paths = glob::glob_with(pattern, options)
+        .map_err(|e| Error::usage(format!("--images {pattern}"), e.to_string()))?;
     let mut files = Vec::new();
     for path in paths {
         let path = path.map_err(|e| Error::io(e.path(), e.error()))?;
@@ -171,7 +176,7 @@ fn about(image: &Image, (questions, q): (&[String], usize), settings: &str) -> I
     let content = Content::Text(question.clone());
     let asked = Asked { media: vec![Wanted::first(Source::Image(image.path.clone()))], ..content.into() };
     let key = key(&[settings, &question]);
-    Item { id: id.into(), image: Some(name), question: Some(question), key, asked: Ok(asked) }
+    Item { id: id.into(), image: Some(name), question: Some(question), key, bytes: 0, asked: Ok(asked) }
 }
 
 /// What a line asks. Its id is its own or, without one, the line's number.
@@ -188,11 +193,13 @@ fn of_line(line: &Line, name: &str, dir: &Path, settings: &str) -> Item {
     };
     let asked = asked.map_err(|why: String| prompts::wrong(name, line.number, &why));
     let id = id.unwrap_or_else(|| line.number.into());
-    Item { id, image: None, question: None, key: key(&[settings, line.text.trim()]), asked }
+    let key = key(&[settings, line.text.trim()]);
+    Item { id, image: None, question: None, key, bytes: line.text.len(), asked }
 }
 
 fn unreadable(number: usize, why: Error, settings: &str) -> Item {
-    Item { id: number.into(), image: None, question: None, key: key(&[settings, "?"]), asked: Err(why) }
+    let key = key(&[settings, "?"]);
+    Item { id: number.into(), image: None, question: None, key, bytes: 0, asked: Err(why) }
 }
 
 /// The lines of a file that are not blank, as [`Lines`] has them.
