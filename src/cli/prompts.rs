@@ -254,7 +254,7 @@ mod tests {
         assert!(message("3").contains("neither a string nor an object"));
         assert!(message("{}").contains("none of prompt, messages and prompt_ids"));
         assert!(message(r#"{"prompt": "a", "prompt_ids": [1]}"#).contains("both prompt and prompt_ids"));
-        assert!(message(r#"{"prompt": 1}"#).contains("prompt: it is no string"));
+        assert!(message(r#"{"prompt": 1}"#).contains("prompt: invalid type"));
         assert!(message(r#"{"messages": [{"role": "user"}]}"#).contains("missing field `content`"));
         assert!(message(r#"{"prompt_ids": [-1]}"#).contains("prompt_ids: "));
         assert!(message(r#"{"prompt": "a", "tempratur": 1}"#).contains("unknown field `tempratur`"));

@@ -382,6 +382,14 @@ fn a_batch_of_text_comes_from_stdin_too() {
     good(&run_with("\"one\"\n\"two\"\n", &flags));
     assert_eq!(place.ids("out.jsonl"), [1, 2]);
     good(&run_with("\"one\"\n\"two\"\n\"three\"\n", &[&flags[..], &["--resume"]].concat()));
+    // Of a pipe with a name no line is lost, either.
+    let (pipe, named) = (place.path("pipe"), place.path("named.jsonl"));
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let from = pipe.clone();
+    let writer = std::thread::spawn(move || fs::write(from, "\"one\"\n\"two\"\n").unwrap());
+    good(&run(&["batch", "--model", &model(), "--input", &pipe, "--output", &named, "--max-tokens", "3"]));
+    writer.join().unwrap();
+    assert_eq!(place.ids("named.jsonl"), [1, 2]);
     assert_eq!(place.ids("out.jsonl"), [1, 2, 3]);
 }
 

@@ -70,15 +70,16 @@ impl Items {
         Ok(Listed { items: Items(Box::new(items)), total })
     }
 
-    /// The lines of a file; `-` is stdin, of which nobody knows how many there are.
+    /// The lines of a file; `-` is stdin. Of a pipe nobody knows how many there are.
     pub(super) fn of_lines(path: &Path, settings: String) -> Result<Listed> {
         let lines = Lines::open(path)?;
-        let total = match path == Path::new("-") {
-            true => None,
-            false => match count(path)? {
+        // What is no file can be read once.
+        let total = match path != Path::new("-") && path.is_file() {
+            true => match count(path)? {
                 0 => return Err(Error::data(path, "holds no requests")),
                 lines => Some(lines),
             },
+            false => None,
         };
         let (name, dir) = (lines.name.clone(), prompts::folder_of(path));
         let mut number = 0;

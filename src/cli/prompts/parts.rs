@@ -37,10 +37,10 @@ pub(super) fn take(fields: &mut Map<String, Value>, dir: &Path) -> Result<(Conte
             let ids = serde_json::from_value(value).map_err(|e| named(told(&e)))?;
             Ok((Content::Ids(ids), beside.all()))
         }
-        _ => match value {
-            Value::String(text) => Ok((Content::Text(text), beside.all())),
-            _ => Err(named("it is no string".into())),
-        },
+        _ => {
+            let text = serde_json::from_value(value).map_err(|e| named(told(&e)))?;
+            Ok((Content::Text(text), beside.all()))
+        }
     }
 }
 
