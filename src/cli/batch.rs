@@ -99,7 +99,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     results.begin()?;
     interrupt.listen();
     let (started, progress) = (Instant::now(), Progress::new(total, done));
-    let flow = Flow::start(asker, items, &interrupt, progress);
+    let flow = Flow::start(Arc::new(asker), items, &interrupt, progress);
     let ended = flow.write_all(&mut results)?;
     interrupt.ignore();
     let code = told(&ended, Some(started), &args);

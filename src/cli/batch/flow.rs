@@ -19,7 +19,7 @@ use super::{
 use crate::{
     cli::{
         answer::{Answer, PATIENCE, Stream},
-        asker::{Asker, Submitted},
+        asker::Asker,
         gate::{Gate, Pass},
         interrupt::Interrupt,
         media::Source,
@@ -29,6 +29,7 @@ use crate::{
     engine::TimedOut,
     error::{Error, Result},
     request::Media,
+    text::Tokenizer,
 };
 
 /// Items between the input and the results.
@@ -54,9 +55,41 @@ pub(super) struct Ended {
     pub(super) new_tokens: usize,
 }
 
+/// Who opens images and answers.
+pub(super) trait Answerer: Send + Sync {
+    fn open(&self, source: &Source) -> Result<Media>;
+    fn submit(&self, asked: Asked) -> Result<Underway>;
+    /// Names tokens.
+    fn tokenizer(&self) -> Option<&Tokenizer>;
+}
+
+/// A request that has been submitted.
+pub(super) struct Underway {
+    events: Box<dyn Stream + Send>,
+    answer: Answer,
+    /// Of its images.
+    bytes: usize,
+}
+
+impl Answerer for Asker {
+    fn open(&self, source: &Source) -> Result<Media> {
+        source.open(&self.engine)
+    }
+
+    fn submit(&self, asked: Asked) -> Result<Underway> {
+        let submitted = Asker::submit(self, asked)?;
+        let answer = Answer::new(submitted.events.prompt_ids().to_vec(), submitted.samples);
+        Ok(Underway { bytes: submitted.bytes, events: Box::new(submitted), answer })
+    }
+
+    fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.engine.tokenizer().map(|tokenizer| &**tokenizer)
+    }
+}
+
 /// The threads that decode and submit, and what comes from them.
 pub(super) struct Flow<'a> {
-    asker: Asker,
+    asker: Arc<dyn Answerer>,
     interrupt: &'a Interrupt,
     progress: Progress,
     gate: Arc<Gate>,
@@ -79,20 +112,25 @@ struct Job {
 
 enum State {
     /// Its events are to come.
-    Growing(Box<Submitted>, Answer),
+    Growing(Underway),
     Done(Answer),
     Failed(Error),
 }
 
 impl<'a> Flow<'a> {
-    pub(super) fn start(asker: Asker, items: Items, interrupt: &'a Interrupt, progress: Progress) -> Self {
+    pub(super) fn start(
+        asker: Arc<dyn Answerer>,
+        items: Items,
+        interrupt: &'a Interrupt,
+        progress: Progress,
+    ) -> Self {
         let gate = Gate::new(ITEMS_MAX, IMAGE_BYTES);
         let feed = Arc::new(Mutex::new(Feed { items: items.enumerate(), last: None }));
         let (send, jobs) = unbounded();
         let decoders = thread::available_parallelism().map_or(1, usize::from).min(DECODERS_MAX);
         let decoder = |_| {
             let (asker, gate, feed, send) = (asker.clone(), gate.clone(), feed.clone(), send.clone());
-            thread::spawn(move || decode(&asker, &gate, &feed, &send))
+            thread::spawn(move || decode(&*asker, &gate, &feed, &send))
         };
         let threads = (0..decoders).map(decoder).collect();
         let (early, ended) = (BTreeMap::new(), Ended::default());
@@ -159,7 +197,7 @@ impl<'a> Flow<'a> {
         // Dropping the others cancels them.
         begun.truncate(finished);
         self.early.clear();
-        let waiting = begun.iter().filter(|job| matches!(job.state, State::Growing(..))).count();
+        let waiting = begun.iter().filter(|job| matches!(job.state, State::Growing(_))).count();
         self.progress.end();
         if waiting > 0 {
             say(&format!(
@@ -176,8 +214,8 @@ impl<'a> Flow<'a> {
     /// Takes the events that there are; whether it has ended. It waits no longer than that for each.
     fn poll(&self, job: &mut Job, timeout: Duration) -> Result<bool> {
         loop {
-            let State::Growing(submitted, answer) = &mut job.state else { return Ok(true) };
-            let event = match submitted.next_timeout(timeout) {
+            let State::Growing(Underway { events, answer, .. }) = &mut job.state else { return Ok(true) };
+            let event = match events.next_timeout(timeout) {
                 Ok(Some(event)) => event,
                 Ok(None) => {
                     job.state = State::Done(std::mem::take(answer));
@@ -203,7 +241,7 @@ impl<'a> Flow<'a> {
             return Err(why.and(&format!("item {} was tried {TRIES} times", job.item.id)));
         }
         tracing::warn!(item = %job.item.id, error = %why, "asked again");
-        job.state = submit(&self.asker, job.item.asked.clone())?;
+        job.state = submit(&*self.asker, job.item.asked.clone())?;
         Ok(())
     }
 
@@ -212,9 +250,9 @@ impl<'a> Flow<'a> {
             State::Done(answer) => Ok(answer),
             State::Failed(e @ (Error::Engine(_) | Error::Device { .. })) => return Err(e.clone()),
             State::Failed(e) => Err(e),
-            State::Growing(..) => unreachable!("an item that has not ended; this is a bug"),
+            State::Growing(_) => unreachable!("an item that has not ended; this is a bug"),
         };
-        results.write(&job.item, outcome, self.asker.engine.tokenizer().map(|t| &**t))?;
+        results.write(&job.item, outcome, self.asker.tokenizer())?;
         self.progress.written(outcome.is_err());
         match outcome {
             Ok(answer) => {
@@ -253,7 +291,7 @@ impl Feed {
 }
 
 /// Takes items, opens their images and submits them, until there are no more.
-fn decode(asker: &Asker, gate: &Arc<Gate>, feed: &Mutex<Feed>, jobs: &Sender<(usize, Job)>) {
+fn decode(asker: &dyn Answerer, gate: &Arc<Gate>, feed: &Mutex<Feed>, jobs: &Sender<(usize, Job)>) {
     /// Who waits for an item that a panic has taken along would wait for ever.
     struct Closes<'a>(&'a Gate);
     impl Drop for Closes<'_> {
@@ -273,8 +311,8 @@ fn decode(asker: &Asker, gate: &Arc<Gate>, feed: &Mutex<Feed>, jobs: &Sender<(us
             None => Ok(asked),
         });
         let state = submit(asker, asked).unwrap_or_else(State::Failed);
-        if let State::Growing(submitted, _) = &state {
-            pass.hold(submitted.bytes);
+        if let State::Growing(underway) = &state {
+            pass.hold(underway.bytes);
         }
         if jobs.send((number, Job { item, state, tries: 0, _pass: pass })).is_err() {
             return;
@@ -283,22 +321,22 @@ fn decode(asker: &Asker, gate: &Arc<Gate>, feed: &Mutex<Feed>, jobs: &Sender<(us
 }
 
 /// With the image as it has been opened, by this thread or by another one.
-fn with_opened(asker: &Asker, mut asked: Asked, opened: &OnceLock<Result<Media>>) -> Result<Asked> {
+fn with_opened(asker: &dyn Answerer, mut asked: Asked, opened: &OnceLock<Result<Media>>) -> Result<Asked> {
     for wanted in &mut asked.media {
-        let media = opened.get_or_init(|| wanted.source.open(&asker.engine)).clone()?;
+        let media = opened.get_or_init(|| asker.open(&wanted.source)).clone()?;
         wanted.source = Source::Ready(media);
     }
     Ok(asked)
 }
 
 /// An error is the engine's; the item's own is its state.
-fn submit(asker: &Asker, asked: Result<Asked>) -> Result<State> {
+fn submit(asker: &dyn Answerer, asked: Result<Asked>) -> Result<State> {
     match asked.and_then(|asked| asker.submit(asked)) {
-        Ok(submitted) => {
-            let answer = Answer::new(submitted.events.prompt_ids().to_vec(), submitted.samples);
-            Ok(State::Growing(Box::new(submitted), answer))
-        }
+        Ok(underway) => Ok(State::Growing(underway)),
         Err(e @ (Error::Engine(_) | Error::Device { .. })) => Err(e),
         Err(e) => Ok(State::Failed(e)),
     }
 }
+
+#[cfg(test)]
+mod tests;
