@@ -102,8 +102,8 @@ impl Speed {
     }
 }
 
-/// Nothing where stderr is no terminal.
-fn bar() -> ProgressBar {
+/// A bar on stderr; nothing where that is no terminal.
+pub(super) fn bar() -> ProgressBar {
     let style = ProgressStyle::with_template(STYLE).expect("a template that is correct; this is a bug");
     ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10))
         .with_style(style.progress_chars("=> "))

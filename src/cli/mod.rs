@@ -1,15 +1,20 @@
 //! The command line: one file a subcommand, in [`SUBCOMMANDS`]. Without a subcommand it is `run`.
 
 mod answer;
+mod asker;
+mod attach;
+mod batch;
 mod bench;
 mod chat;
 mod choices;
 mod compared;
 mod completions;
 mod devices;
+mod gate;
 mod interrupt;
 mod loading;
 mod man;
+mod media;
 mod output;
 mod plan;
 mod prompts;
@@ -55,6 +60,7 @@ struct Subcommand {
 /// All subcommands. The first one's flags work without its name, too.
 const SUBCOMMANDS: &[Subcommand] = &[
     run::SUBCOMMAND,
+    batch::SUBCOMMAND,
     bench::SUBCOMMAND,
     plan::SUBCOMMAND,
     devices::SUBCOMMAND,
@@ -207,6 +213,11 @@ fn source(file: &str) -> &str {
 /// One `error:` line on stderr, which may be gone.
 fn complain(message: &str) {
     let _ = writeln!(io::stderr(), "error: {}", one_line(message));
+}
+
+/// One line on stderr, which may be gone.
+fn say(message: &str) {
+    let _ = writeln!(io::stderr(), "{}", one_line(message));
 }
 
 /// Text that spans lines, as one.

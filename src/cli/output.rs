@@ -145,8 +145,9 @@ struct SamplesLine<'a> {
     samples: Vec<SampleLine<'a>>,
 }
 
+/// A token with its log-probability, and the most likely ones.
 #[derive(Serialize)]
-struct TokenLine {
+pub(super) struct TokenLine {
     #[serde(flatten)]
     chosen: TopLine,
     top: Vec<TopLine>,
@@ -182,28 +183,29 @@ impl<W: Write> Json<W> {
     }
 
     fn sample<'a>(&self, sample: &'a Sample, prompt: Option<PromptLine<'a>>) -> SampleLine<'a> {
-        let tokens = sample.ids.iter().zip(&sample.logprobs);
         SampleLine {
             text: &sample.text,
             token_ids: &sample.ids,
             prompt,
             completion_tokens: sample.ids.len(),
             finish_reason: sample.end.map_or(FinishReason::Cancelled, |(reason, _)| reason),
-            logprobs: tokens.map(|(&id, logprobs)| self.token(id, logprobs)).collect(),
+            logprobs: token_lines(sample, self.tokenizer.as_deref()),
             timings: sample.end.map(|(_, usage)| timings(&usage)),
         }
     }
+}
 
-    fn token(&self, id: u32, logprobs: &Logprobs) -> TokenLine {
-        let top = |id: u32, logprob: f32| {
-            let token = self.tokenizer.as_ref().and_then(|t| t.token_text(id));
-            TopLine { id, token, logprob }
-        };
-        TokenLine {
-            chosen: top(id, logprobs.chosen),
-            top: logprobs.top.iter().map(|&(id, logprob)| top(id, logprob)).collect(),
-        }
-    }
+/// A sample's log-probabilities. The tokenizer names tokens.
+pub(super) fn token_lines(sample: &Sample, tokenizer: Option<&Tokenizer>) -> Vec<TokenLine> {
+    let top = |id: u32, logprob: f32| {
+        let token = tokenizer.and_then(|t| t.token_text(id));
+        TopLine { id, token, logprob }
+    };
+    let line = |(&id, logprobs): (&u32, &Logprobs)| TokenLine {
+        chosen: top(id, logprobs.chosen),
+        top: logprobs.top.iter().map(|&(id, logprob)| top(id, logprob)).collect(),
+    };
+    sample.ids.iter().zip(&sample.logprobs).map(line).collect()
 }
 
 impl<W: Write> Printer for Json<W> {

@@ -1,14 +1,16 @@
 //! What is asked: one or a few prompts from flags, or many from a file of JSON lines.
 
+mod parts;
+
 use std::{
     fs::File,
     io::{self, BufRead, BufReader, Read},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use serde_json::{Map, Value};
 
-use super::choices::Choices;
+use super::{choices::Choices, media::Wanted};
 use crate::{
     error::{Error, Result},
     request::Message,
@@ -28,16 +30,18 @@ pub(super) enum Content {
     Ids(Vec<u32>),
 }
 
-/// One thing asked, with its own choices.
+/// One thing asked, with its images and its own choices.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Asked {
     pub(super) content: Content,
+    /// In the order of their places.
+    pub(super) media: Vec<Wanted>,
     pub(super) choices: Choices,
 }
 
 impl From<Content> for Asked {
     fn from(content: Content) -> Self {
-        Asked { content, choices: Choices::default() }
+        Asked { content, media: Vec::new(), choices: Choices::default() }
     }
 }
 
@@ -46,15 +50,21 @@ pub(super) type Prompts = Box<dyn Iterator<Item = Result<Asked>> + Send>;
 
 /// The prompts of a file of JSON lines; `-` is stdin. Lines are read as they are asked for.
 pub(super) fn file(path: &Path) -> Result<Prompts> {
-    if path == Path::new("-") {
-        return Ok(Box::new(Lines::new("stdin".into(), BufReader::new(io::stdin()))));
+    let dir = folder_of(path);
+    let lines = Lines::open(path)?;
+    let name = lines.name.clone();
+    Ok(Box::new(lines.map(move |line| {
+        let Line { number, text } = line?;
+        parse(&text, &dir).map_err(|why| wrong(&name, number, &why))
+    })))
+}
+
+/// The folder that names within a file of prompts are relative to.
+pub(super) fn folder_of(path: &Path) -> PathBuf {
+    match path == Path::new("-") {
+        true => PathBuf::new(),
+        false => path.parent().unwrap_or(Path::new("")).to_path_buf(),
     }
-    let file = File::open(path).map_err(|e| Error::io(path, e))?;
-    // A folder opens, but cannot be read.
-    if file.metadata().map_err(|e| Error::io(path, e))?.is_dir() {
-        return Err(Error::io(path, "it is a folder, not a file of prompts"));
-    }
-    Ok(Box::new(Lines::new(path.display().to_string(), BufReader::new(file))))
 }
 
 /// All of stdin as one prompt, less the line end that `echo` adds.
@@ -81,16 +91,38 @@ fn whole(from: impl Read) -> Result<Content> {
     Ok(Content::Text(text))
 }
 
-struct Lines<R> {
-    name: String,
-    reader: R,
+/// A line that is not blank.
+#[derive(Debug)]
+pub(super) struct Line {
+    /// Its number, from 1 on.
+    pub(super) number: usize,
+    pub(super) text: String,
+}
+
+/// The lines of a file that are not blank. One that cannot be read is an error in its place.
+pub(super) struct Lines {
+    pub(super) name: String,
+    reader: Box<dyn BufRead + Send>,
     number: usize,
     ended: bool,
 }
 
-impl<R: BufRead> Lines<R> {
-    fn new(name: String, reader: R) -> Self {
-        Lines { name, reader, number: 0, ended: false }
+impl Lines {
+    /// Opens a file; `-` is stdin.
+    pub(super) fn open(path: &Path) -> Result<Lines> {
+        if path == Path::new("-") {
+            return Ok(Lines::new("stdin".into(), BufReader::new(io::stdin())));
+        }
+        let file = File::open(path).map_err(|e| Error::io(path, e))?;
+        // A folder opens, but cannot be read.
+        if file.metadata().map_err(|e| Error::io(path, e))?.is_dir() {
+            return Err(Error::io(path, "it is a folder, not a file of prompts"));
+        }
+        Ok(Lines::new(path.display().to_string(), BufReader::new(file)))
+    }
+
+    fn new(name: String, reader: impl BufRead + Send + 'static) -> Self {
+        Lines { name, reader: Box::new(reader), number: 0, ended: false }
     }
 
     /// The next line that is not blank; `None` at the end.
@@ -119,54 +151,47 @@ impl<R: BufRead> Lines<R> {
     }
 
     fn wrong(&self, why: &str) -> Error {
-        Error::data(&self.name, format!("line {}: {why}", self.number))
+        wrong(&self.name, self.number, why)
     }
 }
 
-impl<R: BufRead> Iterator for Lines<R> {
-    type Item = Result<Asked>;
+impl Iterator for Lines {
+    type Item = Result<Line>;
 
-    fn next(&mut self) -> Option<Result<Asked>> {
+    fn next(&mut self) -> Option<Result<Line>> {
         if self.ended {
             return None;
         }
         let line = self.line().transpose()?;
-        Some(line.and_then(|text| parse(&text).map_err(|why| self.wrong(&why))))
+        Some(line.map(|text| Line { number: self.number, text }))
     }
 }
 
-/// A line: a string, or an object with one of `prompt`, `messages`, `prompt_ids`, and choices.
-fn parse(line: &str) -> Result<Asked, String> {
+/// An error of a line.
+pub(super) fn wrong(name: &str, number: usize, why: &str) -> Error {
+    Error::data(name, format!("line {number}: {why}"))
+}
+
+/// A line: a string, or an object with one of `prompt`, `messages`, `prompt_ids`, with images and choices. Names of files are
+/// relative to `dir`.
+fn parse(line: &str, dir: &Path) -> Result<Asked, String> {
     match serde_json::from_str(line).map_err(|e| told(&e))? {
         Value::String(text) => Ok(Content::Text(text).into()),
-        Value::Object(mut fields) => {
-            let content = content(&mut fields)?;
-            let choices: Choices = serde_json::from_value(Value::Object(fields)).map_err(|e| told(&e))?;
-            choices.check(str::to_owned).map_err(|e| e.to_string())?;
-            Ok(Asked { content, choices })
-        }
+        Value::Object(fields) => object(fields, dir),
         _ => Err("it is neither a string nor an object".into()),
     }
 }
 
-/// Takes the one field that holds the prompt.
-fn content(fields: &mut Map<String, Value>) -> Result<Content, String> {
-    const NAMES: [&str; 3] = ["prompt", "messages", "prompt_ids"];
-    let mut found = NAMES.iter().filter_map(|name| Some((*name, fields.shift_remove(*name)?)));
-    let (name, value) = found.next().ok_or("it has none of prompt, messages and prompt_ids")?;
-    if let Some((other, _)) = found.next() {
-        return Err(format!("it has both {name} and {other}"));
-    }
-    let parsed = match name {
-        "prompt" => serde_json::from_value(value).map(Content::Text),
-        "messages" => serde_json::from_value(value).map(Content::Messages),
-        _ => serde_json::from_value(value).map(Content::Ids),
-    };
-    parsed.map_err(|e| format!("{name}: {}", told(&e)))
+/// What an object asks.
+pub(super) fn object(mut fields: Map<String, Value>, dir: &Path) -> Result<Asked, String> {
+    let (content, media) = parts::take(&mut fields, dir)?;
+    let choices: Choices = serde_json::from_value(Value::Object(fields)).map_err(|e| told(&e))?;
+    choices.check(str::to_owned).map_err(|e| e.to_string())?;
+    Ok(Asked { content, media, choices })
 }
 
 /// A message of serde_json's about text that is always one line.
-fn told(e: &serde_json::Error) -> String {
+pub(super) fn told(e: &serde_json::Error) -> String {
     e.to_string().replace(" at line 1 column ", " at column ")
 }
 
@@ -175,7 +200,11 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Vec<Result<Asked>> {
-        Lines::new("p.jsonl".into(), text.as_bytes()).collect()
+        let lines = Lines::new("p.jsonl".into(), io::Cursor::new(text.to_owned()));
+        let parsed = |Line { number, text }| {
+            parse(&text, Path::new("dir")).map_err(|why| wrong("p.jsonl", number, &why))
+        };
+        lines.map(|line| line.and_then(parsed)).collect()
     }
 
     fn message(text: &str) -> String {

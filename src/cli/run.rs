@@ -14,10 +14,14 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use super::{
     EXIT_INTERRUPTED, Subcommand, VERBOSE,
     answer::{Answer, End, Halt, PATIENCE, Stream},
-    chat::{self, Terminal},
+    asker::{Asker, Manner, Submitted},
+    attach::Opener,
+    chat::{self, Partner, Terminal, Terms},
     choices::Choices,
     compared, complain, flag_name,
+    gate::{Gate, Pass},
     interrupt::Interrupt,
+    media::{self, Pixels, Wanted},
     output::{Json, Printer, Text},
     prompts::{self, Asked, Content, Prompts},
     setup::Setup,
@@ -25,9 +29,9 @@ use super::{
     table::{Totals, report},
 };
 use crate::{
-    engine::{Engine, Events, Watch},
+    engine::{Engine, Watch},
     error::{Error, Result},
-    request::{Message, Prompt},
+    request::Media,
 };
 
 pub(super) const SUBCOMMAND: Subcommand =
@@ -36,6 +40,8 @@ pub(super) const SUBCOMMAND: Subcommand =
 /// Requests that are submitted and not yet printed: it bounds the memory that a long file of prompts takes.
 /// One is printed and one waits for room.
 const WINDOW: usize = 1024 - 2;
+/// What their images may take before no more are decoded.
+const IMAGE_BYTES: usize = 1 << 30;
 
 #[derive(Debug, Clone, Args)]
 struct RunArgs {
@@ -43,6 +49,8 @@ struct RunArgs {
     setup: Setup,
     #[command(flatten)]
     input: Input,
+    #[command(flatten)]
+    pixels: Pixels,
     #[command(flatten)]
     choices: Choices,
     /// text streams the answer and reports on stderr; json is one object a prompt
@@ -64,15 +72,23 @@ struct Input {
     /// Token ids, used unchanged: 1,2,3
     #[arg(long, value_name = "IDS", value_delimiter = ',', action = ArgAction::Set, conflicts_with_all = ["chat", "system"])]
     prompt_ids: Option<Vec<u32>>,
-    /// Demands the model's chat template, which is used anyway where there is one
-    #[arg(long, conflicts_with = "raw")]
-    chat: bool,
-    /// Takes prompts as they are, without the chat template
-    #[arg(long, conflicts_with = "system")]
-    raw: bool,
-    /// The system message before each prompt
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    system: Option<String>,
+    #[command(flatten)]
+    manner: Manner,
+    /// An image before the prompt's text; repeatable, in order. Without the chat template the prompt itself says where
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt_file", help_heading = "Images")]
+    image: Vec<PathBuf>,
+    /// A video before the prompt's text: a folder of frames, in the natural order of their names; repeatable
+    #[arg(
+        long,
+        value_name = "DIR",
+        requires = "fps",
+        conflicts_with = "prompt_file",
+        help_heading = "Images"
+    )]
+    video: Vec<PathBuf>,
+    /// Frames a second of the videos
+    #[arg(long, value_name = "FPS", value_parser = media::fps, help_heading = "Images")]
+    fps: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -84,29 +100,36 @@ enum Format {
 /// Where prompts come from.
 enum Source {
     /// One prompt: its error is the program's.
-    One(Content),
+    One(Asked),
     /// Several: a wrong one does not keep the others from being answered.
     Many(Prompts),
-    /// A person at a terminal.
-    Person,
+    /// A person at a terminal, who begins with these images.
+    Person(Vec<media::Source>),
 }
 
 fn run(matches: &ArgMatches) -> Result<u8> {
     let args = RunArgs::from_arg_matches(matches).expect("clap has parsed these flags; this is a bug");
     args.choices.check(flag_name)?;
-    let builder = args.setup.builder()?;
-    let source = args.source()?;
+    let builder = args.pixels.apply(args.setup.builder()?);
+    let media = args.media(matches)?;
+    let source = args.source(media)?;
+    if let Some(flag) = args.images_flag() {
+        args.setup.must_see(flag)?;
+    }
     let interrupt = Interrupt::install()?;
     let engine = Arc::new(args.setup.start(builder, args.format == Format::Text)?);
     let watch = (matches.get_count(VERBOSE) > 0).then(|| engine.watch()).transpose()?;
-    let asker = Asker::new(args.clone(), engine.clone())?;
+    let asker = Asker::new(engine.clone(), args.input.manner.clone(), args.choices.clone())?;
     let code = match source {
-        Source::One(content) => {
-            let run = Run::new(&asker, &interrupt, false);
-            run.all(Box::new(std::iter::once(Ok(content.into()))))
+        Source::One(asked) => {
+            let run = Run::new(&asker, &interrupt, (args.format, false));
+            run.all(Box::new(std::iter::once(Ok(asked))))
         }
-        Source::Many(prompts) => Run::new(&asker, &interrupt, true).all(prompts),
-        Source::Person => converse(&asker, &interrupt),
+        Source::Many(prompts) => Run::new(&asker, &interrupt, (args.format, true)).all(prompts),
+        Source::Person(media) => {
+            let terms = Terms { chat: asker.chat, media, fps: args.input.fps };
+            converse(&asker, &interrupt, terms)
+        }
     }?;
     drop(asker);
     // The answers are out, whatever becomes of the figures.
@@ -137,8 +160,31 @@ fn compare(engine: &Engine, watch: Watch, format: Format) -> Result<()> {
 }
 
 impl RunArgs {
+    /// The images and videos of the flags, in their order. They are there, whatever they are.
+    fn media(&self, matches: &ArgMatches) -> Result<Vec<media::Source>> {
+        let Input { image, video, fps, .. } = &self.input;
+        let places = |id| matches.indices_of(id).into_iter().flatten();
+        let images = image.iter().cloned().map(media::Source::Image);
+        let videos = video.iter().cloned().map(|dir| media::Source::Folder(dir, fps.unwrap_or(1.0)));
+        let mut placed: Vec<(usize, media::Source)> =
+            places("image").zip(images).chain(places("video").zip(videos)).collect();
+        placed.sort_by_key(|(place, _)| *place);
+        let sources: Vec<media::Source> = placed.into_iter().map(|(_, source)| source).collect();
+        sources.iter().try_for_each(media::Source::check)?;
+        Ok(sources)
+    }
+
+    /// A flag that a model which reads no images has no use for.
+    fn images_flag(&self) -> Option<&'static str> {
+        let Input { image, video, fps, .. } = &self.input;
+        let flags =
+            [("--image", !image.is_empty()), ("--video", !video.is_empty()), ("--fps", fps.is_some())];
+        let given = flags.iter().find(|(_, given)| *given).map(|(flag, _)| *flag);
+        given.or(self.pixels.flag())
+    }
+
     /// Opens what prompts come from, before a model is loaded in vain.
-    fn source(&self) -> Result<Source> {
+    fn source(&self, media: Vec<media::Source>) -> Result<Source> {
         if self.choices.logprobs() && self.format == Format::Text {
             return Err(Error::usage("--logprobs", "they are shown by --format json alone"));
         }
@@ -146,92 +192,38 @@ impl RunArgs {
         if let Some(path) = prompt_file {
             return Ok(Source::Many(prompts::file(path)?));
         }
+        let with = |content: Content| {
+            let media = media.iter().cloned().map(Wanted::first).collect();
+            Asked { media, ..content.into() }
+        };
         if let Some(ids) = prompt_ids {
-            return Ok(Source::One(Content::Ids(ids.clone())));
+            return Ok(Source::One(with(Content::Ids(ids.clone()))));
         }
         match &prompt[..] {
-            [] if !io::stdin().is_terminal() => Ok(Source::One(prompts::stdin()?)),
+            [] if !io::stdin().is_terminal() => Ok(Source::One(with(prompts::stdin()?))),
             [] if self.format == Format::Json => {
                 Err(Error::usage("--format json", "a conversation is text; give a prompt"))
             }
             [] if self.choices.several() => Err(Error::usage("--n", "a conversation has one answer")),
-            [] => Ok(Source::Person),
-            [one] => Ok(Source::One(Content::Text(one.clone()))),
+            [] => Ok(Source::Person(media)),
+            [one] => Ok(Source::One(with(Content::Text(one.clone())))),
             many => {
                 let asked: Vec<Result<Asked>> =
-                    many.iter().map(|text| Ok(Content::Text(text.clone()).into())).collect();
+                    many.iter().map(|text| Ok(with(Content::Text(text.clone())))).collect();
                 Ok(Source::Many(Box::new(asked.into_iter())))
             }
         }
     }
 }
 
-/// Makes requests of what is asked, and submits them.
-#[derive(Clone)]
-struct Asker {
-    engine: Arc<Engine>,
-    args: RunArgs,
-    /// Whether text goes through the chat template.
-    chat: bool,
-}
-
-impl Asker {
-    fn new(args: RunArgs, engine: Arc<Engine>) -> Result<Self> {
-        let has_template = engine.template().is_some();
-        let Input { chat, raw, system, .. } = &args.input;
-        let demanded = [("--chat", *chat), ("--system", system.is_some())];
-        if let Some((flag, _)) = demanded.iter().find(|(_, demanded)| *demanded && !has_template) {
-            return Err(Error::usage(*flag, "the model has no chat template"));
-        }
-        Ok(Asker { chat: has_template && !raw, engine, args })
-    }
-
-    /// The events to come, and of how many samples.
-    fn submit(&self, asked: Asked) -> Job {
-        let prompt = self.prompt(asked.content)?;
-        let request = self.args.choices.request(prompt, self.engine.generation(), &asked.choices);
-        let samples = request.n;
-        // Some wait for long enough to be refused: there is room when one of them starts.
-        let events = loop {
-            match self.engine.submit(request.clone()) {
-                Err(Error::Busy { .. } | Error::BusyTokens { .. }) => thread::sleep(PATIENCE),
-                submitted => break submitted?,
-            }
-        };
-        tracing::debug!(prompt_tokens = events.prompt_ids().len(), samples, "submitted");
-        Ok((events, samples))
-    }
-
-    fn prompt(&self, content: Content) -> Result<Prompt> {
-        match content {
-            Content::Ids(ids) => Ok(Prompt::Ids(ids)),
-            Content::Text(text) if !self.chat => Ok(Prompt::Text(text)),
-            Content::Text(text) => Ok(Prompt::Chat(self.with_system(vec![Message::new("user", text)]))),
-            Content::Messages(_) if self.args.input.raw => {
-                Err(Error::Request("messages need the chat template, which --raw leaves out".into()))
-            }
-            Content::Messages(messages) => Ok(Prompt::Chat(self.with_system(messages))),
-        }
-    }
-
-    /// Puts `--system` first, unless the conversation brings its own.
-    fn with_system(&self, mut messages: Vec<Message>) -> Vec<Message> {
-        if let Some(system) = &self.args.input.system
-            && messages.first().is_none_or(|first| first.role != "system")
-        {
-            messages.insert(0, Message::new("system", system));
-        }
-        messages
-    }
-}
-
-/// A submitted request and its number of samples, or what is wrong with the prompt.
-type Job = Result<(Events, u32)>;
+/// A submitted request with its place among those on their way, or what is wrong with the prompt.
+type Job = Result<(Submitted, Pass)>;
 
 /// One run over prompts, in order.
 struct Run<'a> {
     asker: &'a Asker,
     interrupt: &'a Interrupt,
+    format: Format,
     many: bool,
     printer: Box<dyn Printer + 'a>,
     totals: Totals,
@@ -239,22 +231,25 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn new(asker: &'a Asker, interrupt: &'a Interrupt, many: bool) -> Self {
+    fn new(asker: &'a Asker, interrupt: &'a Interrupt, (format, many): (Format, bool)) -> Self {
         let tokenizer = asker.engine.tokenizer();
-        let printer: Box<dyn Printer> = match asker.args.format {
+        let printer: Box<dyn Printer> = match format {
             Format::Text => Box::new(Text::new(io::stdout(), many, tokenizer.is_none())),
             Format::Json => Box::new(Json::new(io::stdout(), tokenizer.cloned())),
         };
-        Run { asker, interrupt, many, printer, totals: Totals::default(), failed: 0 }
+        Run { asker, interrupt, format, many, printer, totals: Totals::default(), failed: 0 }
     }
 
     fn all(mut self, prompts: Prompts) -> Result<u8> {
         let (started, before) = (Instant::now(), self.asker.engine.stats());
         let (send, jobs) = bounded(WINDOW);
-        let asker = self.asker.clone();
+        let (asker, gate) = (self.asker.clone(), Gate::new(usize::MAX, IMAGE_BYTES));
         self.interrupt.listen();
-        let submitter = thread::spawn(move || submit_all(&asker, prompts, &send));
-        let end = match self.print_all(jobs) {
+        let waits = gate.clone();
+        let submitter = thread::spawn(move || submit_all(&asker, prompts, &waits, &send));
+        let printed = self.print_all(jobs);
+        gate.close();
+        let end = match printed {
             Ok(end) => end,
             Err(Halt::Stdout(e)) => return stdout_failed(&e),
             Err(Halt::Wrong(e)) => return Err(e),
@@ -266,7 +261,7 @@ impl<'a> Run<'a> {
         {
             std::panic::resume_unwind(panic);
         }
-        if self.asker.args.format == Format::Text {
+        if self.format == Format::Text {
             let after = self.asker.engine.stats();
             let text = report(&self.totals, started.elapsed(), &before.stages, &after.stages);
             tracing::info!(queues = ?after.scheduler, dropped_measurements = after.dropped, "done");
@@ -295,7 +290,7 @@ impl<'a> Run<'a> {
         // What other prompts have got until now is shown, too. Those that wait behind it have nothing yet.
         let mut begun: Vec<Job> = jobs.try_iter().take(WINDOW).collect();
         drop(jobs);
-        begun.iter_mut().flatten().for_each(|(events, _)| events.cancel());
+        begun.iter_mut().flatten().for_each(|(submitted, _)| submitted.cancel());
         for job in begun {
             self.print(which, job)?;
             which += 1;
@@ -304,17 +299,18 @@ impl<'a> Run<'a> {
     }
 
     fn print(&mut self, which: usize, job: Job) -> Result<(), Halt> {
-        let (mut events, samples) = match job {
+        let (mut submitted, _pass) = match job {
             Ok(job) => job,
             Err(e) => {
                 self.printer.begin(which, 1)?;
                 return self.fail(e);
             }
         };
+        let samples = submitted.samples;
         self.printer.begin(which, samples)?;
-        let mut answer = Answer::new(events.prompt_ids().to_vec(), samples);
+        let mut answer = Answer::new(submitted.events.prompt_ids().to_vec(), samples);
         let printer = &mut self.printer;
-        match answer.read(&mut events, self.interrupt, &mut |answer| printer.grown(answer)) {
+        match answer.read(&mut submitted, self.interrupt, &mut |answer| printer.grown(answer)) {
             Ok(_) => {}
             Err(Halt::Wrong(e)) => return self.fail(e),
             Err(stdout) => return Err(stdout),
@@ -334,19 +330,40 @@ impl<'a> Run<'a> {
 
 /// Submits until nobody listens any more. It runs beside the printing, so that a slow source of prompts does
 /// not hold up answers.
-fn submit_all(asker: &Asker, prompts: Prompts, jobs: &Sender<Job>) {
+fn submit_all(asker: &Asker, prompts: Prompts, gate: &Arc<Gate>, jobs: &Sender<Job>) {
     for asked in prompts {
-        if jobs.send(asked.and_then(|asked| asker.submit(asked))).is_err() {
+        let Some(mut pass) = gate.enter() else { return };
+        let submitted = asked.and_then(|asked| asker.submit(asked));
+        let job = submitted.map(|submitted| {
+            pass.hold(submitted.bytes);
+            (submitted, pass)
+        });
+        if jobs.send(job).is_err() {
             return;
         }
     }
 }
 
-fn converse(asker: &Asker, interrupt: &Interrupt) -> Result<u8> {
+fn converse(asker: &Asker, interrupt: &Interrupt, terms: Terms) -> Result<u8> {
     if asker.engine.tokenizer().is_none() {
         return Err(Error::usage("--prompt-ids", "is needed: the model has no tokenizer"));
     }
     let mut terminal = Terminal::open()?;
-    let mut ask = |content: Content| Ok(Box::new(asker.submit(Asked::from(content))?.0) as Box<dyn Stream>);
-    chat::talk(&mut terminal, interrupt, asker.chat, &mut ask)
+    chat::talk(&mut terminal, interrupt, terms, &mut asker.clone())
+}
+
+impl Partner for Asker {
+    fn ask(&mut self, asked: Asked) -> Result<Box<dyn Stream>> {
+        Ok(Box::new(self.submit(asked)?))
+    }
+}
+
+impl Opener for Asker {
+    fn open(&mut self, source: &media::Source) -> Result<Media> {
+        source.open(&self.engine)
+    }
+
+    fn tokens(&self, media: &Media) -> usize {
+        media::tokens(&self.engine, media)
+    }
 }

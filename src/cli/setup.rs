@@ -14,7 +14,7 @@ use crate::{
     engine::{self, Engine, EngineBuilder, WeightSource},
     error::{Error, Result, shown},
     layout::{Device, Given, MemoryLimits, planner::Split},
-    model::hub,
+    model::{arch, config::Config, hub},
 };
 
 /// The model and its pipeline.
@@ -187,6 +187,11 @@ impl Setup {
         }
     }
 
+    /// What answers depend on: the model and how it is kept, not where it runs.
+    pub(super) fn answers_as(&self) -> String {
+        format!("{} {:?} {:?} {:?}", self.model_name(), self.dtype, self.weights, self.max_context)
+    }
+
     /// The engine's description, with what can be checked before a file is opened.
     pub(super) fn builder(&self) -> Result<EngineBuilder> {
         let mut builder = Engine::builder().prefix_cache(!self.no_prefix_cache).weights(match self.weights {
@@ -249,6 +254,15 @@ impl Setup {
             builder = builder.timeline(path);
         }
         Ok(builder)
+    }
+
+    /// An error for this flag if the model reads no images. That is known before its weights are loaded.
+    pub(super) fn must_see(&self, flag: &str) -> Result<()> {
+        let config = Config::read(&hub::resolve(&self.model)?)?;
+        match arch::find(&config)?.spec(&config)?.vision {
+            Some(_) => Ok(()),
+            None => Err(Error::usage(flag, "the model reads no images")),
+        }
     }
 
     /// Finds the model (which may download it), loads it and starts the stages.

@@ -34,6 +34,12 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    pub(super) fn too_large(self, path: &Path) -> Error {
+        Error::data(path, format!("is larger than {} MiB", self.bytes_max >> 20))
+    }
+}
+
 /// An image without transparency.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rgb {
@@ -49,7 +55,7 @@ pub struct Rgb {
 pub fn decode(path: &Path, bytes: &[u8], limits: Limits) -> Result<Rgb> {
     let bad = |why: &dyn Display| Error::data(path, shown(&why.to_string()));
     if bytes.len() as u64 > limits.bytes_max {
-        return Err(bad(&format!("is larger than {} MiB", limits.bytes_max >> 20)));
+        return Err(limits.too_large(path));
     }
     let Some(format) = image::guess_format(bytes).ok().filter(|f| FORMATS.contains(f)) else {
         let why = if bytes.is_empty() { "is empty" } else { "is no PNG, JPEG, WebP, GIF, BMP or TIFF image" };

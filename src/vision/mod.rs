@@ -17,8 +17,8 @@ pub use resize::resize;
 pub use size::{Bounds, Size, smart_resize};
 
 use std::{
-    fs::File,
-    io::Read,
+    fs::{self, File},
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -80,8 +80,10 @@ impl Preprocessor {
             let mut bounds = recipe.bounds;
             bounds.min = min.unwrap_or(bounds.min.min(max.unwrap_or(u64::MAX)));
             bounds.max = max.unwrap_or(bounds.max.max(bounds.min));
-            recipe.bounds =
-                config::check(bounds, recipe.cut.factor()).map_err(|why| Error::usage("pixels", why))?;
+            recipe.bounds = config::check(bounds, recipe.cut.factor()).map_err(|why| {
+                let (name, why) = why.split_once(": ").unwrap_or(("pixels", &why));
+                Error::usage(format!("--{}", name.replace('_', "-")), why)
+            })?;
         }
         Ok(self)
     }
@@ -155,13 +157,19 @@ fn share(bounds: Bounds, cut: Cut, frames: u64) -> Bounds {
 
 /// A file's bytes, no more than there may be.
 fn read(path: &Path, limits: Limits) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(|e| Error::io(path, shown(&e.to_string())))?;
-    let meta = file.metadata().map_err(|e| Error::io(path, e))?;
-    if !meta.is_file() {
-        return Err(Error::io(path, "is not a file"));
-    }
-    let mut bytes = Vec::with_capacity(meta.len().min(limits.bytes_max) as usize);
-    file.take(limits.bytes_max + 1).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+    let failed = |e: io::Error| Error::io(path, shown(&e.to_string()));
+    let check = |meta: fs::Metadata| match meta.is_file() {
+        true if meta.len() > limits.bytes_max => Err(limits.too_large(path)),
+        true => Ok(meta.len()),
+        false if meta.is_dir() => Err(Error::io(path, "is a folder, not an image")),
+        false => Err(Error::io(path, "is not a file")),
+    };
+    // Before it is opened: to open a pipe is to wait for its writer.
+    check(fs::metadata(path).map_err(failed)?)?;
+    let file = File::open(path).map_err(failed)?;
+    let mut bytes = Vec::with_capacity(check(file.metadata().map_err(failed)?)? as usize);
+    // Files without a length, as in /proc, are bounded as well.
+    file.take(limits.bytes_max + 1).read_to_end(&mut bytes).map_err(failed)?;
     Ok(bytes)
 }
 

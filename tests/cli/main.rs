@@ -1,10 +1,13 @@
-//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), `bench` (its other
+//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), images in
+//! prompts (`images`), `batch`, `bench` (its other
 //! measurements than throughput in `measurements`), `plan`, `profiles` and `devices`, signals and terminals (`terminal`).
 
 mod answers;
+mod batch;
 mod bench;
 mod devices;
 mod flags;
+mod images;
 mod measurements;
 mod plan;
 mod profiles;

@@ -217,6 +217,7 @@ fn prompts_come_from_a_file() {
         ("\"a\"\n{\"prompt\": 3}\n", 1, "line 2: prompt: invalid type"),
         ("nonsense", 1, "line 1: "),
         ("{\"prompt\": \"a\", \"n\": 2}", 1, "prompt 1 asks for more than one sample"),
+        ("{\"prompt\": \"a\", \"image\": \"b\"}", 1, "prompt 1 has images, which are not measured"),
         ("{\"prompt\": \"a\", \"max_tokens\": 0}", 1, "line 1: max_tokens: 0 asks for nothing"),
         ("{\"prompt_ids\": []}", 1, "prompt 1: a prompt and an answer"),
         ("{\"prompt\": \"a\", \"max_tokens\": 4000000}", 1, "a sequence has room for"),

@@ -164,6 +164,49 @@ fn a_conversation_on_a_terminal() {
 }
 
 #[test]
+fn a_conversation_about_images() {
+    let (model, odd, frames) = (data("qwen2_5_vl"), data("vision/odd.png"), data("qwen2_5_vl/frames"));
+    let flags = ["--model", &model, "--max-tokens", "4", "--ignore-eos", "--image", &odd];
+    let mut session = Session::start(&flags);
+    session.wait_for("odd.png: 84x56 pixels, 6 tokens, go with the next message.");
+    let mut say = |line: &str, answers: &[&str]| {
+        session.wait_for("> ");
+        session.send(&format!("{line}\r"));
+        answers.iter().for_each(|answer| session.wait_for(answer));
+    };
+    say(
+        &format!("/video {frames} 2"),
+        &["frames: 4 frames of 84x56 pixels, 12 tokens, go with the next message."],
+    );
+    say("/image", &["odd.png: 84x56 pixels, 6 tokens\r\n", "12 tokens\r\n"]);
+    say("/image /no/such.png", &["error: /no/such.png: No such file"]);
+    say("What is this?", &["(cut off"]);
+    say("/image", &["Nothing is attached"]);
+    session.wait_for("> ");
+    session.send("\x04");
+    assert_eq!(session.code(), Some(0));
+}
+
+#[test]
+fn a_bar_shows_how_far_a_batch_is() {
+    let (folder, place) = (slow_model(), tempfile::tempdir().unwrap());
+    let [input, output] = ["in", "out"].map(|name| place.path().join(name).to_str().unwrap().to_owned());
+    std::fs::write(&input, "\"one\"\n{\"prompt\": 2}\n\"three\"\n\"four\"\n").unwrap();
+    let model = folder.path().to_str().unwrap();
+    let flags =
+        ["--model", model, "--weights", "dummy", "--ignore-eos", "--max-tokens", "150", "--running", "1"];
+    let mut session =
+        Session::start(&[&["batch", "--input", &input, "--output", &output][..], &flags].concat());
+    session.wait_for("batch [");
+    session.wait_for("0 of 4");
+    session.wait_for("2 of 4, ");
+    session.wait_for("/s, ");
+    session.wait_for(" left, 1 failed");
+    session.wait_for("error: 1 of 4 items failed");
+    assert_eq!(session.code(), Some(1));
+}
+
+#[test]
 fn a_bar_shows_how_far_loading_is() {
     let folder = slow_model();
     let config = folder.path().join("config.json");
@@ -186,6 +229,8 @@ fn a_bar_shows_how_far_loading_is() {
 fn ctrl_c_stops_an_answer_and_the_conversation_goes_on() {
     let folder = slow_model();
     let mut session = Session::start(&slow_flags(&folder));
+    // A bar has an arrow, too.
+    session.wait_for("Ctrl-D leaves.");
     session.wait_for("> ");
     session.send("Hello\r");
     session.wait_for("\n");

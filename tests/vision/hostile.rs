@@ -87,7 +87,13 @@ fn what_is_no_image_says_so() {
     assert_eq!(error("d.png", &ribbon), "is 10000x20: one side is more than 200 times the other");
     let zero = error("e.png", &fs::read(data("hostile/zero.png")).unwrap());
     assert!(zero.starts_with("PNG image: "), "{zero}");
-    assert!(preprocessor.image_file(folder.path()).unwrap_err().to_string().ends_with("is not a file"));
+    assert!(
+        preprocessor
+            .image_file(folder.path())
+            .unwrap_err()
+            .to_string()
+            .ends_with("is a folder, not an image")
+    );
     let absent = preprocessor.image_file(&folder.path().join("absent.png")).unwrap_err().to_string();
     assert!(absent.contains("absent.png: No such file"), "{absent}");
     let large = Limits { bytes_max: 100, ..Limits::default() };

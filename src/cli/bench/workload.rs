@@ -124,6 +124,9 @@ impl Workload {
         if let Some(i) = given.iter().position(|asked| asked.choices.several()) {
             return Err(Error::data(path, format!("prompt {} asks for more than one sample", i + 1)));
         }
+        if let Some(i) = given.iter().position(|asked| !asked.media.is_empty()) {
+            return Err(Error::data(path, format!("prompt {} has images, which are not measured", i + 1)));
+        }
         let prompt_file = Some(path.display().to_string());
         Ok(Workload { prompt_file, given, ..Workload::random(0, lengths) }.sized())
     }
