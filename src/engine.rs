@@ -55,7 +55,7 @@ use crate::{
     layout::Layout,
     model::{config::GenerationConfig, spec::ModelSpec},
     pipeline::{StageMetrics, StageTimes},
-    request::{Event, FinishReason, Media, Prompt, Request},
+    request::{Event, Media, Prompt, Request},
     schedule::{Keys, SchedulerStats},
     text::{Template, Tokenizer},
 };
@@ -172,7 +172,21 @@ impl Engine {
     }
 
     /// Submits a request. What is wrong with it is said here; what goes wrong later is an [`Event::Error`].
-    pub fn submit(&self, mut request: Request) -> Result<Events> {
+    pub fn submit(&self, request: Request) -> Result<Events> {
+        let all = self.submit_all(vec![request])?;
+        Ok(all.into_iter().next().expect("one for each request; this is a bug"))
+    }
+
+    /// Submits requests together: none begins before all are known. An error says what is wrong with one; then none is submitted.
+    pub fn submit_all(&self, requests: Vec<Request>) -> Result<Vec<Events>> {
+        let checked = requests.into_iter().map(|request| self.check(request)).collect::<Result<Vec<_>>>()?;
+        let (submissions, events) = checked.into_iter().unzip();
+        let ended = |_| Error::Engine("it has ended".into());
+        self.commands.send(Command::Submit(submissions)).map_err(ended)?;
+        Ok(events)
+    }
+
+    fn check(&self, mut request: Request) -> Result<(Submission, Events)> {
         let facts = &self.facts;
         if request.n == 0 || request.n > SAMPLES_MAX {
             return Err(Error::Request(format!("n is {}; it must be 1 to {SAMPLES_MAX}", request.n)));
@@ -195,14 +209,11 @@ impl Engine {
         let tokenizer = facts.tokenizer.as_ref();
         let answer = |sample| Answer::new(sample, &request, tokenizer, ending.clone(), prompt.len());
         let answers = (0..request.n).map(answer).collect::<Result<_>>()?;
+        let keys = facts.keys.as_ref().map(|keys| keys.of_prompt(&prompt, images.as_deref()));
         let submission = Submission {
             request: id,
             prompt: prompt.clone(),
-            keys: facts
-                .keys
-                .as_ref()
-                .map(|keys| keys.of_prompt(&prompt, images.as_deref()))
-                .unwrap_or_default(),
+            keys: keys.unwrap_or_default(),
             images,
             media: media.into(),
             params: request,
@@ -211,10 +222,8 @@ impl Engine {
             events: sender,
             place,
         };
-        self.commands
-            .send(Command::Submit(Box::new(submission)))
-            .map_err(|_| Error::Engine("it has ended".into()))?;
-        Ok(Events { request: id, prompt_ids: prompt, events, commands: self.commands.clone(), samples_left })
+        let commands = self.commands.clone();
+        Ok((submission, Events { request: id, prompt_ids: prompt, events, commands, samples_left }))
     }
 
     /// An image for a request, from a file.
@@ -477,17 +486,6 @@ impl Drop for Events {
     fn drop(&mut self) {
         if self.samples_left > 0 {
             self.cancel();
-        }
-    }
-}
-
-impl FinishReason {
-    /// As in JSON.
-    pub fn name(self) -> &'static str {
-        match self {
-            FinishReason::Stop => "stop",
-            FinishReason::Length => "length",
-            FinishReason::Cancelled => "cancelled",
         }
     }
 }

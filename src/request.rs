@@ -254,6 +254,17 @@ pub enum FinishReason {
     Cancelled,
 }
 
+impl FinishReason {
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Cancelled => "cancelled",
+        }
+    }
+}
+
 /// A chosen token's log-probability, and those of the most likely tokens.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Logprobs {

@@ -6,8 +6,12 @@ use std::sync::Arc;
 
 use common::{chat_llama, collect, crossing, logprob_bits, request};
 use pipeline_infer::{
-    Engine, Error, Event, FinishReason, Layout, backend::cpu::Cpu, engine::EngineBuilder, layout::Device,
-    model::open_model, transport::transports,
+    Engine, Error, Event, FinishReason, Layout, Prompt, Request,
+    backend::cpu::Cpu,
+    engine::{EngineBuilder, Measurement},
+    layout::Device,
+    model::open_model,
+    transport::transports,
 };
 
 /// On the CPU, where batching changes no bit, on machines with GPUs too.
@@ -143,6 +147,30 @@ fn requests_that_cannot_be_served_are_refused_at_once() {
     let engine = build(|b| b.max_context(32).waiting_tokens(20));
     assert!(engine.submit(request(&[1; 21], 4)).err().unwrap().to_string().contains("21 tokens"));
     assert_eq!(collect(engine.submit(request(&[1; 20], 4)).unwrap()).len(), 5);
+}
+
+#[test]
+fn requests_submitted_together_are_all_known_before_one_begins() {
+    let engine = build(|b| b.chunk(64).running(20));
+    let measurements = engine.measurements(1000);
+    let all = || (0..20).map(|i| request(&[1 + i, 2, 3], 2)).collect();
+    for events in engine.submit_all(all()).unwrap() {
+        assert_eq!(collect(events).len(), 3);
+    }
+    let first = measurements.try_iter().find_map(|measurement| match measurement {
+        Measurement::Planned { step, .. } => Some(step.batch.starts.len()),
+        _ => None,
+    });
+    assert_eq!(first, Some(20));
+    // All or none: what is wrong with one is said, and the others leave nothing behind.
+    let mut some: Vec<Request> = all();
+    some[13].prompt = Prompt::Ids(vec![]);
+    assert!(engine.submit_all(some).err().unwrap().to_string().contains("empty"));
+    assert_eq!((engine.stats().requests_waiting, engine.stats().scheduler.running), (0, 0));
+    assert!(engine.submit_all(vec![]).unwrap().is_empty());
+    let engine = build(|b| b.waiting(19));
+    assert_eq!(engine.submit_all(all()).err(), Some(Error::Busy { max: 19 }));
+    assert_eq!(collect(engine.submit(request(&[1], 2)).unwrap()).len(), 3);
 }
 
 #[test]

@@ -44,7 +44,7 @@ const COMMANDS_AT_ONCE: usize = 1024;
 
 /// From the clients, but for one.
 pub(super) enum Command {
-    Submit(Box<Submission>),
+    Submit(Vec<Submission>),
     Cancel(u64),
     /// From the thread that makes text: nothing more of a sample is wanted.
     Ended(SeqId),
@@ -289,12 +289,12 @@ impl Worker {
 
     fn command(&mut self, command: Command) {
         match (command, &self.stages) {
-            (Command::Submit(submission), Stages::Failed(error, _)) => {
-                // The client may have gone already.
-                let _ = submission.events.send(Event::Error(error.clone()));
+            (Command::Submit(all), Stages::Failed(error, _)) => {
+                // Clients may have gone already.
+                all.iter().for_each(|one| drop(one.events.send(Event::Error(error.clone()))));
             }
-            (Command::Submit(submission), _) => {
-                self.open.submit(*submission, &mut self.scheduler, &self.text);
+            (Command::Submit(all), _) => {
+                all.into_iter().for_each(|one| self.open.submit(one, &mut self.scheduler, &self.text));
             }
             (Command::Cancel(request), _) => {
                 self.open.forget(request, &mut self.scheduler);

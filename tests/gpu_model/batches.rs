@@ -81,9 +81,10 @@ fn random_batches_through_every_architecture() {
                     rounding = rounding.max(farthest(&exact.logits(&batch), &theirs));
                 }
             }
-            // These models are wilder than trained ones: the bound is what the processor's own rounding is worth.
+            // These models are wilder than trained ones: the bound is what the processor's own rounding of weights and pages is
+            // worth, and, as in `bound`, three times that for what the GPU rounds between the ops.
             let what = format!("{}, {}", dir.display(), dtype.name());
-            assert!(off <= 2.0 * rounding, "{what}: {off:e}, and rounding alone {rounding:e}");
+            assert!(off <= 4.0 * rounding, "{what}: {off:e}, and rounding alone {rounding:e}");
         }
     }
 }

@@ -148,8 +148,8 @@ fn one(session: &Session, workload: &Workload, change: Option<(&Layout, u32)>) -
     let requests = workload.work(0, false, engine.spec().vocab).requests;
     recorder.begin(requests.len());
     let started = Instant::now();
-    let mut open =
-        requests.into_iter().map(|timed| engine.submit(timed.request)).collect::<Result<Vec<_>>>()?;
+    // All together: which of them share a pass, on which last bits may depend, is the same in each run.
+    let mut open = engine.submit_all(requests.into_iter().map(|timed| timed.request).collect())?;
     let mut tokens = vec![Vec::new(); open.len()];
     let (seconds, relayout) = std::thread::scope(|scope| {
         let (mut changing, mut failed, mut turns) = (None, None, 0);

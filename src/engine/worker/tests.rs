@@ -126,7 +126,7 @@ impl Ends {
             events,
             place,
         };
-        self.commands.send(Command::Submit(Box::new(submission))).unwrap();
+        self.commands.send(Command::Submit(vec![submission])).unwrap();
         received
     }
 
