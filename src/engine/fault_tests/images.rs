@@ -108,7 +108,7 @@ fn faults_of_the_tower_that_repeat_fail_fast() {
 #[test]
 fn text_is_answered_while_an_image_is_encoded() {
     watched("slow".into(), || {
-        let slow = Kind::Slow(Duration::from_millis(500));
+        let slow = Kind::Slow(Duration::from_secs(4));
         let engine = engine(vec![Fault::new(2, Point::Tower, slow, 0..1)]).unwrap();
         let mut image = engine.submit(request(0, Some(picture(&engine)))).unwrap();
         let begun = Instant::now();
