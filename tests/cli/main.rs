@@ -1,8 +1,9 @@
 //! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), `bench` (its other
-//! measurements than throughput in `measurements`), `plan`, `profiles` and `devices`, signals and terminals (`terminal`).
+//! measurements than throughput in `measurements`, its images in `bench_images`), `plan`, `profiles` and `devices`, signals and terminals (`terminal`).
 
 mod answers;
 mod bench;
+mod bench_images;
 mod devices;
 mod flags;
 mod measurements;

@@ -13,6 +13,7 @@ use crate::{
     layout::{Device, Layout, VisionStage},
     model::{spec::ModelSpec, weights::Weights},
     schedule::ImageConfig,
+    vision::Size,
 };
 
 /// Patches of a pass of the vision tower: a single image, or a video, may have so many.
@@ -44,6 +45,13 @@ impl EngineBuilder {
     /// Default: 16,384.
     pub fn image_rows(mut self, rows: usize) -> Self {
         self.image_rows = Some(rows);
+        self
+    }
+
+    /// Images of a usual request, and their pixels across and down: the vision tower is put where they, and the tokens that
+    /// [`expect`](Self::expect) says, keep all GPUs equally busy. Default: one of 1024x1024.
+    pub fn expect_images(mut self, images: usize, width: u32, height: u32) -> Self {
+        self.expected_images = Some((images, Size { width, height }));
         self
     }
 
