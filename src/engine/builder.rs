@@ -5,7 +5,7 @@ mod vision;
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
-pub(super) use self::vision::place_tower;
+pub(super) use self::vision::Towers;
 
 use super::{
     Engine, Facts,

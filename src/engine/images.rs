@@ -47,6 +47,13 @@ pub(super) struct Room {
     pub(super) rows: usize,
 }
 
+/// An image of all patches finds room in the store.
+impl Default for Room {
+    fn default() -> Self {
+        Room { patches: 32_768, rows: 16_384 }
+    }
+}
+
 impl Images {
     /// What the model's folder says about pixels; `None` for a model that reads none.
     pub(super) fn open(dir: &Path, spec: &ModelSpec, room: Room) -> Result<Option<Images>> {

@@ -14,7 +14,12 @@ use std::{
 
 use crossbeam_channel as channel;
 
-use self::stage::{Feed, Keeper, Part};
+pub(super) use self::needs::{Extent, tower_scratch};
+
+use self::{
+    needs::PASSES_AT_BOUNDARY,
+    stage::{Feed, Keeper, Part},
+};
 use super::{
     StageFacts,
     images::cut,
@@ -44,8 +49,6 @@ pub(super) struct VisionConfig {
     pub(super) patches_max: usize,
     /// Passes in flight.
     pub(super) passes: usize,
-    /// Passes that have room at a boundary.
-    pub(super) depth: usize,
     /// Rows of the store.
     pub(super) rows: usize,
     pub(super) preprocessor: Preprocessor,
@@ -121,7 +124,7 @@ pub(super) fn start<A: VisionOps, B: VisionOps>(
         let to = if last { &on.keeper } else { &on.backends[index + 1] };
         let link = Link { config, index, blocks: blocks.clone(), last, works, results: arrived_in.clone() };
         let numbers = link.numbers();
-        let depth = config.depth;
+        let depth = PASSES_AT_BOUNDARY;
         input = match (&on.backends[index], to) {
             (Either::One(a), Either::One(b)) => {
                 let (sender, receiver) = ways.ones.connect(a.clone(), b.clone(), depth, numbers)?;

@@ -42,7 +42,9 @@ use std::sync::{
     atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
 };
 
-pub use account::{StageNeeds, allocated, free_bytes, kv_waste, rows_room, stage_bytes};
+pub use account::{
+    StageNeeds, allocated, free_bytes, kv_waste, row_width, rows_room, stage_bytes, tower_bytes, view_bytes,
+};
 pub use batch::Batch;
 pub use compile::{cache_folder, kernels_key, write_aside};
 pub use driver::{DeviceFacts, devices, driver_present};

@@ -12,7 +12,7 @@ use super::{
     launch::args,
     linear,
     memory::{DeviceBuf, Event, Pinned},
-    norm,
+    norm, row_width,
 };
 use crate::{
     backend::{
@@ -78,6 +78,15 @@ struct Fast {
     shared: u32,
 }
 
+/// Bytes of the room for places of so many rows on the GPU.
+pub(super) fn device_bytes(rows_max: usize, head_dim: usize) -> [usize; 2] {
+    [rotations_bytes(rows_max, head_dim), Layout::bytes_max(rows_max)]
+}
+
+fn rotations_bytes(rows_max: usize, head_dim: usize) -> usize {
+    rows_max * head_dim / 2 * 8
+}
+
 impl Kernels {
     fn load(load: &Loading) -> Result<Kernels> {
         let head_dim = load.of.head_dim;
@@ -137,7 +146,7 @@ impl Images {
             rows_max,
             head_dim,
             inv_freq: frequencies,
-            rotations: cuda.take(rows_max * head_dim / 2 * 8)?,
+            rotations: cuda.take(rotations_bytes(rows_max, head_dim))?,
             packed: cuda.take(bytes)?,
             staging: [staging()?, staging()?],
             next: 0,
@@ -233,9 +242,7 @@ impl VisionOps for Cuda {
     }
 
     fn row_width(&self, len: usize) -> usize {
-        // Rows that do not begin at whole vectors of 16 bytes are out of the tensor memory's reach, and copied in small
-        // pieces everywhere.
-        len.next_multiple_of(16 / self.dtype.size())
+        row_width(len, self.dtype)
     }
 
     fn copy_rows(&self, to: &mut Buf, from: &Buf, run: RowRun) -> Result<()> {

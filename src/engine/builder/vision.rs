@@ -7,25 +7,21 @@ use crate::{
     backend::DType,
     engine::{
         images::{Images, Room},
-        vision::VisionConfig,
+        place::Sight,
+        vision::{Extent, VisionConfig},
     },
-    error::Result,
-    layout::{Device, Layout, VisionStage},
+    error::{Error, Result},
+    layout::{Device, ImageLoad, Layout, VisionStage, tower::PATCHES_TOGETHER},
     model::{spec::ModelSpec, weights::Weights},
     schedule::ImageConfig,
     vision::Size,
 };
 
-/// Patches of a pass of the vision tower: a single image, or a video, may have so many.
-const PATCHES_MAX: usize = 32_768;
-/// The same, for several images: more of them gain nothing, and the first would wait for the last.
-const PATCHES_TOGETHER: usize = 8192;
-/// Rows of the image store, and the fewest that an image of all patches needs.
-const IMAGE_ROWS: usize = 16_384;
 const PATCHES_FLAG_MAX: usize = 1 << 20;
 const IMAGE_ROWS_FLAG_MAX: usize = 1 << 24;
-/// Passes that have room at each boundary of the tower.
-const PASSES_AT_BOUNDARY: usize = 2;
+
+/// Puts the vision tower into layouts.
+pub(in crate::engine) type Towers = dyn Fn(&Layout) -> Result<Layout> + Send + Sync;
 
 impl EngineBuilder {
     /// How many pixels an image, or a frame of a video, may have once it is resized: at least, and at most. Default: what the
@@ -73,7 +69,6 @@ impl EngineBuilder {
         Ok(Some(VisionConfig {
             // A pass for each stage, and one whose patches are cut, or whose tokens are on their way.
             passes: stages.len() + 1,
-            depth: PASSES_AT_BOUNDARY,
             metrics: stages.iter().map(|_| Arc::default()).collect(),
             stages,
             spec: tower.clone(),
@@ -94,28 +89,44 @@ impl EngineBuilder {
     }
 
     fn image_room(&self) -> Room {
+        let usual = Room::default();
         Room {
-            patches: self.image_patches.unwrap_or(PATCHES_MAX),
-            rows: self.image_rows.unwrap_or(IMAGE_ROWS),
+            patches: self.image_patches.unwrap_or(usual.patches),
+            rows: self.image_rows.unwrap_or(usual.rows),
         }
     }
-}
 
-/// The layout with the tower's stages. Where nothing is said it goes where the embedding is, or in equal parts over the
-/// GPUs, which are equally busy without it.
-pub(in crate::engine) fn place_tower(layout: Layout, spec: &ModelSpec) -> Result<Layout> {
-    let depth = spec.vision.as_ref().map(|vision| vision.full.len());
-    let gpus: BTreeSet<usize> = layout.stages().iter().filter_map(|stage| gpu(stage.device)).collect();
-    let stages = match depth {
-        Some(depth) if layout.vision().is_empty() && gpus.len() > 1 => {
-            let cuts = Layout::even(gpus.len().min(depth), depth, Device::Cpu)?;
-            let on = gpus.into_iter().map(Device::Cuda);
-            on.zip(cuts.stages()).map(|(device, cut)| (device, cut.layers.clone())).collect()
-        }
-        _ => layout.tower(depth)?,
-    };
-    let stage = |(device, blocks)| VisionStage { device, blocks: Some(blocks) };
-    layout.with_vision(stages.into_iter().map(stage).collect())
+    /// What plans have to know of a tower; `None` for a model that reads no images.
+    pub(super) fn sight(&self, spec: &ModelSpec, dtype: DType) -> Result<Option<Sight>> {
+        let (Some(tower), Some(read)) = (&spec.vision, self.open_images(spec)?) else { return Ok(None) };
+        let Room { patches, rows } = self.image_room();
+        let extent = Extent { dtype, patches: patches.next_multiple_of(tower.cell_rows()), rows };
+        let load = match self.expected_images {
+            None => ImageLoad::usual(tower),
+            Some((images, size)) => {
+                let grid = read.preprocessor.image.grid(size).map_err(Error::Request)?;
+                ImageLoad::new(tower, images, grid)
+            }
+        };
+        Ok(Some(Sight { load, extent }))
+    }
+
+    /// How this engine's layouts get the tower: where nothing is said it goes where the embedding is, or, over several
+    /// devices, where it makes the slowest of them as fast as can be.
+    pub(super) fn towers(&self, spec: &Arc<ModelSpec>, dtype: DType, context: usize) -> Result<Arc<Towers>> {
+        // What is wrong with what was asked for is said now.
+        self.sight(spec, dtype)?;
+        let (builder, spec) = (self.clone(), spec.clone());
+        Ok(Arc::new(move |layout| {
+            let depth = spec.vision.as_ref().map(|tower| tower.full.len());
+            let devices: BTreeSet<Device> = layout.stages().iter().map(|stage| stage.device).collect();
+            if depth.is_some() && layout.vision().is_empty() && devices.len() > 1 {
+                return builder.unplaced(&spec, dtype, context)?.tower(layout);
+            }
+            let stage = |(device, blocks)| VisionStage { device, blocks: Some(blocks) };
+            layout.clone().with_vision(layout.tower(depth)?.into_iter().map(stage).collect())
+        }))
+    }
 }
 
 impl VisionConfig {
@@ -131,12 +142,5 @@ impl VisionConfig {
     pub(in crate::engine) fn scheduling(&self) -> ImageConfig {
         let patches = self.patches_max.min(PATCHES_TOGETHER);
         ImageConfig { rows: self.rows, patches, passes: self.passes }
-    }
-}
-
-fn gpu(device: Device) -> Option<usize> {
-    match device {
-        Device::Cpu => None,
-        Device::Cuda(i) => Some(i),
     }
 }
