@@ -111,12 +111,8 @@ fn the_tower_of_a_model_that_reads_images_is_planned_with_the_layers() {
     let small = plan_of(&["--images", "3", "--image-size", "280x140"]);
     assert_eq!((&small["images"]["tokens"], &small["workload"]["prompt"]), (&50.into(), &(512 + 156).into()));
     let text = good(&plan(&flags));
-    for start in [
-        "vl-7b: 28 layers",
-        "vision  device",
-        "0       cuda:0  h200-141g  patches, v0-",
-        "images/s, with prompts",
-    ] {
+    for start in ["vl-7b: 28 layers", "vision  device", "0       cuda:0  h200-141g", "images/s, with prompts"]
+    {
         assert!(text.lines().any(|line| line.starts_with(start)), "{start}\n{text}");
     }
     assert!(text.contains("  patches, v0-") && text.contains(", merger  "), "{text}");

@@ -90,7 +90,8 @@ fn random_batches_through_every_architecture() {
 
 /// The largest distance of two numbers; endless where one is no number.
 fn farthest(ours: &[f32], theirs: &[f32]) -> f32 {
-    let off = |(a, b): (&f32, &f32)| if a.is_finite() && b.is_finite() { (a - b).abs() } else { f32::INFINITY };
+    let off =
+        |(a, b): (&f32, &f32)| if a.is_finite() && b.is_finite() { (a - b).abs() } else { f32::INFINITY };
     ours.iter().zip(theirs).map(off).fold(0.0, f32::max)
 }
 

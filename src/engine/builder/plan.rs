@@ -56,27 +56,7 @@ impl EngineBuilder {
         let layout = (towers)(&self.plan_layout(&spec, dtype, context)?)?;
         let weights = Arc::new(model.weights);
         let vision = self.plan_vision(&layout, &spec, (&weights, dtype))?;
-        let on_gpu = |stage: &Stage| stage.device != Device::Cpu;
-        // Beside GPUs it is the processor whose time counts.
-        let gpus = layout.stages().iter().all(on_gpu);
-        let running = self.running.unwrap_or(if gpus { RUNNING_GPU } else { RUNNING_CPU });
-        // Several short prompts share a chunk; more than all sequences together hold never comes.
-        let chunk = self.chunk.unwrap_or(if gpus { chunk_gpu(layout.stages().len()) } else { CHUNK_CPU });
-        let chunk = chunk.min(context.saturating_mul(running));
-        let chunk_min = match (self.chunk, gpus) {
-            (Some(_), _) => chunk,
-            (None, true) => CHUNK_MIN_GPU.min(chunk),
-            (None, false) => CHUNK_MIN_CPU.min(chunk),
-        };
-        let (slots, steps_ahead) = slots_of(&layout, self.slots, ahead);
-        let mut scheduling = SchedulerConfig {
-            slots,
-            chunk,
-            chunk_min,
-            running_max: running,
-            ahead: steps_ahead,
-            prefix_reuse: !self.no_prefix_cache,
-        };
+        let mut scheduling = self.scheduling(&layout, context, ahead);
         let limits = |scheduling: SchedulerConfig, context_max| Limits {
             rows_max: Scheduler::rows_max(scheduling),
             seqs_max: scheduling.running_max,
@@ -122,6 +102,31 @@ impl EngineBuilder {
             metrics: Mutex::default(),
         };
         Ok((layout, runs))
+    }
+
+    /// How much runs at once.
+    fn scheduling(&self, layout: &Layout, context: usize, ahead: Option<bool>) -> SchedulerConfig {
+        let on_gpu = |stage: &Stage| stage.device != Device::Cpu;
+        // Beside GPUs it is the processor whose time counts.
+        let gpus = layout.stages().iter().all(on_gpu);
+        let running = self.running.unwrap_or(if gpus { RUNNING_GPU } else { RUNNING_CPU });
+        // Several short prompts share a chunk; more than all sequences together hold never comes.
+        let chunk = self.chunk.unwrap_or(if gpus { chunk_gpu(layout.stages().len()) } else { CHUNK_CPU });
+        let chunk = chunk.min(context.saturating_mul(running));
+        let chunk_min = match (self.chunk, gpus) {
+            (Some(_), _) => chunk,
+            (None, true) => CHUNK_MIN_GPU.min(chunk),
+            (None, false) => CHUNK_MIN_CPU.min(chunk),
+        };
+        let (slots, steps_ahead) = slots_of(layout, self.slots, ahead);
+        SchedulerConfig {
+            slots,
+            chunk,
+            chunk_min,
+            running_max: running,
+            ahead: steps_ahead,
+            prefix_reuse: !self.no_prefix_cache,
+        }
     }
 
     fn plan_layout(&self, spec: &ModelSpec, dtype: DType, context: usize) -> Result<Layout> {
