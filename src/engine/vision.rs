@@ -1,9 +1,11 @@
 //! The vision pipeline: threads that take images from pixels to the image store, beside the decoder's stages.
 //!
-//! A thread cuts patches; each stage of the tower has one; the last one brings tokens to the store, on the device of the
-//! embedding, and waits until they are there. So no stage of the decoder waits for an image, and none is waited for.
+//! Each stage of the tower has a thread, of which the first one brings pixels to its device, where they are cut into patches;
+//! the last thread brings tokens to the store, on the device of the embedding, and waits until they are there. So no stage of
+//! the decoder waits for an image, and none is waited for.
 
 mod needs;
+mod spans;
 mod stage;
 
 use std::{
@@ -22,7 +24,8 @@ use self::{
 };
 use super::{
     StageFacts,
-    images::cut,
+    images::Tables,
+    meter::Meter,
     wire::{Either, Ways},
 };
 use crate::{
@@ -31,7 +34,11 @@ use crate::{
     error::{Error, Result, quiet_panic},
     grid::Grid,
     layout::{Device, VisionStage},
-    model::{decoder::ImageStore, vision::VisionSpec, weights::Weights},
+    model::{
+        decoder::ImageStore,
+        vision::{VisionPass, VisionSpec},
+        weights::Weights,
+    },
     pipeline::StageMetrics,
     request::Media,
     vision::Preprocessor,
@@ -54,6 +61,8 @@ pub(super) struct VisionConfig {
     pub(super) preprocessor: Preprocessor,
     /// Of each stage; they go on counting when the stages are built anew.
     pub(super) metrics: Vec<Arc<StageMetrics>>,
+    /// Is told what stages take.
+    pub(super) meter: Arc<Meter>,
 }
 
 /// What the tower runs on.
@@ -91,16 +100,17 @@ pub(super) struct Vision {
 /// From a stage to the next one, beside the packets.
 type Works = (channel::Sender<Arc<Cut>>, channel::Receiver<Arc<Cut>>);
 
-/// What stages know of a pass.
+/// What stages behind the first know of a pass.
 struct Cut {
     pass: u64,
     grids: Vec<Grid>,
     rows: Vec<u32>,
+    cost: VisionPass,
 }
 
 /// Where the packets of either kind of devices come from.
 enum AnyInput<A: VisionOps, B: VisionOps> {
-    Patches(channel::Receiver<(Arc<Cut>, Vec<f32>)>),
+    Pixels(channel::Receiver<Work>),
     One(Box<dyn crate::transport::Receiver<A>>, channel::Receiver<Arc<Cut>>),
     Two(Box<dyn crate::transport::Receiver<B>>, channel::Receiver<Arc<Cut>>),
 }
@@ -113,11 +123,9 @@ pub(super) fn start<A: VisionOps, B: VisionOps>(
     store: AnyStore<A, B>,
 ) -> Result<Vision> {
     let (works, works_out) = channel::bounded(config.passes);
-    let (cut_in, cut_out) = channel::bounded(1);
     let (arrived_in, arrived) = channel::unbounded();
     let mut vision = Vision { works: Some(works), arrived, threads: Vec::new(), loading: Vec::new() };
-    vision.threads.push(cutter(config.preprocessor, works_out, cut_in, arrived_in.clone())?);
-    let mut input = AnyInput::Patches(cut_out);
+    let mut input = AnyInput::Pixels(works_out);
     for (index, (_, blocks)) in config.stages.iter().enumerate() {
         let (works, works_out): Works = channel::unbounded();
         let last = index + 1 == config.stages.len();
@@ -189,7 +197,7 @@ impl Link<'_> {
         output: Box<dyn crate::transport::Sender<B>>,
     ) -> Result<()> {
         let Link { config, index, blocks, works, results, .. } = self;
-        let VisionConfig { stages, metrics, .. } = config;
+        let VisionConfig { stages, metrics, meter, .. } = config;
         let (device, metrics) = (stages[index].0, metrics[index].clone());
         let tower = config.part(blocks.clone());
         let of = Arc::downgrade(backend);
@@ -204,7 +212,8 @@ impl Link<'_> {
         };
         let (loaded, loading) = channel::bounded(1);
         let backend = backend.clone();
-        let part = Part { index, backend, tower, input, output, works, results, metrics };
+        let (tables, meter) = (Tables::new(&config.preprocessor), meter.clone());
+        let part = Part { index, backend, tower, tables, input, output, works, results, metrics, meter };
         vision.threads.push(part.spawn(loaded)?);
         vision.loading.push((facts, loading));
         Ok(())
@@ -214,7 +223,7 @@ impl Link<'_> {
 impl<A: VisionOps, B: VisionOps> AnyInput<A, B> {
     fn one(self) -> Feed<A> {
         match self {
-            AnyInput::Patches(patches) => Feed::Patches(patches),
+            AnyInput::Pixels(works) => Feed::Pixels(works),
             AnyInput::One(packets, works) => Feed::Packets(packets, works),
             AnyInput::Two(..) => unreachable!("packets for another device; this is a bug"),
         }
@@ -222,37 +231,11 @@ impl<A: VisionOps, B: VisionOps> AnyInput<A, B> {
 
     fn two(self) -> Feed<B> {
         match self {
-            AnyInput::Patches(patches) => Feed::Patches(patches),
+            AnyInput::Pixels(works) => Feed::Pixels(works),
             AnyInput::Two(packets, works) => Feed::Packets(packets, works),
             AnyInput::One(..) => unreachable!("packets for another device; this is a bug"),
         }
     }
-}
-
-/// Cuts patches while the pass before is encoded.
-fn cutter(
-    recipes: Preprocessor,
-    works: channel::Receiver<Work>,
-    cut_in: channel::Sender<(Arc<Cut>, Vec<f32>)>,
-    results: channel::Sender<Arrived>,
-) -> Result<JoinHandle<()>> {
-    spawn("patches".into(), move || {
-        for work in works {
-            let Work { pass, images, rows } = work;
-            match guard("patches", || Ok(cut(&recipes, images))) {
-                Ok((grids, patches)) => {
-                    if cut_in.send((Arc::new(Cut { pass, grids, rows }), patches)).is_err() {
-                        // The tower has said why.
-                        return;
-                    }
-                }
-                Err(error) => {
-                    let _ = results.send(Err(error));
-                    return;
-                }
-            }
-        }
-    })
 }
 
 impl Vision {

@@ -19,10 +19,10 @@ pub mod profile;
 pub mod tower;
 mod vision;
 
-pub use compare::{Compared, compare};
+pub use compare::{Compared, VisionCompared, compare, compare_vision};
 pub use devices::DeviceSpec;
 pub use limits::MemoryLimits;
-pub use measured::{Measured, StageTime};
+pub use measured::{Measured, StageTime, VisionTime};
 pub use parse::Given;
 pub use planner::{Planner, Workload};
 pub use predict::Prediction;

@@ -1,8 +1,8 @@
 //! What a stage takes of its GPU's memory, told before it is taken: the KV cache gets the rest.
 
-use super::{attention, batch, blas, driver::Context, pad_rows, sample, segments, tune};
+use super::{attention, batch, blas, driver::Context, pad_rows, patches, sample, segments, tune};
 use crate::{
-    backend::{DType, Limits},
+    backend::{DType, Limits, vision::PatchShape},
     error::Result,
 };
 
@@ -65,6 +65,11 @@ pub fn tower_bytes(patches: usize, dim: usize, head_dim: usize) -> usize {
     let sums = pad_rows(patches.min(tune::TIMED_ROWS_MAX)) * dim * DType::F32.size();
     let own = segments::device_bytes(patches, head_dim);
     own.into_iter().chain([sums]).map(allocated).sum::<usize>() + view_bytes()
+}
+
+/// Bytes that the pixels of passes of so many patches take.
+pub fn cutter_bytes(patches: usize, shape: PatchShape) -> usize {
+    allocated(patches::bytes_max(patches, shape))
 }
 
 /// How long rows of `len` numbers between two products are made.

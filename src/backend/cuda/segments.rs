@@ -12,12 +12,14 @@ use super::{
     launch::args,
     linear,
     memory::{DeviceBuf, Event, Pinned},
-    norm, row_width,
+    norm,
+    patches::Cutter,
+    row_width, warm_up,
 };
 use crate::{
     backend::{
         DType, HeadShape, Norm,
-        vision::{Places, Reach, RowRun, SegmentAttention, VisionOps},
+        vision::{PatchShape, Pixels, Places, Reach, RowRun, SegmentAttention, VisionOps},
     },
     error::{Error, Result},
 };
@@ -188,6 +190,11 @@ impl Images {
         unsafe { cuda.launch(&self.kernels.rotations, grid, &mut args![table, places, inv_freq, rows]) }
     }
 
+    /// Where the numbers of the pass's cells are, and how many.
+    pub(super) fn cells(&self) -> (DevicePtr, usize) {
+        (self.at(self.now.cells_at), self.now.cells)
+    }
+
     /// Panics if heads are others than the kernels are for.
     fn expect(&self, heads: HeadShape) {
         let same = heads.head_dim == self.head_dim && heads.heads == heads.kv_heads;
@@ -232,6 +239,11 @@ impl Operands {
 
 impl VisionOps for Cuda {
     type Images = Images;
+    type Cutter = Cutter;
+
+    fn rows_tried(&self, rows_max: usize) -> Vec<usize> {
+        warm_up::tower_rows(rows_max)
+    }
 
     fn images(&self, rows_max: usize, inv_freq: &[f32]) -> Result<Images> {
         Images::new(self, rows_max, inv_freq)
@@ -239,6 +251,14 @@ impl VisionOps for Cuda {
 
     fn set_images(&self, images: &mut Images, from: &Places) -> Result<()> {
         images.set(self, from)
+    }
+
+    fn cutter(&self, rows_max: usize, shape: PatchShape) -> Result<Cutter> {
+        Cutter::new(self, rows_max, shape)
+    }
+
+    fn cut(&self, out: &mut Buf, cutter: &mut Cutter, images: &Images, from: &[Pixels<'_>]) -> Result<()> {
+        cutter.cut(self, out, images, from)
     }
 
     fn row_width(&self, len: usize) -> usize {
@@ -312,7 +332,7 @@ impl VisionOps for Cuda {
         let count = images.now.cells;
         let (to, from) = (out.expect(DType::F32, count * dim), x.expect(DType::F32, count * dim));
         let grid = Grid { blocks: [count as u32, dim.div_ceil(SPAN) as u32, 1], threads: THREADS, shared: 0 };
-        let (cells, dim) = (images.at(images.now.cells_at), dim as u32);
+        let (cells, dim) = (images.cells().0, dim as u32);
         // SAFETY: (float*, const float*, const u32*, u32) as in segments.cu; the buffers have been checked, and cells are
         // numbers below their count.
         unsafe { self.launch(&images.kernels.scatter, grid, &mut args![to, from, cells, dim]) }

@@ -55,7 +55,7 @@ impl EngineBuilder {
         let towers = self.towers(&spec, dtype, context)?;
         let layout = (towers)(&self.plan_layout(&spec, dtype, context)?)?;
         let weights = Arc::new(model.weights);
-        let vision = self.plan_vision(&layout, &spec, (&weights, dtype))?;
+        let vision = self.plan_vision(&layout, &spec, (&weights, dtype, &meter))?;
         let mut scheduling = self.scheduling(&layout, context, ahead);
         let limits = |scheduling: SchedulerConfig, context_max| Limits {
             rows_max: Scheduler::rows_max(scheduling),

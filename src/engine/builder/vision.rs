@@ -7,6 +7,7 @@ use crate::{
     backend::DType,
     engine::{
         images::{Images, Room},
+        meter::Meter,
         place::Sight,
         vision::{Extent, VisionConfig},
     },
@@ -61,7 +62,7 @@ impl EngineBuilder {
         &self,
         layout: &Layout,
         spec: &ModelSpec,
-        (weights, dtype): (&Arc<Weights>, DType),
+        (weights, dtype, meter): (&Arc<Weights>, DType, &Arc<Meter>),
     ) -> Result<Option<VisionConfig>> {
         let (Some(tower), Some(read)) = (&spec.vision, self.open_images(spec)?) else { return Ok(None) };
         let stages = layout.tower(Some(tower.full.len()))?;
@@ -77,6 +78,7 @@ impl EngineBuilder {
             patches_max: room.patches.next_multiple_of(tower.cell_rows()),
             rows: room.rows,
             preprocessor: read.preprocessor,
+            meter: meter.clone(),
         }))
     }
 

@@ -114,7 +114,11 @@ impl On<'_> {
         if behind {
             sizes.push(ring_bytes(PASSES_AT_BOUNDARY, patches * spec.dim));
         }
-        let own = if self.gpu { cuda::tower_bytes(patches, spec.dim, spec.heads.head_dim) } else { 0 };
+        let cutter = if blocks.start == 0 { cuda::cutter_bytes(patches, spec.patch_shape()) } else { 0 };
+        let own = match self.gpu {
+            true => cuda::tower_bytes(patches, spec.dim, spec.heads.head_dim) + cutter,
+            false => 0,
+        };
         sizes.into_iter().map(|bytes| self.allocated(bytes)).sum::<usize>() + own
     }
 
