@@ -29,7 +29,7 @@ use super::{
     wire::{Either, Ways},
 };
 use crate::{
-    backend::{DType, vision::VisionOps},
+    backend::{Backend, DType, vision::VisionOps},
     batch::{MicroBatch, Step},
     error::{Error, Result, quiet_panic},
     grid::Grid,
@@ -94,7 +94,11 @@ pub(super) struct Vision {
     pub(super) works: Option<channel::Sender<Work>>,
     pub(super) arrived: channel::Receiver<Arrived>,
     pub(super) threads: Vec<JoinHandle<()>>,
+    /// Bytes of the memory of the embedding's device that whoever brings tokens to the store has taken.
+    pub(super) keeping: Arc<dyn Fn() -> usize + Send + Sync>,
     loading: Vec<(StageFacts, channel::Receiver<Result<usize>>)>,
+    /// Goes when stages may try their devices.
+    pub(super) gate: Option<channel::Sender<()>>,
 }
 
 /// From a stage to the next one, beside the packets.
@@ -124,13 +128,20 @@ pub(super) fn start<A: VisionOps, B: VisionOps>(
 ) -> Result<Vision> {
     let (works, works_out) = channel::bounded(config.passes);
     let (arrived_in, arrived) = channel::unbounded();
-    let mut vision = Vision { works: Some(works), arrived, threads: Vec::new(), loading: Vec::new() };
+    let keeping = match &on.keeper {
+        Either::One(backend) => taken(backend),
+        Either::Two(backend) => taken(backend),
+    };
+    let (gate, opens) = channel::bounded(0);
+    let (works, gate, threads, loading) = (Some(works), Some(gate), Vec::new(), Vec::new());
+    let mut vision = Vision { works, arrived, threads, keeping, loading, gate };
     let mut input = AnyInput::Pixels(works_out);
     for (index, (_, blocks)) in config.stages.iter().enumerate() {
         let (works, works_out): Works = channel::unbounded();
         let last = index + 1 == config.stages.len();
         let to = if last { &on.keeper } else { &on.backends[index + 1] };
-        let link = Link { config, index, blocks: blocks.clone(), last, works, results: arrived_in.clone() };
+        let (results, opens) = (arrived_in.clone(), opens.clone());
+        let link = Link { config, index, blocks: blocks.clone(), last, works, results, opens };
         let numbers = link.numbers();
         let depth = PASSES_AT_BOUNDARY;
         input = match (&on.backends[index], to) {
@@ -169,6 +180,12 @@ pub(super) fn start<A: VisionOps, B: VisionOps>(
     Ok(vision)
 }
 
+/// What a view of a device has taken of its memory, as long as it lives; the processor's is not counted.
+fn taken<B: Backend>(backend: &Arc<B>) -> Arc<dyn Fn() -> usize + Send + Sync> {
+    let of = Arc::downgrade(backend);
+    Arc::new(move || of.upgrade().and_then(|backend| backend.memory()).map_or(0, |memory| memory.taken))
+}
+
 /// A stage and what comes after it.
 struct Link<'a> {
     config: &'a VisionConfig,
@@ -177,6 +194,7 @@ struct Link<'a> {
     last: bool,
     works: channel::Sender<Arc<Cut>>,
     results: channel::Sender<Arrived>,
+    opens: channel::Receiver<()>,
 }
 
 impl Link<'_> {
@@ -196,7 +214,7 @@ impl Link<'_> {
         input: Feed<B>,
         output: Box<dyn crate::transport::Sender<B>>,
     ) -> Result<()> {
-        let Link { config, index, blocks, works, results, .. } = self;
+        let Link { config, index, blocks, works, results, opens, .. } = self;
         let VisionConfig { stages, metrics, meter, .. } = config;
         let (device, metrics) = (stages[index].0, metrics[index].clone());
         let tower = config.part(blocks.clone());
@@ -213,7 +231,8 @@ impl Link<'_> {
         let (loaded, loading) = channel::bounded(1);
         let backend = backend.clone();
         let (tables, meter) = (Tables::new(&config.preprocessor), meter.clone());
-        let part = Part { index, backend, tower, tables, input, output, works, results, metrics, meter };
+        let part =
+            Part { index, backend, tower, tables, opens, input, output, works, results, metrics, meter };
         vision.threads.push(part.spawn(loaded)?);
         vision.loading.push((facts, loading));
         Ok(())
@@ -239,8 +258,9 @@ impl<A: VisionOps, B: VisionOps> AnyInput<A, B> {
 }
 
 impl Vision {
-    /// Waits until every stage has loaded.
+    /// Waits until every stage has loaded. The decoder's have: nothing disturbs any more what is tried on their devices.
     pub(super) fn loaded(&mut self) -> Result<Vec<StageFacts>> {
+        self.gate = None;
         let gone = |_| Err(Error::Engine("a vision stage ended while loading; this is a bug".into()));
         let stage = |(facts, loaded): (StageFacts, channel::Receiver<Result<usize>>)| {
             Ok(StageFacts { weight_bytes: loaded.recv().unwrap_or_else(gone)?, ..facts })

@@ -42,6 +42,8 @@ pub(super) struct Part<B: VisionOps> {
     pub(super) backend: Arc<B>,
     pub(super) tower: TowerConfig,
     pub(super) tables: Tables,
+    /// Closes when the device may be tried.
+    pub(super) opens: channel::Receiver<()>,
     pub(super) input: Feed<B>,
     pub(super) output: Box<dyn Sender<B>>,
     /// What has been sent, to the stage after.
@@ -91,6 +93,10 @@ impl<B: VisionOps> Part<B> {
     fn load(&self) -> Result<Tower<B>> {
         let backend = &*self.backend;
         let mut tower = Tower::load(backend, &self.tower)?;
+        backend.loaded()?;
+        if B::ASYNC {
+            let _ = self.opens.recv();
+        }
         let began = Instant::now();
         tower.warm_up(backend, self.tower.rows_max)?;
         backend.loaded()?;
