@@ -8,7 +8,8 @@ compute-sanitizer. No Rust. The checks:
 
     ops        every op on the GPU against the processor's (tests/gpu.rs)
     models     small checkpoints, stages, batches, sampling, faults (tests/gpu_model.rs)
-    faults     stages on GPUs that fail are built anew, with the same tokens in no more memory (the library's own tests)
+    faults     stages on GPUs that fail are built anew, with the same tokens in no more memory; a tower takes what was said (the
+               library's own tests)
     memcheck   the op suite over fewer shapes under compute-sanitizer: no access out of bounds
     racecheck  the same: no race in shared memory, as far as the kernels are the project's own
     7b-…       tokens per second of random weights, with the goal for as many GPUs
@@ -477,7 +478,7 @@ def plan(bundle, logs, count, test_filter, load_folder):
     groups = [[Check("ops", [programs / "gpu", threads, *chosen], 300)],
               [Check("models", [programs / "gpu_model", threads, *chosen], 300)]]
     if not test_filter:
-        groups.append([Check("faults", [programs / "lib", "--nocapture", "fault_tests::gpu"], 300)])
+        groups.append([Check("faults", [programs / "lib", "--nocapture", "fault_tests::gpu", "vision::needs"], 300)])
     if sanitizer():
         skips = [part for name in NOT_SANITIZED for part in ("--skip", name)]
         quick = {"PIPELINE_INFER_GPU_QUICK": "1"}

@@ -132,3 +132,78 @@ impl On<'_> {
         sizes.into_iter().map(|bytes| self.allocated(bytes)).sum::<usize>() + own
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{
+        backend::{
+            Backend,
+            cuda::{Cuda, PipelineFacts},
+        },
+        model::{shapes, vision::Tower, weights::Weights},
+    };
+
+    fn of_7b() -> VisionSpec {
+        (*shapes::find("vl-7b").unwrap().unwrap().vision.unwrap()).clone()
+    }
+
+    #[test]
+    fn stages_take_no_more_than_plans_think() {
+        let spec = of_7b();
+        for dtype in [DType::BF16, DType::F32] {
+            let extent = Extent::usual(dtype);
+            for gpu in [true, false] {
+                let (on, scratch) = (On { gpu, spec: &spec, extent }, tower_scratch(&spec, extent, gpu));
+                let plain = |blocks: &Range<usize>| {
+                    let units = vision_units(&spec, blocks).into_iter();
+                    units.map(|unit| unit.weight_bytes(&spec, dtype)).sum::<usize>()
+                };
+                for blocks in [0..32, 0..9, 9..20, 31..32] {
+                    let taken = on.weights(&blocks) + on.working(&blocks, blocks.start > 0);
+                    let planned = plain(&blocks) + scratch.stage + (scratch.block + 1) * blocks.len();
+                    // The merger's own waste is shared out over all blocks.
+                    assert!(
+                        taken <= planned + (8 << 20),
+                        "{blocks:?} {dtype:?} {gpu}: {taken} and {planned}"
+                    );
+                }
+                assert_eq!(scratch.store, on.store());
+            }
+        }
+        // Beside 1.35 GB of weights.
+        let scratch = tower_scratch(&spec, Extent::usual(DType::BF16), true);
+        assert!((1_900_000_000..2_300_000_000).contains(&scratch.stage), "{scratch:?}");
+        assert!((500_000_000..700_000_000).contains(&scratch.store), "{scratch:?}");
+    }
+
+    #[test]
+    fn a_gpu_gives_what_was_said() {
+        let of = PipelineFacts { dtype: DType::BF16, head_dim: 128, seats: 1, in_flight: 1 };
+        let cuda = match cuda::devices().and_then(|_| Cuda::new(0, of)) {
+            Ok(cuda) => cuda,
+            Err(error) => return println!("SKIPPED: no GPU: {error}"),
+        };
+        let spec = VisionSpec { full: vec![false, true, false], ..of_7b() };
+        let extent = Extent { dtype: DType::BF16, patches: 8192, rows: 4096 };
+        let weights = Arc::new(Weights::dummy(DType::BF16, 1));
+        let config = TowerConfig {
+            spec: Arc::new(spec.clone()),
+            weights,
+            blocks: 0..3,
+            dtype: DType::BF16,
+            rows_max: extent.patches,
+        };
+        let mut tower = Tower::load(&cuda, &config).unwrap();
+        tower.warm_up(&cuda, extent.patches).unwrap();
+        cuda.loaded().unwrap();
+        let on = On { gpu: true, spec: &spec, extent };
+        let said = on.weights(&(0..3)) + on.working(&(0..3), false);
+        let taken = cuda.memory().expect("a GPU tells").taken;
+        println!("{taken} bytes are taken of {said}");
+        // What is said has whole pages, and room for trying algorithms.
+        assert!(taken <= said && said - taken < taken / 20 + (96 << 20), "{taken} of {said}");
+    }
+}
