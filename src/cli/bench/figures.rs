@@ -249,15 +249,17 @@ fn itl(runs: &[Run]) -> Option<Spread> {
 /// Each device once, with what it is.
 fn devices(engine: &Engine) -> Vec<Named> {
     let mut found: Vec<Named> = Vec::new();
-    for stage in engine.layout().stages() {
-        let name = match stage.device {
+    let layout = engine.layout();
+    let tower = layout.vision().iter().map(|stage| stage.device);
+    for device in layout.stages().iter().map(|stage| stage.device).chain(tower) {
+        let name = match device {
             Device::Cpu => cpu::facts().name,
             Device::Cuda(i) => {
                 let gpus = cuda::devices().expect("a stage runs on a GPU that is not there; this is a bug");
                 gpus[i].name.clone()
             }
         };
-        let named = Named { device: stage.device.to_string(), name };
+        let named = Named { device: device.to_string(), name };
         if !found.contains(&named) {
             found.push(named);
         }

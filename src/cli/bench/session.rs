@@ -205,8 +205,10 @@ fn energy(engine: &Engine) -> Option<Energy> {
         Device::Cpu => None,
         Device::Cuda(ordinal) => Some(ordinal),
     };
-    let mut gpus =
-        engine.layout().stages().iter().map(|stage| gpu(stage.device)).collect::<Option<Vec<_>>>()?;
+    let layout = engine.layout();
+    let tower = layout.vision().iter().map(|stage| stage.device);
+    let devices = layout.stages().iter().map(|stage| stage.device).chain(tower);
+    let mut gpus = devices.map(gpu).collect::<Option<Vec<_>>>()?;
     gpus.sort_unstable();
     gpus.dedup();
     Energy::open(&gpus).inspect_err(|error| tracing::info!(%error, "no energy is told")).ok()
