@@ -37,7 +37,7 @@ use crossbeam_channel as channel;
 
 pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
 pub use measured::{Comparison, Watch};
-pub use meter::{Measurement, Measurements};
+pub use meter::{Measurement, Measurements, VisionSpan};
 pub use place::{cpu_scratch, device_specs, gpus, profiles, scratch};
 pub use progress::LoadProgress;
 pub use relayout::{MovedUnit, Relayout};

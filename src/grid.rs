@@ -6,7 +6,7 @@
 use crate::error::{Error, Result};
 
 /// The patches of an image (`t` = 1) or a video, counted in time, down and across.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
 pub struct Grid {
     /// Frames, in pairs.
     pub t: u32,

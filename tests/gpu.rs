@@ -14,6 +14,8 @@ mod linear;
 mod load;
 #[path = "gpu/pages.rs"]
 mod pages;
+#[path = "gpu/pixels.rs"]
+mod pixels;
 #[path = "gpu/rows.rs"]
 mod rows;
 #[path = "gpu/sample.rs"]

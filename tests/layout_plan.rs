@@ -1,8 +1,10 @@
 //! The planner finds the best cut there is: by hand and by brute force, over devices that differ. Cuts of plain numbers and what plans
-//! do with predictions are here; `cases` has real shapes on devices.
+//! do with predictions are here; `cases` has real shapes on devices, `tower` vision towers beside the layers.
 
 #[path = "layout_plan/cases.rs"]
 mod cases;
+#[path = "layout_plan/tower.rs"]
+mod tower;
 
 use pipeline_infer::{
     Layout,
@@ -162,8 +164,8 @@ fn slot(layers: usize) -> impl Strategy<Value = Slot> {
     )
 }
 
-fn problem() -> impl Strategy<Value = Problem> {
-    (1usize..=9, 1usize..=5).prop_flat_map(|(layers, slots)| {
+fn problem(layers: usize, slots: usize) -> impl Strategy<Value = Problem> {
+    (1..=layers, 1..=slots).prop_flat_map(|(layers, slots)| {
         let sizes = (prop::collection::vec(1u64..40, layers), 0u64..80, 0u64..20, any::<bool>());
         (sizes, prop::collection::vec(slot(layers), slots)).prop_map(
             |((layers, embed, norm, tied), slots)| {
@@ -178,7 +180,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn random_problems_have_the_optimum(problem in problem()) {
+    fn random_problems_have_the_optimum(problem in problem(9, 5)) {
         planned(&problem);
     }
 }

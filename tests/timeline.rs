@@ -5,7 +5,7 @@ mod common;
 use std::{collections::HashMap, path::Path};
 
 use common::{chat_llama, collect, request};
-use pipeline_infer::{Engine, engine::EngineBuilder, layout::Device};
+use pipeline_infer::{Engine, Request, engine::EngineBuilder, layout::Device, request::Media};
 use serde_json::Value;
 
 /// Eight requests through three stages, two micro-batches at a time; the trace's events.
@@ -120,6 +120,50 @@ fn rows_have_names_and_queues_are_curves() {
     assert!(peak("KV blocks", "used").into_iter().max() >= Some(4));
     assert_eq!(peak("steps in flight", "steps").into_iter().max(), Some(2));
     assert_eq!(peak("sequences", "running").last(), Some(&0), "all have gone at the end");
+}
+
+#[test]
+fn stages_of_the_tower_have_rows_and_bars() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("trace.json");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let layout = "v0,v1-2,0-1,2".parse().unwrap();
+    let engine = Engine::builder().model(folder.join("qwen2_5_vl")).layout(layout).timeline(&path);
+    let engine = engine.build().unwrap();
+    let watch = engine.watch().unwrap();
+    let image = engine.image_file(&folder.join("vision/odd.png")).unwrap();
+    for i in 0..3 {
+        // Other pixels each time: an image that is known is not encoded again.
+        let mut frame = image.frames[0].clone();
+        frame[0] = i;
+        let media = vec![Media { frames: vec![frame].into(), ..image.clone() }];
+        drop(collect(engine.submit(Request { media, ..request(&[5, 320, 322, 321, 7], 3) }).unwrap()));
+    }
+    let comparison = engine.compare(&watch.end()).unwrap();
+    let stages: Vec<(usize, u64)> = comparison.vision.iter().map(|pass| (pass.stage, pass.passes)).collect();
+    assert_eq!(stages, [(0, 3), (1, 3)]);
+    assert!(comparison.vision.iter().all(|pass| pass.predicted > 0.0 && pass.measured > 0.0));
+    let times = engine.stats().vision.iter().map(|stage| stage.times).collect::<Vec<_>>();
+    assert!(times.iter().all(|times| times.batches == 3 && !times.busy.is_zero()), "{times:?}");
+    drop(engine);
+    let events: Vec<Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let names = of(&events, "M").into_iter().filter(|e| e["name"] == "thread_name");
+    let names: Vec<&str> = names.map(|e| e["args"]["name"].as_str().unwrap()).collect();
+    assert_eq!(names[2..], ["vision 0: cpu, blocks v0", "vision 1: cpu, blocks v1-2"]);
+    let bars: Vec<&Value> = of(&events, "X").into_iter().filter(|e| e["cat"] == "vision").collect();
+    assert_eq!(bars.len(), 6);
+    for pass in 0..3u64 {
+        let of = |row: u64| {
+            let bar = bars.iter().find(|e| e["tid"] == row && e["args"]["pass"] == pass).unwrap();
+            (
+                bar["ts"].as_f64().unwrap(),
+                bar["dur"].as_f64().unwrap(),
+                bar["args"]["patches"].as_u64().unwrap(),
+            )
+        };
+        let (first, second) = (of(2), of(3));
+        assert!(first.0 + first.1 <= second.0 + 0.002 && first.2 == second.2 && first.2 > 0);
+    }
 }
 
 #[test]

@@ -12,12 +12,14 @@ use pipeline_infer::{
     backend::{
         Backend, DType,
         cpu::{Cpu, Simd},
+        vision::{PatchShape, Pixels, Places, VisionOps},
     },
     grid::Grid,
     model::{
         vision::{Tower, TowerConfig},
         weights::Weights,
     },
+    vision::{Preprocessor, Rgb, Size},
 };
 
 fn config(folder: &Path, blocks: Range<usize>) -> TowerConfig {
@@ -71,6 +73,44 @@ fn parts_of_a_tower_are_the_whole() {
     for parts in [vec![0..1, 1..3], vec![0..2, 2..3], vec![0..1, 1..2, 2..3]] {
         assert_eq!(run(&cpu, &data(FOLDER), &parts, &grids, &patches), together, "{parts:?}");
     }
+}
+
+/// Frames of whole cells with pixels of all levels.
+fn frames(count: usize, width: u32, height: u32) -> Vec<Rgb> {
+    let bytes = 3 * width as usize * height as usize;
+    let frame = |f: usize| (0..bytes).map(|i| (i * 37 + i / 251 * 11 + 101 * f) as u8).collect();
+    (0..count).map(|f| Rgb { size: Size { width, height }, data: frame(f) }).collect()
+}
+
+#[test]
+fn pixels_are_cut_as_the_preprocessor_cuts_them() {
+    let cut = Preprocessor::usual().image.cut;
+    let levels = cut.levels();
+    let media = [frames(1, 28, 56), frames(1, 252, 140), frames(3, 84, 56), frames(4, 56, 56)];
+    let patches: Vec<_> = media.iter().map(|frames| cut.cut(frames)).collect();
+    let grids: Vec<Grid> = patches.iter().map(|patches| patches.grid).collect();
+    let data: Vec<Vec<Vec<u8>>> =
+        media.iter().map(|frames| frames.iter().map(|frame| frame.data.clone()).collect()).collect();
+    let pixels: Vec<Pixels> = grids
+        .iter()
+        .zip(&data)
+        .map(|(grid, frames)| Pixels { grid: *grid, frames, levels: &levels })
+        .collect();
+    let (all, cpu) = (patches.iter().flat_map(|p| p.rows.clone()).collect::<Vec<f32>>(), Cpu::new(Some(2)));
+    // The tower's own order of cells.
+    let places = Places::new(&grids, 2, 4);
+    let cell = 4 * cut.row_len();
+    let want: Vec<f32> =
+        places.cells.iter().flat_map(|&i| all[i as usize * cell..][..cell].to_vec()).collect();
+    let mut images = cpu.images(places.rows.len(), &[1.0]).unwrap();
+    cpu.set_images(&mut images, &places).unwrap();
+    let shape = PatchShape { side: 14, frames: 2, merge: 2 };
+    let mut cutter = cpu.cutter(places.rows.len(), shape).unwrap();
+    let mut out = cpu.working_buf(want.len()).unwrap();
+    cpu.cut(&mut out, &mut cutter, &images, &pixels).unwrap();
+    let mut got = vec![0.0; want.len()];
+    cpu.read(&mut got, &out).unwrap();
+    assert!(got == want);
 }
 
 #[test]

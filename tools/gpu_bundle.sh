@@ -27,18 +27,31 @@ cp tools/gpu_check.py tools/load_speed.py "$out/"
 python3 - "$out/models" <<'PYTHON'
 import json, pathlib, sys
 
-# The language models of Qwen2.5-VL, by their shapes.
+# The language models of Qwen2.5-VL, by their shapes, and one with its tower.
 SHAPES = {
     "7b": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944),
     "72b": dict(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, intermediate_size=29568),
 }
+SHAPES["vl7b"] = SHAPES["7b"]
+TOWER = dict(depth=32, hidden_act="silu", hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=3584,
+             window_size=112, fullatt_block_indexes=[7, 15, 23, 31], patch_size=14, spatial_patch_size=14, spatial_merge_size=2,
+             temporal_patch_size=2, tokens_per_second=2, in_chans=3)
+# With these bounds 1024x1024 pixels become 1036x1036: 1,369 tokens.
+PIXELS = dict(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2, resample=3)
 for name, shape in SHAPES.items():
     config = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_act="silu", dtype="bfloat16", vocab_size=152064,
                   max_position_embeddings=32768, rms_norm_eps=1e-6, tie_word_embeddings=False, use_sliding_window=False,
                   bos_token_id=151643, eos_token_id=151645, rope_parameters=dict(rope_type="default", rope_theta=1000000.0))
+    if name.startswith("vl"):
+        config |= dict(architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl", vision_config=TOWER,
+                       max_position_embeddings=128000, image_token_id=151655, video_token_id=151656,
+                       vision_start_token_id=151652, vision_end_token_id=151653,
+                       rope_parameters=dict(rope_type="default", rope_theta=1000000.0, mrope_section=[16, 24, 24]))
     folder = pathlib.Path(sys.argv[1]) / name
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config | shape, indent=1) + "\n")
+    if name.startswith("vl"):
+        (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS) + "\n")
 PYTHON
 
 strip "$out"/bin/* 2>/dev/null || true

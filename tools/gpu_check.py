@@ -8,7 +8,8 @@ compute-sanitizer. No Rust. The checks:
 
     ops        every op on the GPU against the processor's (tests/gpu.rs)
     models     small checkpoints, stages, batches, sampling, faults (tests/gpu_model.rs)
-    faults     stages on GPUs that fail are built anew, with the same tokens in no more memory (the library's own tests)
+    faults     stages on GPUs that fail are built anew, with the same tokens in no more memory; a tower takes what was said (the
+               library's own tests)
     memcheck   the op suite over fewer shapes under compute-sanitizer: no access out of bounds
     racecheck  the same: no race in shared memory, as far as the kernels are the project's own
     7b-…       tokens per second of random weights, with the goal for as many GPUs
@@ -18,6 +19,8 @@ compute-sanitizer. No Rust. The checks:
     load       GB/s of loading a checkpoint of 7b's size from the page cache, and each GPU's memory (load_speed.py)
     attention  decode attention by itself (the ignored tests of tests/gpu.rs): its share of a copy's bytes per second
     tower      the 7b's vision tower, whole and op by op: images per second, and its share of a large product's rate
+    images-…   64 requests with an image of 1024x1024 to 7b with its tower, prepared before: images per second, each GPU's memory;
+               four GPUs: beside one of them, and beside a tower that is all on the first (-first)
     late       four GPUs: what a prompt of 8,192 tokens does to the time between tokens of 128 others
     prefix-…   four GPUs: time to the first token of 64 requests that begin with the same 2,048 tokens, without and with reuse
     relayout   four GPUs: how long 64 requests that run wait when a layer of 7b moves, and whether their tokens change
@@ -65,6 +68,12 @@ ATTENTION_GOAL = 0.80
 # Of a large product's rate, what the vision tower should reach at least with one image of 1024x1024, and its attention to a
 # whole frame by itself.
 TOWER_GOAL = 0.50
+# Requests with an image each, and their prompt tokens beside it; by their new tokens, images per second of four GPUs over those of
+# one, at least, and over those of four where the whole tower is on the first.
+IMAGES = (64, 64)
+IMAGE_GOALS = {1: (3.5, 1.15), 128: (2.4, None)}
+# What a GPU may have in use of what its stages say.
+MEMORY_GOAL = 1.03
 # Stages whose time per token is compared with one stage's, and microseconds that each boundary may add to it.
 BOUNDARY_STAGES, BOUNDARY_GOAL = (1, 2, 4), 15.0
 
@@ -258,6 +267,56 @@ class Bench:
         return [[check] for check in checks]
 
 
+class Images:
+    """Requests with images, by their new tokens: on all GPUs, on one, and with the tower on the first alone."""
+
+    def __init__(self, bundle, new):
+        requests, given = IMAGES
+        self.name, self.new, self.rates = f"images-{requests}x{given}x{new}", new, {}
+        self.command = [bundle / "bin" / "pipeline-infer", "bench", "throughput", "--model", bundle / "models" / "vl7b", "--weights",
+                        "dummy", "--requests", requests, "--images", 1, "--prepared", "--input-len", given, "--output-len", new,
+                        "--format", "json"]
+
+    def check(self, suffix, flags, over=()):
+        """`over`: the rates of which this one should be a multiple, with their goals."""
+        def judge(code, text):
+            figures = json_of(text)
+            if code != 0 or not figures:
+                return last_line(code, text), False
+            rate, most = figures["images"]["images_per_s"]["median"], memory_over(figures)
+            self.rates[suffix] = rate
+            busy = "/".join(f"{stage['busy']:.0%}" for stage in figures["images"]["stages"])
+            shown, ok = f"{rate:.1f} images/s, tower busy {busy}", most is None or most <= MEMORY_GOAL
+            shown += f", {100 * (most - 1):+.2f}% of memory" if most else ", memory not counted"
+            for other, goal in over:
+                if goal and other in self.rates:
+                    ratio = rate / self.rates[other]
+                    shown, ok = f"{shown}, {ratio:.2f} times {other} (goal {goal})", ok and ratio >= goal
+            return shown, ok
+        return Check(self.name + suffix, [*self.command, *flags], 240, judge=judge, log="benches")
+
+    def groups(self, count):
+        if count < 4:
+            return [[self.check("", ["--stages", count])]]
+        of_one, of_first = IMAGE_GOALS[self.new]
+        checks = [self.check("-one", ["--stages", 1])]
+        if of_first:
+            layout = "vision@cuda:0,0-6@cuda:0,7-13@cuda:1,14-20@cuda:2,21-27@cuda:3"
+            checks.append(self.check("-first", ["--layout", layout]))
+        checks.append(self.check("", ["--stages", 4], [("-one", of_one), ("-first", of_first)]))
+        return [[check] for check in checks]
+
+
+def memory_over(figures):
+    """What the fullest GPU has in use over what its stages say; None where nobody counts."""
+    told, peak = {}, {}
+    for stage in [*figures["stages"], *(figures.get("images") or {}).get("stages", [])]:
+        device, parts = stage["device"], ("weight_bytes", "kv_bytes", "buffer_bytes")
+        told[device] = told.get(device, 0) + sum(stage.get(part) or 0 for part in parts)
+        peak[device] = max(peak.get(device, 0), stage["device_bytes_peak"] or 0)
+    return max((peak[device] / told[device] for device in told if peak[device]), default=None)
+
+
 def judge_load(code, text):
     """Of load_speed.py: each number of stages' last loading, and the GPU that has most in use beyond what was said of it."""
     parts, ok = [], code == 0
@@ -419,7 +478,7 @@ def plan(bundle, logs, count, test_filter, load_folder):
     groups = [[Check("ops", [programs / "gpu", threads, *chosen], 300)],
               [Check("models", [programs / "gpu_model", threads, *chosen], 300)]]
     if not test_filter:
-        groups.append([Check("faults", [programs / "lib", "--nocapture", "fault_tests::gpu"], 300)])
+        groups.append([Check("faults", [programs / "lib", "--nocapture", "fault_tests::gpu", "vision::needs"], 300)])
     if sanitizer():
         skips = [part for name in NOT_SANITIZED for part in ("--skip", name)]
         quick = {"PIPELINE_INFER_GPU_QUICK": "1"}
@@ -449,6 +508,8 @@ def plan(bundle, logs, count, test_filter, load_folder):
             name = f"prefix-{'on' if reuse else 'off'}"
             groups.append([Check(name, [*prefix, *flags], 120, judge=judge_prefix(reuse, times), log="benches")])
     if not test_filter:
+        for new in IMAGE_GOALS:
+            groups += Images(bundle, new).groups(count)
         command = [programs / "gpu", "--ignored", "--nocapture", "--test-threads=1", "speed::"]
         groups.append([Check("attention", command, 120, judge=judge_attention)])
         command = [programs / "gpu", "--ignored", "--nocapture", "--test-threads=1", "tower_time::"]

@@ -112,6 +112,34 @@ class Benches(unittest.TestCase):
         self.assertFalse(checks["-even"].judge(0, figures(29000))[1])
 
 
+def seen(rate, peak=1000):
+    stage = dict(device="cuda:0", weight_bytes=500, kv_bytes=300, buffer_bytes=100, device_bytes_peak=peak)
+    tower = dict(device="cuda:0", weight_bytes=50, buffer_bytes=50, device_bytes_peak=peak, busy=0.5)
+    return json.dumps({"stages": [stage], "images": {"images_per_s": {"median": rate}, "stages": [tower]}})
+
+
+class Seeing(unittest.TestCase):
+    def checks(self, new, count):
+        images = gpu_check.Images(pathlib.Path("bundle"), new)
+        return {check.name.removeprefix(images.name): check for [check] in images.groups(count)}
+
+    def test_four_are_compared_with_one_and_with_the_tower_on_the_first(self):
+        checks = self.checks(1, 4)
+        self.assertEqual(list(checks), ["-one", "-first", ""])
+        self.assertTrue(checks["-one"].judge(0, seen(10))[1] and checks["-first"].judge(0, seen(30))[1])
+        self.assertTrue(checks[""].judge(0, seen(36))[1])
+        self.assertFalse(checks[""].judge(0, seen(34.4))[1])
+        self.assertFalse(checks[""].judge(0, seen(34.6))[1] and checks[""].judge(0, seen(34.4))[1])
+        self.assertEqual(list(self.checks(128, 4)), ["-one", ""])
+        self.assertEqual(list(self.checks(128, 1)), [""])
+
+    def test_a_gpu_has_no_more_in_use_than_its_stages_say(self):
+        [check] = self.checks(1, 1).values()
+        self.assertTrue(check.judge(0, seen(10, 1030))[1])
+        self.assertFalse(check.judge(0, seen(10, 1031))[1])
+        self.assertFalse(check.judge(1, seen(10))[1] or check.judge(0, "")[1])
+
+
 LOADED = """1 stages, loading 1: 1.00 s in all; 15.23 GB of weights at 18.0 GB/s, 18.0 a GPU
 1 stages, loading 2: 0.90 s in all; 15.23 GB of weights at 24.0 GB/s, 24.0 a GPU
   cuda:0: weights 15,231 + KV 100,000 + buffers 900 MB; 116,500 MB in use, +0.31%

@@ -64,6 +64,43 @@ impl Places {
     }
 }
 
+/// How large the patches of a tower are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PatchShape {
+    /// Pixels along a side.
+    pub side: usize,
+    /// Frames.
+    pub frames: usize,
+    /// Patches along a cell's side.
+    pub merge: usize,
+}
+
+impl PatchShape {
+    /// Numbers of a patch.
+    pub fn len(self) -> usize {
+        3 * self.frames * self.side * self.side
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What the 256 levels of each colour become.
+pub type Levels = [[f32; 256]; 3];
+
+/// Pixels of an image or of a video, on their way to patches.
+#[derive(Debug, Clone, Copy)]
+pub struct Pixels<'a> {
+    /// How they are cut.
+    pub grid: Grid,
+    /// Three numbers a pixel, row by row, of each frame; the last one is repeated until all patches are full.
+    pub frames: &'a [Vec<u8>],
+    /// What they become.
+    pub levels: &'a Levels,
+}
+
 /// Rows that go from one buffer to another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RowRun {
@@ -84,11 +121,28 @@ pub struct RowRun {
 pub trait VisionOps: Backend {
     /// A pass's [`Places`] as the ops want them: rotations, segments.
     type Images: Send;
+    /// Room for the pixels of a pass.
+    type Cutter: Send;
+
+    /// Numbers of rows for which the device compiles, chooses or loads something when it first sees them, up to so many, those
+    /// first that take most time; none where there is nothing of the kind.
+    fn rows_tried(&self, rows_max: usize) -> Vec<usize>;
 
     /// Makes room for the places of up to `rows_max` rows. `inv_freq` is what places are multiplied by for the rotation.
     fn images(&self, rows_max: usize, inv_freq: &[f32]) -> Result<Self::Images>;
     /// Brings places to the device.
     fn set_images(&self, images: &mut Self::Images, from: &Places) -> Result<()>;
+
+    /// Makes room for the pixels of up to `rows_max` patches.
+    fn cutter(&self, rows_max: usize, shape: PatchShape) -> Result<Self::Cutter>;
+    /// Cuts the pixels of all images of a pass into patches, `out` being `[rows, shape.len()]` in the order of the rows.
+    fn cut(
+        &self,
+        out: &mut Self::Buf,
+        cutter: &mut Self::Cutter,
+        images: &Self::Images,
+        from: &[Pixels<'_>],
+    ) -> Result<()>;
 
     /// How long rows of `len` numbers between two products should be made, with zeros, so that the products are quick.
     fn row_width(&self, len: usize) -> usize;

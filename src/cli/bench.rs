@@ -11,6 +11,7 @@ mod latency;
 mod limits;
 mod output;
 mod phases;
+mod pictures;
 mod plot;
 mod random;
 mod record;
@@ -25,6 +26,7 @@ mod summary;
 mod sweep;
 mod tables;
 mod throughput;
+mod tower;
 mod uses;
 mod workload;
 

@@ -3,7 +3,10 @@
 use super::table::columns;
 use crate::{
     engine::{Comparison, Engine},
-    layout::{Measured, compare::rows},
+    layout::{
+        Measured,
+        compare::{rows, vision_rows},
+    },
 };
 
 /// Kinds of passes that a table has, of those that took longest in all.
@@ -11,10 +14,11 @@ const KINDS_SHOWN: usize = 3;
 
 /// Below a heading that says what predictions are of; empty if nothing was measured.
 pub(super) fn table(comparison: &Comparison) -> String {
-    if comparison.passes.is_empty() {
+    if comparison.passes.is_empty() && comparison.vision.is_empty() {
         return String::new();
     }
     let mut rows = rows(&comparison.passes, KINDS_SHOWN);
+    rows.extend(vision_rows(&comparison.vision, KINDS_SHOWN));
     // Rows of a kind have its name once.
     for i in (2..rows.len()).rev() {
         if rows[i][0] == rows[i - 1][0] {
@@ -53,12 +57,27 @@ pub(super) fn log(comparison: &Comparison) {
             "stage time"
         );
     }
+    for pass in &comparison.vision {
+        let ms = |seconds: f64| 1e3 * seconds;
+        tracing::info!(
+            stage = pass.stage,
+            patches = pass.patches,
+            predicted_ms = ms(pass.predicted),
+            measured_ms = ms(pass.measured),
+            error_percent = pass.error_percent,
+            passes = pass.passes,
+            "vision stage time"
+        );
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{layout::Compared, model::units::Pass};
+    use crate::{
+        layout::{Compared, VisionCompared},
+        model::units::Pass,
+    };
 
     #[test]
     fn a_kind_of_passes_has_a_row_a_stage() {
@@ -71,7 +90,8 @@ mod tests {
             error_percent: 50.0,
         };
         let passes = [4, 3, 2, 1].iter().flat_map(|&rows| [pass(rows, 0), pass(rows, 1)]).collect();
-        let mut comparison = Comparison { devices: Vec::new(), profiled: vec![true, false], passes };
+        let mut comparison =
+            Comparison { devices: Vec::new(), profiled: vec![true, false], passes, vision: Vec::new() };
         let text = table(&comparison);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!((lines.len(), lines[0]), (8, "stage times, predicted from earlier runs and device data"));
@@ -81,5 +101,17 @@ mod tests {
         );
         comparison.passes.clear();
         assert_eq!(table(&comparison), "");
+        let of = |stage, patches| VisionCompared {
+            stage,
+            patches,
+            passes: 7,
+            predicted: 4e-3,
+            measured: 5e-3,
+            error_percent: 20.0,
+        };
+        comparison.vision = vec![of(0, 5476), of(1, 5476), of(0, 64)];
+        let text = table(&comparison);
+        assert_eq!(text.lines().count(), 5, "{text}");
+        assert!(text.contains("5476 patches     v0         4.000        5.000  +20.0%       7"), "{text}");
     }
 }

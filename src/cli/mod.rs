@@ -20,6 +20,7 @@ mod plan;
 mod prompts;
 mod run;
 mod setup;
+mod sides;
 mod table;
 
 use std::{

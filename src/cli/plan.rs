@@ -13,13 +13,17 @@ use super::{
     interrupt::Interrupt,
     print,
     setup::{Cut, Kept, Source, Stages, named_devices},
+    sides::Sides,
 };
 use crate::{
     backend::DType,
     engine,
     error::{Error, Result},
-    layout::{DeviceSpec, Given, Layout, MemoryLimits, Planner, Prediction, Workload, planner::Scratch},
+    layout::{
+        DeviceSpec, Given, ImageLoad, Layout, MemoryLimits, Planner, Prediction, Workload, planner::Scratch,
+    },
     model::{config::Config, hub, open_model, shapes, spec::ModelSpec},
+    vision::{Preprocessor, Recipe, Size},
 };
 
 pub(super) const SUBCOMMAND: Subcommand = Subcommand {
@@ -29,6 +33,9 @@ pub(super) const SUBCOMMAND: Subcommand = Subcommand {
     run,
 };
 
+/// Pixels of an image of the models that are known by name, as their folders have it.
+const PIXELS: (u64, u64) = (3136, 12_845_056);
+const SIZE: Size = Size { width: 1024, height: 1024 };
 /// Tokens of a sequence that buffers are estimated for.
 const CONTEXT_MAX: usize = 8192;
 
@@ -86,7 +93,7 @@ struct Asked {
     /// Requests that run at once
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = value_parser!(u32).range(1..=4096))]
     running: u32,
-    /// Prompt tokens of each
+    /// Prompt tokens of each, beside those of its images
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = value_parser!(u32).range(1..=100_000_000))]
     input_len: u32,
     /// New tokens of each
@@ -95,6 +102,21 @@ struct Asked {
     /// Prompt tokens in a micro-batch
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = value_parser!(u32).range(1..=65_536))]
     chunk: u32,
+    /// Images of each, of a model that reads them [default: 1]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(0..=1024))]
+    images: Option<u32>,
+    /// Their pixels across and down [default: 1024x1024]
+    #[arg(long, value_name = "WxH")]
+    image_size: Option<Sides>,
+}
+
+/// A model, and what there is to know of it before it is loaded.
+struct Known {
+    spec: ModelSpec,
+    /// Its checkpoint's.
+    dtype: DType,
+    /// How it has images cut.
+    recipe: Recipe,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -110,6 +132,8 @@ struct Told {
     layers: usize,
     dtype: DType,
     workload: Workload,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    images: Option<ImageLoad>,
     devices: Vec<DeviceSpec>,
     /// Whether the times of each device's units have been measured.
     measured: Vec<bool>,
@@ -129,15 +153,16 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     }
     let given = args.layout.as_deref().map(Given::from_arg).transpose()?;
     let devices = args.devices()?;
-    let (spec, stated) = args.model()?;
-    let dtype = args.dtype.dtype().unwrap_or(stated);
-    let mut planner = Planner::new(&spec, dtype, &devices);
-    planner.workload = args.asked.workload();
+    let known = args.model()?;
+    let (spec, dtype) = (&known.spec, args.dtype.dtype().unwrap_or(known.dtype));
+    let mut planner = Planner::new(spec, dtype, &devices);
+    planner.images = args.asked.images(&known)?;
+    planner.workload = args.asked.workload(planner.images);
     planner.kv_tokens = args.kv_tokens.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
-    planner.scratch = engine::scratch(&spec, dtype, planner.workload, CONTEXT_MAX.min(spec.context_max));
-    planner.cpu_scratch = engine::cpu_scratch(&spec, planner.workload);
+    planner.scratch = engine::scratch(spec, dtype, planner.workload, CONTEXT_MAX.min(spec.context_max));
+    planner.cpu_scratch = engine::cpu_scratch(spec, planner.workload);
     if !args.no_profiles {
-        planner.profiles = engine::profiles(&spec, dtype, &devices);
+        planner.profiles = engine::profiles(spec, dtype, &devices);
     }
     let given = match given {
         Some(Given { layout, placed: false }) => Some(planner.place(&layout)?),
@@ -152,6 +177,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
         layers: spec.layers.len(),
         dtype,
         workload: planner.workload,
+        images: planner.images,
         measured: planner.profiles.iter().map(Option::is_some).collect(),
         scratch: planner.scratch,
         plan,
@@ -192,10 +218,10 @@ impl PlanArgs {
         })
     }
 
-    /// The model and the type of its checkpoint.
-    fn model(&self) -> Result<(ModelSpec, DType)> {
+    fn model(&self) -> Result<Known> {
         if let Some(spec) = shapes::find(&self.model) {
-            return Ok((spec?, DType::BF16));
+            let recipe = Preprocessor::usual().with_pixels(Some(PIXELS.0), Some(PIXELS.1))?.image;
+            return Ok(Known { spec: spec?, dtype: DType::BF16, recipe });
         }
         let looks_like_shape =
             !self.model.contains(['/', '\\', '.']) && !std::path::Path::new(&self.model).exists();
@@ -208,7 +234,8 @@ impl PlanArgs {
         // A model whose type nobody states is opened as dummy weights are: in f32.
         let dummy = self.weights == Source::Dummy && Config::read(&dir)?.dtype()?.is_some();
         let model = open_model(&dir, dummy || self.weights == Source::Dummy)?;
-        Ok((model.spec, model.dtype))
+        let recipe = Preprocessor::read_or_usual(&dir)?.image;
+        Ok(Known { spec: model.spec, dtype: model.dtype, recipe })
     }
 
     /// The layout that is asked for.
@@ -230,10 +257,23 @@ impl PlanArgs {
 }
 
 impl Asked {
-    fn workload(&self) -> Workload {
+    /// None for a model that reads none.
+    fn images(&self, known: &Known) -> Result<Option<ImageLoad>> {
+        let Some(tower) = &known.spec.vision else {
+            let asked = self.images.is_some() || self.image_size.is_some();
+            let wrong = || Error::usage("--images", "the model reads no images");
+            return if asked { Err(wrong()) } else { Ok(None) };
+        };
+        let size = self.image_size.map_or(SIZE, |Sides(size)| size);
+        let wrong = |why| Error::usage(format!("--image-size {}x{}", size.width, size.height), why);
+        let grid = known.recipe.grid(size).map_err(wrong)?;
+        Ok(Some(ImageLoad::new(tower, self.images.unwrap_or(1) as usize, grid)))
+    }
+
+    fn workload(&self, images: Option<ImageLoad>) -> Workload {
         Workload {
             running: self.running as usize,
-            prompt: self.input_len as usize,
+            prompt: self.input_len as usize + images.map_or(0, |images| images.prompt_tokens()),
             new: self.output_len as usize,
             chunk: self.chunk as usize,
         }

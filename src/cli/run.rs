@@ -263,7 +263,7 @@ impl<'a> Run<'a> {
         }
         if self.format == Format::Text {
             let after = self.asker.engine.stats();
-            let text = report(&self.totals, started.elapsed(), &before.stages, &after.stages);
+            let text = report(&self.totals, started.elapsed(), &before, &after);
             tracing::info!(queues = ?after.scheduler, dropped_measurements = after.dropped, "done");
             // Stderr may be gone; the answer is out.
             let _ = write!(io::stderr(), "\n{text}");

@@ -5,7 +5,10 @@ use std::{fmt::Write, time::Duration};
 use serde::Serialize;
 
 use super::answer::Answer;
-use crate::{engine::StageStats, pipeline::StageTimes};
+use crate::{
+    engine::{EngineStats, StageStats},
+    pipeline::StageTimes,
+};
 
 /// How much was asked and answered.
 #[derive(Debug, Clone, Copy, Default)]
@@ -52,7 +55,7 @@ pub(super) fn rate(tokens: u64, seconds: f64) -> Option<f64> {
 
 /// What a run took, as a whole and stage by stage. Rates are of the one sample, or, of several that share
 /// the pipeline, of all together.
-pub(super) fn report(totals: &Totals, wall: Duration, before: &[StageStats], after: &[StageStats]) -> String {
+pub(super) fn report(totals: &Totals, wall: Duration, before: &EngineStats, after: &EngineStats) -> String {
     let number = |rate: Option<f64>| rate.map_or("-".into(), |r| format!("{r:.1}"));
     let mut rows = vec![
         vec!["prompt tokens".into(), totals.prompt_tokens.to_string()],
@@ -71,7 +74,13 @@ pub(super) fn report(totals: &Totals, wall: Duration, before: &[StageStats], aft
         rows.push(vec!["prompt tokens/s".into(), number(rate(totals.prompt_tokens, totals.prefill_s))]);
         rows.push(vec!["decode tokens/s".into(), number(rate(decoded, totals.decode_s))]);
     }
-    format!("{}\n{}", columns(&rows), columns(&stages(before, after)))
+    let mut of_stages = stages(&before.stages, &after.stages);
+    // Those of the tower, without a heading of their own.
+    for mut row in stages(&before.vision, &after.vision).into_iter().skip(1) {
+        row[0].insert(0, 'v');
+        of_stages.push(row);
+    }
+    format!("{}\n{}", columns(&rows), columns(&of_stages))
 }
 
 /// A time in its unit.
@@ -190,6 +199,22 @@ mod tests {
         }
     }
 
+    fn stats(stages: Vec<StageStats>, vision: Vec<StageStats>) -> EngineStats {
+        EngineStats {
+            stages,
+            vision,
+            scheduler: crate::schedule::Scheduler::new(
+                Default::default(),
+                crate::schedule::BlockPool::new(1),
+            )
+            .stats(),
+            dropped: 0,
+            requests_waiting: 0,
+            rebuilds: 0,
+            relayouts: 0,
+        }
+    }
+
     #[test]
     fn a_sample_without_tokens_has_no_times() {
         let usage =
@@ -216,7 +241,15 @@ mod tests {
         let mut totals = Totals::default();
         totals.add(&answer);
         let wall = Duration::from_secs(2);
-        let text = report(&totals, wall, &[stage(1, 5)], &[stage(4, 6)]);
+        let tower = || StageStats { layers: "v0-31".into(), ..stage(3, 6) };
+        let none = stats(Vec::new(), Vec::new());
+        let text = report(
+            &totals,
+            wall,
+            &stats(vec![stage(1, 5)], vec![stage(1, 4)]),
+            &stats(vec![stage(4, 6)], vec![tower()]),
+        );
+        assert!(text.contains("v0-31         1.5   50%"), "{text}");
         let words: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
         for row in
             ["prompt tokens 4", "new tokens 11", "time to first token 300.0 ms", "prompt tokens/s 20.0"]
@@ -229,7 +262,7 @@ mod tests {
             "{text}"
         );
         totals.add(&answer);
-        let text = report(&totals, wall, &[], &[]);
+        let text = report(&totals, wall, &none, &none);
         assert!(text.contains("answers") && text.contains(" 11.0"), "{text}");
     }
 }

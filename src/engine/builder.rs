@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(super) use self::vision::place_tower;
+pub(super) use self::vision::Towers;
 
 use super::{
     Engine, Facts,
@@ -32,6 +32,7 @@ use crate::{
         open_model,
     },
     text::{Template, Tokenizer},
+    vision::Size,
 };
 
 /// Requests that wait, unless asked otherwise.
@@ -70,6 +71,7 @@ pub struct EngineBuilder {
     weights: WeightSource,
     max_context: Option<usize>,
     expected: Option<(usize, usize)>,
+    expected_images: Option<(usize, Size)>,
     kv_memory: Option<usize>,
     device_memory: MemoryLimits,
     no_profiles: bool,
@@ -169,7 +171,7 @@ impl EngineBuilder {
         self
     }
 
-    /// Prompt and new tokens of a usual request, which the cut is planned for where none is given: prompts alone hardly use
+    /// Prompt tokens (those of images among them) and new tokens of a usual request, which the cut is planned for where none is given: prompts alone hardly use
     /// the head, and many short answers use it much. Default: 512 and 256.
     pub fn expect(mut self, prompt: usize, new: usize) -> Self {
         self.expected = Some((prompt, new));

@@ -7,6 +7,7 @@ use std::{
 };
 
 use crate::{
+    backend::vision::{Levels, Pixels},
     error::{Error, Result},
     grid::{Grid, Spacing, Span, positions},
     model::{spec::ModelSpec, vision::VisionSpec},
@@ -45,6 +46,13 @@ pub(super) struct Room {
     pub(super) patches: usize,
     /// Rows of the store.
     pub(super) rows: usize,
+}
+
+/// An image of all patches finds room in the store.
+impl Default for Room {
+    fn default() -> Self {
+        Room { patches: 32_768, rows: 16_384 }
+    }
 }
 
 impl Images {
@@ -167,21 +175,22 @@ pub(super) fn grid(spec: &VisionSpec, media: &Media) -> Option<Grid> {
     Some(Grid { t, h: media.height / patch, w: media.width / patch })
 }
 
-/// Cuts images for a pass of the tower. Their pixels are not kept any longer than it takes.
-pub(super) fn cut(recipes: &Preprocessor, media: Vec<Media>) -> (Vec<Grid>, Vec<f32>) {
-    let (mut grids, mut all) = (Vec::new(), Vec::new());
-    for Media { width, height, frames, seconds } in media {
-        let cut = if seconds.is_some() { recipes.video.cut } else { recipes.image.cut };
-        let size = Size { width, height };
-        let frames: Vec<Rgb> = frames.iter().map(|data| Rgb { size, data: data.clone() }).collect();
-        let patches = cut.cut(&frames);
-        grids.push(patches.grid);
-        match all.is_empty() {
-            true => all = patches.rows,
-            false => all.extend_from_slice(&patches.rows),
-        }
+/// What levels of pixels become, of images and of videos' frames.
+pub(super) struct Tables {
+    image: Levels,
+    video: Levels,
+}
+
+impl Tables {
+    pub(super) fn new(recipes: &Preprocessor) -> Tables {
+        Tables { image: recipes.image.cut.levels(), video: recipes.video.cut.levels() }
     }
-    (grids, all)
+
+    /// An image's pixels for a pass of the tower, cut in this way.
+    pub(super) fn pixels<'a>(&'a self, media: &'a Media, grid: Grid) -> Pixels<'a> {
+        let levels = if media.seconds.is_some() { &self.video } else { &self.image };
+        Pixels { grid, frames: &media.frames, levels }
+    }
 }
 
 fn media(frames: Vec<Rgb>, seconds: Option<f64>) -> Media {

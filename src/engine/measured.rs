@@ -18,7 +18,7 @@ use crate::{
     batch::PassShape,
     error::{Error, Result},
     layout::{
-        Compared, DeviceSpec, Measured, Planner, compare,
+        Compared, DeviceSpec, Measured, Planner, VisionCompared, compare, compare_vision,
         profile::{self, Profile},
     },
 };
@@ -40,6 +40,9 @@ pub struct Comparison {
     pub profiled: Vec<bool>,
     /// Stages' passes, those first that took longest in all.
     pub passes: Vec<Compared>,
+    /// The same of the vision tower's stages.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub vision: Vec<VisionCompared>,
 }
 
 impl Engine {
@@ -51,8 +54,9 @@ impl Engine {
             planner.profiles = place::profiles(self.spec(), self.dtype(), &devices);
         }
         let passes = compare(&planner, &self.layout(), &measured.times())?;
+        let vision = compare_vision(&planner, &self.layout(), &measured.vision_times())?;
         let profiled = planner.profiles.iter().map(Option::is_some).collect();
-        Ok(Comparison { devices, profiled, passes })
+        Ok(Comparison { devices, profiled, passes, vision })
     }
 
     /// Keeps what its stages took in the cache folder, for plans to come: a file for each kind of device of the comparison. None
@@ -160,6 +164,9 @@ impl Reader {
                     if let Some(&shape) = self.shapes.get(&span.step) {
                         self.measured.add(span.stage, shape, span.taken().as_secs_f64());
                     }
+                }
+                Measurement::Vision(span) => {
+                    self.measured.add_vision(span.stage, span.cost, (span.ended - span.began).as_secs_f64());
                 }
                 Measurement::Applied { .. } => (),
             }

@@ -13,6 +13,7 @@ use crossbeam_channel as channel;
 use crate::{
     batch::{Observation, Step},
     layout::Layout,
+    model::vision::VisionPass,
     pipeline::StageSpan,
     schedule::{Scheduler, SchedulerStats},
 };
@@ -30,6 +31,8 @@ const OBSERVED_EVERY: u64 = 5;
 pub enum Measurement {
     /// A stage has done its part of a step.
     Span(StageSpan),
+    /// A stage of the vision tower has done its part of a pass.
+    Vision(VisionSpan),
     /// A step has been planned.
     Planned {
         /// When.
@@ -57,6 +60,24 @@ pub enum Measurement {
         /// It.
         layout: Layout,
     },
+}
+
+/// What a stage of the vision tower did for a pass. Times count from the engine's start; what others do on the same device
+/// meanwhile is among them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct VisionSpan {
+    /// Which stage.
+    pub stage: usize,
+    /// Which pass.
+    pub pass: u64,
+    /// When what it works on had come.
+    pub began: Duration,
+    /// When it was done.
+    pub ended: Duration,
+    /// Images and videos.
+    pub images: usize,
+    /// What there was to do.
+    pub cost: VisionPass,
 }
 
 /// Measurements as they come, a little late. Those that find no room are dropped.
@@ -131,6 +152,10 @@ impl Meter {
             let _ = self.observations.0.try_send(observation);
         }
         self.tell(|| Measurement::Span(span));
+    }
+
+    pub(super) fn vision(&self, span: VisionSpan) {
+        self.tell(|| Measurement::Vision(span));
     }
 
     /// A step has been planned, and not been given to the stages yet.

@@ -1,27 +1,31 @@
 //! Which devices stages go to by default, and how much fits there.
 
 mod beside;
+mod room;
 
 pub(super) use beside::Free;
+pub(super) use room::Room;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{collections::BTreeSet, sync::Arc};
 
+use super::vision::{Extent, tower_scratch};
 use crate::{
     backend::{
-        DType, Limits, cpu,
+        DType, Limits,
         cuda::{self, DeviceFacts},
     },
-    batch::KV_BLOCK,
     error::{Error, Result},
     layout::{
-        Device, DeviceSpec, Layout, MemoryLimits, Planner, Stage, VisionStage, Workload,
+        Device, DeviceSpec, ImageLoad, Layout, MemoryLimits, Planner, Stage, VisionStage, Workload,
         planner::{Scratch, Split},
         profile::{self, Profile},
+        tower::TowerScratch,
     },
     model::{
-        decoder::{buffer_sizes, weight_bytes, weight_sizes},
+        decoder::{buffer_sizes, weight_bytes},
         spec::ModelSpec,
         units::{Unit, units_of},
+        vision::VisionSpec,
     },
     schedule::{Scheduler, SchedulerConfig},
     transport::ring_bytes,
@@ -75,6 +79,15 @@ pub(super) struct Unplaced<'a> {
     pub(super) profiles: bool,
     /// As in [`Room`].
     pub(super) spare: bool,
+    /// Images of a usual request, and what the vision tower takes, of a model that reads images.
+    pub(super) images: Option<Sight>,
+}
+
+/// What plans have to know of a vision tower.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sight {
+    pub(super) load: ImageLoad,
+    pub(super) extent: Extent,
 }
 
 impl Unplaced<'_> {
@@ -107,6 +120,22 @@ impl Unplaced<'_> {
         place_on(&devices_of(self.place)?, layout)
     }
 
+    /// The layout with the vision tower, of which nobody says where it goes.
+    pub(super) fn tower(&self, layout: &Layout) -> Result<Layout> {
+        let mut devices = of_layout(layout, self.threads)?;
+        self.memory.apply(&mut devices);
+        let mut planner = Planner::new(self.spec, self.dtype, &devices);
+        planner.workload = self.workload;
+        self.describe(&mut planner);
+        // What is free says little beside stages that run; what has no room is told by who takes it.
+        let mut all = devices.clone();
+        all.iter_mut().for_each(|device| device.free = usize::MAX >> 1);
+        let roomy = Planner { devices: &all, ..planner.clone() };
+        let layout = planner.with_tower(layout).or_else(|_| roomy.with_tower(layout))?;
+        tracing::info!(%layout, "the vision tower is placed");
+        Ok(layout)
+    }
+
     /// On the GPUs among these devices if they have room for it, and for a request; else with as little as can be on the CPU.
     fn beside_cpu(&self, devices: &[Device], count: Count, split: Option<Split>) -> Result<Layout> {
         let gpus: Vec<Device> = devices.iter().copied().filter(|device| *device != Device::Cpu).collect();
@@ -134,15 +163,7 @@ impl Unplaced<'_> {
         self.memory.apply(&mut devices);
         let mut planner = Planner::new(self.spec, self.dtype, &devices);
         planner.workload = workload;
-        planner.kv_tokens = self.kv_tokens;
-        planner.scratch = scratch(self.spec, self.dtype, workload, self.context);
-        planner.cpu_scratch = cpu_scratch(self.spec, workload);
-        if self.spare {
-            planner.scratch = self.with_spare(planner.scratch);
-        }
-        if self.profiles {
-            planner.profiles = profiles(self.spec, self.dtype, &devices);
-        }
+        self.describe(&mut planner);
         let differ = devices.iter().any(|device| device.device == Device::Cpu);
         let layout = match count {
             Count::Of(n) if differ => planner.plan_any_order(n)?,
@@ -155,6 +176,25 @@ impl Unplaced<'_> {
         let measured = planner.profiles.iter().flatten().count();
         tracing::info!(%layout, devices = devices.len(), measured, "planned");
         Ok(layout)
+    }
+
+    /// What a planner has to know besides the workload.
+    fn describe(&self, planner: &mut Planner<'_>) {
+        let workload = planner.workload;
+        planner.kv_tokens = self.kv_tokens;
+        planner.images = self.images.map(|images| images.load);
+        planner.scratch = scratch(self.spec, self.dtype, workload, self.context);
+        planner.cpu_scratch = cpu_scratch(self.spec, workload);
+        if let (Some(tower), Some(Sight { extent, .. })) = (&self.spec.vision, self.images) {
+            planner.scratch.tower = tower_scratch(tower, extent, true);
+            planner.cpu_scratch.tower = tower_scratch(tower, extent, false);
+        }
+        if self.spare {
+            planner.scratch = self.with_spare(planner.scratch);
+        }
+        if self.profiles {
+            planner.profiles = profiles(self.spec, self.dtype, planner.devices);
+        }
     }
 }
 
@@ -252,7 +292,8 @@ pub fn device_specs(devices: &[Device], threads: Option<usize>) -> Result<Vec<De
 
 /// The devices that a layout's stages are on, each once.
 pub(super) fn of_layout(layout: &Layout, threads: Option<usize>) -> Result<Vec<DeviceSpec>> {
-    let on: BTreeSet<Device> = layout.stages().iter().map(|stage| stage.device).collect();
+    let vision = layout.vision().iter().map(|stage| stage.device);
+    let on: BTreeSet<Device> = layout.stages().iter().map(|stage| stage.device).chain(vision).collect();
     device_specs(&Vec::from_iter(on), threads)
 }
 
@@ -301,7 +342,14 @@ pub fn scratch(spec: &ModelSpec, dtype: DType, workload: Workload, context_max: 
     let ring = cuda::allocated(ring_bytes(scheduling.in_flight_max(), rows_max * spec.dim));
     let stage = of(None) + ring + lost(Unit::Embed);
     let head = of(Some(running_max)) - of(None) + lost(Unit::Head);
-    Scratch { stage, head, layer: cuda::kv_waste(1) + lost(Unit::Layer(0)) }
+    let layer = cuda::kv_waste(1) + lost(Unit::Layer(0));
+    Scratch { stage, head, layer, tower: usual_tower(spec, dtype, true) }
+}
+
+/// What a vision tower takes beside weights with passes and a store of the usual size, on GPUs or on the processor.
+fn usual_tower(spec: &ModelSpec, dtype: DType, gpu: bool) -> TowerScratch {
+    let of = |tower: &Arc<VisionSpec>| tower_scratch(tower, Extent::usual(dtype), gpu);
+    spec.vision.as_ref().map(of).unwrap_or_default()
 }
 
 /// What stages on the CPU take beside weights, keys and values for such a workload, at most.
@@ -311,7 +359,9 @@ pub fn cpu_scratch(spec: &ModelSpec, workload: Workload) -> Scratch {
     let rows_max = Scheduler::rows_max(SchedulerConfig { chunk, running_max: running, ..scheduling });
     let of = |outputs| cpu_bytes(spec, rows_max, outputs);
     let stage = of(None) + 2 * ring_bytes(scheduling.in_flight_max(), rows_max * spec.dim);
-    Scratch { stage, head: of(Some(running)) - of(None), layer: 0 }
+    // Of what matrix products read nothing depends on how weights are kept.
+    let tower = usual_tower(spec, DType::F32, false);
+    Scratch { stage, head: of(Some(running)) - of(None), layer: 0, tower }
 }
 
 /// Bytes of a stage's buffers on the CPU, where what matrix products read is f32.
@@ -330,147 +380,6 @@ fn cpu_instead(error: Error) -> Vec<Device> {
         tracing::warn!(%error, "the GPUs cannot be used: stages run on the CPU");
     }
     Vec::new()
-}
-
-/// What has to find room beside the KV cache.
-pub(super) struct Room<'a> {
-    pub(super) layout: &'a Layout,
-    pub(super) spec: &'a ModelSpec,
-    pub(super) dtype: DType,
-    pub(super) limits: Limits,
-    pub(super) in_flight: usize,
-    /// What the vision tower and the image store take of each GPU.
-    pub(super) vision: Option<BTreeMap<usize, usize>>,
-    pub(super) memory: &'a MemoryLimits,
-    /// Whether each GPU keeps room for one more layer with its pages, and for stages that are made ready beside those
-    /// that run.
-    pub(super) spare: bool,
-}
-
-impl Room<'_> {
-    /// KV blocks that fit on the tightest device: all that weights and buffers leave. On the CPU alone no more than `wanted`,
-    /// and a quarter of the free memory.
-    pub(super) fn blocks(&self, wanted: usize) -> Result<usize> {
-        let by_device = self.by_device();
-        let alone = by_device.len() == 1;
-        let mut least = usize::MAX;
-        for (device, stages) in by_device {
-            let each = self.block_bytes(&stages);
-            let blocks = match device {
-                None if alone => wanted.min(self.memory.of(Device::Cpu, cpu::free_bytes() / 4) / each),
-                None => self.left_on_host(&stages)? / each,
-                Some(gpu) => self.left(gpu, &stages)? / each,
-            };
-            least = least.min(blocks);
-        }
-        Ok(least)
-    }
-
-    /// An error if so many KV blocks are more than a device has room for. The CPU alone takes memory as it is used.
-    pub(super) fn check(&self, blocks: usize) -> Result<()> {
-        let by_device = self.by_device();
-        let alone = by_device.len() == 1;
-        for (device, stages) in by_device {
-            let (device, left) = match device {
-                None if alone => continue,
-                None => ("cpu".into(), self.left_on_host(&stages)?),
-                Some(gpu) => (format!("cuda:{gpu}"), self.left(gpu, &stages)?),
-            };
-            let need = blocks.saturating_mul(self.block_bytes(&stages));
-            if need > left {
-                let (need, left) = (need >> 20, left >> 20);
-                let why = format!(
-                    "the KV cache needs {need} MiB of its memory, and weights and buffers leave {left} MiB"
-                );
-                return Err(Error::Device { device, why });
-            }
-        }
-        Ok(())
-    }
-
-    /// Bytes of a KV block of these stages' layers, and of one more if there is to be room for it.
-    fn block_bytes(&self, stages: &[usize]) -> usize {
-        let layers: usize = stages.iter().map(|i| self.layout.stages()[*i].layers.len()).sum();
-        self.spec.kv_bytes_per_token(self.dtype) * (layers + usize::from(self.spare)) * KV_BLOCK
-    }
-
-    /// Bytes of a GPU that weights and buffers of its stages leave: at least a block.
-    fn left(&self, gpu: usize, stages: &[usize]) -> Result<usize> {
-        let layers: usize = stages.iter().map(|i| self.layout.stages()[*i].layers.len()).sum();
-        let taken: usize = stages.iter().map(|&i| self.bytes(i)).sum();
-        let spare = if self.spare { self.spare_bytes(gpu, stages) } else { 0 };
-        let need = taken + self.vision_bytes(gpu) + spare + cuda::kv_waste(layers);
-        self.rest(Device::Cuda(gpu), cuda::free_bytes(gpu)?.saturating_sub(RESERVE_BYTES), need, stages)
-    }
-
-    /// The same of the host's memory, for stages beside GPUs: weights that have no room there would be read from the disk
-    /// in every pass.
-    fn left_on_host(&self, stages: &[usize]) -> Result<usize> {
-        let need = stages.iter().map(|&i| self.host_bytes(i)).sum();
-        self.rest(Device::Cpu, DeviceSpec::cpu_free(), need, stages)
-    }
-
-    fn rest(&self, device: Device, free: usize, need: usize, stages: &[usize]) -> Result<usize> {
-        let free = self.memory.of(device, free);
-        if need + self.block_bytes(stages) > free {
-            let (need, free) = (need >> 20, free >> 20);
-            let way = match device {
-                Device::Cuda(_) if self.by_device().len() == 1 => beside_cpu_helps(self.spec, self.dtype),
-                _ => "",
-            };
-            let why = format!(
-                "weights and buffers need {need} MiB of its memory, and {free} MiB may be taken{way}"
-            );
-            return Err(Error::Device { device: device.to_string(), why });
-        }
-        Ok(free - need)
-    }
-
-    /// Stages by GPU; `None` is the CPU.
-    fn by_device(&self) -> BTreeMap<Option<usize>, Vec<usize>> {
-        let mut by = BTreeMap::<_, Vec<usize>>::new();
-        for (i, stage) in self.layout.stages().iter().enumerate() {
-            let gpu = match stage.device {
-                Device::Cpu => None,
-                Device::Cuda(i) => Some(i),
-            };
-            by.entry(gpu).or_default().push(i);
-        }
-        by
-    }
-
-    /// Weights, in the mapped file or not, and buffers of a stage on the CPU.
-    fn host_bytes(&self, i: usize) -> usize {
-        let (spec, stages) = (self.spec, self.layout.stages());
-        let Limits { rows_max, outputs_max, .. } = self.limits;
-        let outputs = (i + 1 == stages.len()).then_some(outputs_max);
-        let buffers = cpu_bytes(spec, rows_max, outputs);
-        // Those of both boundaries: between a GPU and the CPU packets lie on the host.
-        let rings = 2 * ring_bytes(self.in_flight, rows_max * spec.dim);
-        weight_sizes(spec, self.dtype, &stages[i].layers).into_iter().sum::<usize>() + buffers + rings
-    }
-
-    /// Weights and buffers of a stage on a GPU, as the driver counts them.
-    fn bytes(&self, i: usize) -> usize {
-        let weights = weight_sizes(self.spec, self.dtype, &self.layout.stages()[i].layers);
-        weights.into_iter().map(cuda::allocated).sum::<usize>() + self.working(i)
-    }
-
-    /// The buffers alone.
-    fn working(&self, i: usize) -> usize {
-        let spec = self.spec;
-        let last = i + 1 == self.layout.stages().len();
-        let Limits { rows_max, outputs_max, .. } = self.limits;
-        let outputs = last.then(|| cuda::rows_room(outputs_max));
-        let mut sizes = buffer_sizes(spec, self.dtype, cuda::rows_room(rows_max), outputs);
-        if i > 0 {
-            sizes.push(ring_bytes(self.in_flight, rows_max * spec.dim));
-        }
-        let vocab = last.then_some(spec.vocab);
-        let (dim, head_dim) = (spec.dim, spec.heads.head_dim);
-        let own = cuda::StageNeeds { limits: self.limits, dim, head_dim, vocab };
-        sizes.into_iter().map(cuda::allocated).sum::<usize>() + cuda::stage_bytes(&own)
-    }
 }
 
 #[cfg(test)]

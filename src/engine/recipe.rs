@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    builder::{Wire, place_tower},
+    builder::{Towers, Wire},
     meter::Meter,
     place::{Free, Room},
     progress::Progress,
@@ -70,6 +70,8 @@ pub(super) struct Runs {
     pub(super) threads: Option<usize>,
     /// The vision tower, in some layout, if there is one.
     pub(super) vision: Option<VisionConfig>,
+    /// Where it goes in other layouts.
+    pub(super) towers: Arc<Towers>,
     /// What may be taken of devices.
     pub(super) memory: MemoryLimits,
     /// Whether GPUs keep room for a layer more.
@@ -114,7 +116,7 @@ impl Runs {
         let (of, now) = (self.clone(), layout.clone());
         let redraw = move |to: &Layout| {
             to.check(of.config.spec.layers.len())?;
-            let recipe = of.recipe(&place_tower(to.clone(), &of.config.spec)?)?;
+            let recipe = of.recipe(&(of.towers)(to)?)?;
             let in_flight = recipe.scheduling.in_flight_max();
             let (room, before) = (of.room(&recipe.layout, in_flight)?, of.room(&now, in_flight)?);
             room.check_beside(&before, of.config.kv_blocks, of.free)?;
@@ -143,7 +145,7 @@ impl Runs {
     fn room<'a>(&'a self, layout: &'a Layout, in_flight: usize) -> Result<Room<'a>> {
         let DecoderConfig { spec, dtype, limits, .. } = &self.config;
         let vision = self.vision.as_ref().map(|vision| vision.in_layout(layout)).transpose()?;
-        let vision = vision.map(|vision| vision.gpu_bytes(layout.stages()[0].device));
+        let vision = vision.map(|vision| vision.bytes(layout.stages()[0].device)).unwrap_or_default();
         let (dtype, limits, memory, spare) = (*dtype, *limits, &self.memory, self.spare);
         Ok(Room { layout, spec, dtype, limits, in_flight, vision, memory, spare })
     }

@@ -14,7 +14,7 @@ use std::{
 
 use crossbeam_channel as channel;
 
-use super::meter::{Measurement, Meter};
+use super::meter::{Measurement, Meter, VisionSpan};
 use crate::{
     batch::{SeqId, Step},
     error::{Error, Result},
@@ -46,11 +46,11 @@ impl Timeline {
 
     /// Starts the thread that writes, with a row for each of these stages. It ends when the meter does, or when the file takes
     /// no more, and says which.
-    pub(super) fn start(self, meter: &Meter, stages: Vec<String>) -> Result<JoinHandle<Result<()>>> {
+    pub(super) fn start(self, meter: &Meter, rows: Rows) -> Result<JoinHandle<Result<()>>> {
         let measurements = meter.listen(ROOM);
         let Timeline { path, mut file } = self;
         let write = move || {
-            let written = write_all(&mut file, &measurements, &stages);
+            let written = write_all(&mut file, &measurements, &rows);
             written.map_err(|e| Error::io(&path, format!("the timeline could not be written: {e}")))
         };
         std::thread::Builder::new()
@@ -63,9 +63,9 @@ impl Timeline {
 fn write_all(
     file: &mut File,
     measurements: &channel::Receiver<Measurement>,
-    stages: &[String],
+    rows: &Rows,
 ) -> std::io::Result<()> {
-    let mut trace = Trace::new(stages);
+    let mut trace = Trace::new(rows);
     let mut written = Instant::now();
     loop {
         let measurement = match trace.text.is_empty() {
@@ -88,10 +88,19 @@ fn write_all(
     file.write_all(trace.text.as_bytes())
 }
 
-/// What the rows of stages are called.
-pub(super) fn rows(layout: &Layout) -> Vec<String> {
-    let stages = layout.stages().iter().enumerate();
-    stages.map(|(i, stage)| format!("stage {i}: {}, layers {stage}", stage.device)).collect()
+/// What rows are called: of stages, then of the vision tower's.
+pub(super) struct Rows {
+    stages: Vec<String>,
+    vision: Vec<String>,
+}
+
+/// Those of a layout.
+pub(super) fn rows(layout: &Layout) -> Rows {
+    let (stages, vision) = (layout.stages().iter().enumerate(), layout.vision().iter().enumerate());
+    Rows {
+        stages: stages.map(|(i, stage)| format!("stage {i}: {}, layers {stage}", stage.device)).collect(),
+        vision: vision.map(|(i, stage)| format!("vision {i}: {}, blocks {stage}", stage.device)).collect(),
+    }
 }
 
 /// The text of a trace.
@@ -115,10 +124,10 @@ struct Bars {
 }
 
 impl Trace {
-    fn new(stages: &[String]) -> Trace {
+    fn new(rows: &Rows) -> Trace {
         let mut trace = Trace {
             text: String::from("["),
-            stages: stages.len(),
+            stages: rows.stages.len(),
             open: BTreeMap::new(),
             left: BTreeMap::new(),
             tokens: HashMap::new(),
@@ -126,12 +135,12 @@ impl Trace {
         };
         trace.text += r#"
 {"ph":"M","pid":1,"tid":0,"name":"process_name","args":{"name":"pipeline-infer"}}"#;
-        trace.name_rows(stages);
+        trace.name_rows(rows);
         trace
     }
 
-    fn name_rows(&mut self, stages: &[String]) {
-        for (stage, name) in stages.iter().enumerate() {
+    fn name_rows(&mut self, rows: &Rows) {
+        for (stage, name) in rows.stages.iter().chain(&rows.vision).enumerate() {
             let name = serde_json::Value::from(name.as_str());
             self.event(format_args!(
                 r#""ph":"M","pid":1,"tid":{stage},"name":"thread_name","args":{{"name":{name}}}"#
@@ -161,6 +170,7 @@ impl Trace {
             }
             Measurement::Applied { at, queues, .. } => self.curves(at, queues),
             Measurement::Span(span) => self.span(span),
+            Measurement::Vision(span) => self.images(&span),
             Measurement::Relaid { at, layout } => self.relaid(at, &layout),
         }
     }
@@ -206,6 +216,16 @@ impl Trace {
         // Perfetto chooses colours by the name without its digits, chrome://tracing by `cname`.
         self.event(format_args!(
             r#""ph":"X","pid":1,"tid":{stage},"ts":{ts},"dur":{dur},"name":"{kind} {step}","cat":"{kind}","cname":"{colour}","args":{{"step":{step},"rows":{rows},"prompt_rows":{prompt_rows},"sequences":{sequences},"outputs":{outputs},"attended":{attended},"copying_us":{copy},"waiting_for_room_us":{room}}}"#
+        ));
+    }
+
+    /// A pass of the vision tower on one of its stages.
+    fn images(&mut self, span: &VisionSpan) {
+        let VisionSpan { stage, pass, images, cost, .. } = *span;
+        let (ts, dur) = (Micros(span.began), Micros(span.ended - span.began));
+        let (row, patches) = (self.stages + stage, cost.rows);
+        self.event(format_args!(
+            r#""ph":"X","pid":1,"tid":{row},"ts":{ts},"dur":{dur},"name":"images {pass}","cat":"vision","cname":"thread_state_iowait","args":{{"pass":{pass},"images":{images},"patches":{patches}}}"#
         ));
     }
 
@@ -326,7 +346,8 @@ mod tests {
 
     #[test]
     fn stages_that_are_built_anew_have_arrows_again() {
-        let mut trace = Trace::new(&["stage 0".into(), "stage 1".into()]);
+        let rows = Rows { stages: vec!["stage 0".into(), "stage 1".into()], vision: Vec::new() };
+        let mut trace = Trace::new(&rows);
         let steps = STEPS_MAX as u64 + 9;
         (0..steps).for_each(|number| run(&mut trace, number, 1, true));
         run(&mut trace, steps, 1, false);

@@ -1,9 +1,11 @@
 //! The vision pipeline: threads that take images from pixels to the image store, beside the decoder's stages.
 //!
-//! A thread cuts patches; each stage of the tower has one; the last one brings tokens to the store, on the device of the
-//! embedding, and waits until they are there. So no stage of the decoder waits for an image, and none is waited for.
+//! Each stage of the tower has a thread, of which the first one brings pixels to its device, where they are cut into patches;
+//! the last thread brings tokens to the store, on the device of the embedding, and waits until they are there. So no stage of
+//! the decoder waits for an image, and none is waited for.
 
 mod needs;
+mod spans;
 mod stage;
 
 use std::{
@@ -14,19 +16,29 @@ use std::{
 
 use crossbeam_channel as channel;
 
-use self::stage::{Feed, Keeper, Part};
+pub(super) use self::needs::{Extent, tower_scratch};
+
+use self::{
+    needs::PASSES_AT_BOUNDARY,
+    stage::{Feed, Keeper, Part},
+};
 use super::{
     StageFacts,
-    images::cut,
+    images::Tables,
+    meter::Meter,
     wire::{Either, Ways},
 };
 use crate::{
-    backend::{DType, vision::VisionOps},
+    backend::{Backend, DType, vision::VisionOps},
     batch::{MicroBatch, Step},
     error::{Error, Result, quiet_panic},
     grid::Grid,
     layout::{Device, VisionStage},
-    model::{decoder::ImageStore, vision::VisionSpec, weights::Weights},
+    model::{
+        decoder::ImageStore,
+        vision::{VisionPass, VisionSpec},
+        weights::Weights,
+    },
     pipeline::StageMetrics,
     request::Media,
     vision::Preprocessor,
@@ -44,13 +56,13 @@ pub(super) struct VisionConfig {
     pub(super) patches_max: usize,
     /// Passes in flight.
     pub(super) passes: usize,
-    /// Passes that have room at a boundary.
-    pub(super) depth: usize,
     /// Rows of the store.
     pub(super) rows: usize,
     pub(super) preprocessor: Preprocessor,
     /// Of each stage; they go on counting when the stages are built anew.
     pub(super) metrics: Vec<Arc<StageMetrics>>,
+    /// Is told what stages take.
+    pub(super) meter: Arc<Meter>,
 }
 
 /// What the tower runs on.
@@ -82,22 +94,27 @@ pub(super) struct Vision {
     pub(super) works: Option<channel::Sender<Work>>,
     pub(super) arrived: channel::Receiver<Arrived>,
     pub(super) threads: Vec<JoinHandle<()>>,
+    /// Bytes of the memory of the embedding's device that whoever brings tokens to the store has taken.
+    pub(super) keeping: Arc<dyn Fn() -> usize + Send + Sync>,
     loading: Vec<(StageFacts, channel::Receiver<Result<usize>>)>,
+    /// Goes when stages may try their devices.
+    pub(super) gate: Option<channel::Sender<()>>,
 }
 
 /// From a stage to the next one, beside the packets.
 type Works = (channel::Sender<Arc<Cut>>, channel::Receiver<Arc<Cut>>);
 
-/// What stages know of a pass.
+/// What stages behind the first know of a pass.
 struct Cut {
     pass: u64,
     grids: Vec<Grid>,
     rows: Vec<u32>,
+    cost: VisionPass,
 }
 
 /// Where the packets of either kind of devices come from.
 enum AnyInput<A: VisionOps, B: VisionOps> {
-    Patches(channel::Receiver<(Arc<Cut>, Vec<f32>)>),
+    Pixels(channel::Receiver<Work>),
     One(Box<dyn crate::transport::Receiver<A>>, channel::Receiver<Arc<Cut>>),
     Two(Box<dyn crate::transport::Receiver<B>>, channel::Receiver<Arc<Cut>>),
 }
@@ -110,18 +127,23 @@ pub(super) fn start<A: VisionOps, B: VisionOps>(
     store: AnyStore<A, B>,
 ) -> Result<Vision> {
     let (works, works_out) = channel::bounded(config.passes);
-    let (cut_in, cut_out) = channel::bounded(1);
     let (arrived_in, arrived) = channel::unbounded();
-    let mut vision = Vision { works: Some(works), arrived, threads: Vec::new(), loading: Vec::new() };
-    vision.threads.push(cutter(config.preprocessor, works_out, cut_in, arrived_in.clone())?);
-    let mut input = AnyInput::Patches(cut_out);
+    let keeping = match &on.keeper {
+        Either::One(backend) => taken(backend),
+        Either::Two(backend) => taken(backend),
+    };
+    let (gate, opens) = channel::bounded(0);
+    let (works, gate, threads, loading) = (Some(works), Some(gate), Vec::new(), Vec::new());
+    let mut vision = Vision { works, arrived, threads, keeping, loading, gate };
+    let mut input = AnyInput::Pixels(works_out);
     for (index, (_, blocks)) in config.stages.iter().enumerate() {
         let (works, works_out): Works = channel::unbounded();
         let last = index + 1 == config.stages.len();
         let to = if last { &on.keeper } else { &on.backends[index + 1] };
-        let link = Link { config, index, blocks: blocks.clone(), last, works, results: arrived_in.clone() };
+        let (results, opens) = (arrived_in.clone(), opens.clone());
+        let link = Link { config, index, blocks: blocks.clone(), last, works, results, opens };
         let numbers = link.numbers();
-        let depth = config.depth;
+        let depth = PASSES_AT_BOUNDARY;
         input = match (&on.backends[index], to) {
             (Either::One(a), Either::One(b)) => {
                 let (sender, receiver) = ways.ones.connect(a.clone(), b.clone(), depth, numbers)?;
@@ -158,6 +180,12 @@ pub(super) fn start<A: VisionOps, B: VisionOps>(
     Ok(vision)
 }
 
+/// What a view of a device has taken of its memory, as long as it lives; the processor's is not counted.
+fn taken<B: Backend>(backend: &Arc<B>) -> Arc<dyn Fn() -> usize + Send + Sync> {
+    let of = Arc::downgrade(backend);
+    Arc::new(move || of.upgrade().and_then(|backend| backend.memory()).map_or(0, |memory| memory.taken))
+}
+
 /// A stage and what comes after it.
 struct Link<'a> {
     config: &'a VisionConfig,
@@ -166,6 +194,7 @@ struct Link<'a> {
     last: bool,
     works: channel::Sender<Arc<Cut>>,
     results: channel::Sender<Arrived>,
+    opens: channel::Receiver<()>,
 }
 
 impl Link<'_> {
@@ -185,8 +214,8 @@ impl Link<'_> {
         input: Feed<B>,
         output: Box<dyn crate::transport::Sender<B>>,
     ) -> Result<()> {
-        let Link { config, index, blocks, works, results, .. } = self;
-        let VisionConfig { stages, metrics, .. } = config;
+        let Link { config, index, blocks, works, results, opens, .. } = self;
+        let VisionConfig { stages, metrics, meter, .. } = config;
         let (device, metrics) = (stages[index].0, metrics[index].clone());
         let tower = config.part(blocks.clone());
         let (of, asked) = (Arc::downgrade(backend), Arc::downgrade(backend));
@@ -202,7 +231,9 @@ impl Link<'_> {
         };
         let (loaded, loading) = channel::bounded(1);
         let backend = backend.clone();
-        let part = Part { index, backend, tower, input, output, works, results, metrics };
+        let (tables, meter) = (Tables::new(&config.preprocessor), meter.clone());
+        let part =
+            Part { index, backend, tower, tables, opens, input, output, works, results, metrics, meter };
         vision.threads.push(part.spawn(loaded)?);
         vision.loading.push((facts, loading));
         Ok(())
@@ -212,7 +243,7 @@ impl Link<'_> {
 impl<A: VisionOps, B: VisionOps> AnyInput<A, B> {
     fn one(self) -> Feed<A> {
         match self {
-            AnyInput::Patches(patches) => Feed::Patches(patches),
+            AnyInput::Pixels(works) => Feed::Pixels(works),
             AnyInput::One(packets, works) => Feed::Packets(packets, works),
             AnyInput::Two(..) => unreachable!("packets for another device; this is a bug"),
         }
@@ -220,42 +251,17 @@ impl<A: VisionOps, B: VisionOps> AnyInput<A, B> {
 
     fn two(self) -> Feed<B> {
         match self {
-            AnyInput::Patches(patches) => Feed::Patches(patches),
+            AnyInput::Pixels(works) => Feed::Pixels(works),
             AnyInput::Two(packets, works) => Feed::Packets(packets, works),
             AnyInput::One(..) => unreachable!("packets for another device; this is a bug"),
         }
     }
 }
 
-/// Cuts patches while the pass before is encoded.
-fn cutter(
-    recipes: Preprocessor,
-    works: channel::Receiver<Work>,
-    cut_in: channel::Sender<(Arc<Cut>, Vec<f32>)>,
-    results: channel::Sender<Arrived>,
-) -> Result<JoinHandle<()>> {
-    spawn("patches".into(), move || {
-        for work in works {
-            let Work { pass, images, rows } = work;
-            match guard("patches", || Ok(cut(&recipes, images))) {
-                Ok((grids, patches)) => {
-                    if cut_in.send((Arc::new(Cut { pass, grids, rows }), patches)).is_err() {
-                        // The tower has said why.
-                        return;
-                    }
-                }
-                Err(error) => {
-                    let _ = results.send(Err(error));
-                    return;
-                }
-            }
-        }
-    })
-}
-
 impl Vision {
-    /// Waits until every stage has loaded.
+    /// Waits until every stage has loaded. The decoder's have: nothing disturbs any more what is tried on their devices.
     pub(super) fn loaded(&mut self) -> Result<Vec<StageFacts>> {
+        self.gate = None;
         let gone = |_| Err(Error::Engine("a vision stage ended while loading; this is a bug".into()));
         let stage = |(facts, loaded): (StageFacts, channel::Receiver<Result<usize>>)| {
             Ok(StageFacts { weight_bytes: loaded.recv().unwrap_or_else(gone)?, ..facts })

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     backend::{
-        Backend,
+        Backend, DeviceMemory,
         cpu::Cpu,
         cuda::{self, Cuda, PipelineFacts},
         vision::VisionOps,
@@ -202,6 +202,7 @@ pub(super) fn wire_on<A: VisionOps, B: VisionOps>(
         let handle = if twos.is_empty() { pipeline::spawn(ones) } else { pipeline::spawn(twos) };
         wired.stages.push((facts, handle?));
     }
+    wired.count_keeper();
     Ok(wired)
 }
 
@@ -299,6 +300,16 @@ impl Wired {
         Ok(stages)
     }
 
+    /// What brings images' tokens to the store belongs to the embedding's stage.
+    fn count_keeper(&mut self) {
+        let Some(vision) = &self.vision else { return };
+        let Some(first) = self.stages.first_mut().and_then(|(facts, _)| facts.first_mut()) else { return };
+        let (keeping, own) =
+            (vision.keeping.clone(), std::mem::replace(&mut first.memory, Box::new(|| None)));
+        first.memory =
+            Box::new(move || own().map(|memory| DeviceMemory { taken: memory.taken + keeping(), ..memory }));
+    }
+
     /// Ends the stages, which give back what they hold. An error names those that do not end in time: a thread that a
     /// driver does not let go must not keep others waiting.
     pub(super) fn end(mut self) -> Result<()> {
@@ -308,7 +319,7 @@ impl Wired {
     fn take_down(&mut self) -> Result<()> {
         self.steps = None;
         if let Some(vision) = &mut self.vision {
-            vision.works = None;
+            (vision.works, vision.gate) = (None, None);
         }
         let mut limit = Limit { deadline: Instant::now() + self.patience, lost: Some(self.lost) };
         let mut late = Vec::new();

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Layout, Planner, StageTime, predict::Pipeline};
+use super::{Layout, Planner, StageTime, measured::VisionTime, predict::Pipeline};
 use crate::{error::Result, model::units::Pass};
 
 /// A pass of a stage, predicted and measured.
@@ -17,6 +17,23 @@ pub struct Compared {
     /// Seconds.
     pub predicted: f64,
     /// Seconds.
+    pub measured: f64,
+    /// How much longer it took than predicted, in percent of what it took.
+    pub error_percent: f64,
+}
+
+/// A pass of a stage of the vision tower, predicted and measured.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct VisionCompared {
+    /// Which stage.
+    pub stage: usize,
+    /// Patches of the pass.
+    pub patches: usize,
+    /// How many were measured.
+    pub passes: u64,
+    /// Seconds.
+    pub predicted: f64,
+    /// Seconds. What others do on the same device meanwhile is among them.
     pub measured: f64,
     /// How much longer it took than predicted, in percent of what it took.
     pub error_percent: f64,
@@ -51,6 +68,35 @@ pub fn compare(planner: &Planner<'_>, layout: &Layout, measured: &[StageTime]) -
         Compared { stage, pass, passes, predicted, measured, error_percent }
     };
     Ok(known.map(compared).collect())
+}
+
+/// The same of the vision tower's stages.
+pub fn compare_vision(
+    planner: &Planner<'_>,
+    layout: &Layout,
+    measured: &[VisionTime],
+) -> Result<Vec<VisionCompared>> {
+    let pipeline = Pipeline::new(planner, layout)?;
+    let known = measured.iter().filter(|time| time.stage < layout.vision().len());
+    let compared = |time: &VisionTime| {
+        let VisionTime { stage, pass, seconds: measured, passes } = *time;
+        let predicted = pipeline.vision_seconds(stage, pass);
+        let error_percent = 100.0 * (measured - predicted) / measured;
+        VisionCompared { stage, patches: pass.rows, passes, predicted, measured, error_percent }
+    };
+    Ok(known.map(compared).collect())
+}
+
+/// What a table shows of the vision tower's passes, as [`rows`] does.
+pub fn vision_rows(compared: &[VisionCompared], kinds: usize) -> Vec<Vec<String>> {
+    let row = |c: &VisionCompared| {
+        let ms = |seconds: f64| format!("{:.3}", 1e3 * seconds);
+        let (pass, stage) = (format!("{} patches", c.patches), format!("v{}", c.stage));
+        let error = format!("{:+.1}%", c.error_percent);
+        vec![pass, stage, ms(c.predicted), ms(c.measured), error, c.passes.to_string()]
+    };
+    // Kinds come one after another, the stages of each in order.
+    compared.chunk_by(|a, b| a.stage < b.stage).take(kinds).flatten().map(row).collect()
 }
 
 /// What a table shows: below a heading, a row for each stage and each of the first `kinds` kinds of passes.

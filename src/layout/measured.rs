@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::{batch::PassShape, model::units::Pass};
+use crate::{
+    batch::PassShape,
+    model::{units::Pass, vision::VisionPass},
+};
 
 /// Of passes of a kind and a stage, the latest that are kept.
 const KEPT: usize = 128;
@@ -16,6 +19,19 @@ pub struct StageTime {
     pub stage: usize,
     /// The passes' shape: their mean.
     pub pass: Pass,
+    /// How long one took: the mean of the middle half.
+    pub seconds: f64,
+    /// How many there were.
+    pub passes: u64,
+}
+
+/// How long a stage of the vision tower took for passes of about as many patches.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct VisionTime {
+    /// Which stage.
+    pub stage: usize,
+    /// The passes' mean.
+    pub pass: VisionPass,
     /// How long one took: the mean of the middle half.
     pub seconds: f64,
     /// How many there were.
@@ -40,15 +56,16 @@ pub struct StageTime {
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct Measured {
-    groups: BTreeMap<(bool, usize), Vec<Taken>>, // [stages]
+    groups: BTreeMap<(bool, usize), Vec<Taken<PassShape>>>, // [stages]
+    vision: BTreeMap<usize, Vec<Taken<VisionPass>>>,        // [stages]
 }
 
 /// What passes of a kind took a stage.
-#[derive(Debug, Clone, Default)]
-struct Taken {
+#[derive(Debug, Clone)]
+struct Taken<S> {
     count: u64,
     seconds: f64,
-    latest: VecDeque<(f64, PassShape)>,
+    latest: VecDeque<(f64, S)>,
 }
 
 impl Measured {
@@ -58,30 +75,69 @@ impl Measured {
             return;
         }
         let stages = self.groups.entry((Pass::of(shape).decodes(), size(shape.rows))).or_default();
-        if stages.len() <= stage {
-            stages.resize_with(stage + 1, Taken::default);
+        add_to(stages, stage, seconds, shape);
+    }
+
+    /// The same for a stage of the vision tower.
+    pub fn add_vision(&mut self, stage: usize, pass: VisionPass, seconds: f64) {
+        if pass.rows > 0 && seconds.is_finite() && seconds > 0.0 {
+            add_to(self.vision.entry(size(pass.rows)).or_default(), stage, seconds, pass);
         }
-        let taken = &mut stages[stage];
-        taken.count += 1;
-        taken.seconds += seconds;
-        if taken.latest.len() == KEPT {
-            taken.latest.pop_front();
-        }
-        taken.latest.push_back((seconds, shape));
     }
 
     /// Each stage's time for each kind of passes, those first that took the stages longest in all. Passes of a kind have the
     /// same shape at all stages.
     pub fn times(&self) -> Vec<StageTime> {
-        let spent = |stages: &[Taken]| stages.iter().map(|taken| taken.seconds).sum::<f64>();
-        let mut groups: Vec<&Vec<Taken>> = self.groups.values().collect();
-        groups.sort_by(|a, b| spent(b).total_cmp(&spent(a)));
-        groups.into_iter().flat_map(|stages| of_kind(stages)).collect()
+        longest_first(&self.groups).into_iter().flat_map(|stages| of_kind(stages)).collect()
+    }
+
+    /// The same of the vision tower's.
+    pub fn vision_times(&self) -> Vec<VisionTime> {
+        longest_first(&self.vision).into_iter().flat_map(|stages| of_images(stages)).collect()
     }
 }
 
+fn add_to<S>(stages: &mut Vec<Taken<S>>, stage: usize, seconds: f64, shape: S) {
+    if stages.len() <= stage {
+        let none = || Taken { count: 0, seconds: 0.0, latest: VecDeque::new() };
+        stages.resize_with(stage + 1, none);
+    }
+    let taken = &mut stages[stage];
+    taken.count += 1;
+    taken.seconds += seconds;
+    if taken.latest.len() == KEPT {
+        taken.latest.pop_front();
+    }
+    taken.latest.push_back((seconds, shape));
+}
+
+/// Kinds of passes, those first that took the stages longest in all.
+fn longest_first<K, S>(groups: &BTreeMap<K, Vec<Taken<S>>>) -> Vec<&Vec<Taken<S>>> {
+    let spent = |stages: &[Taken<S>]| stages.iter().map(|taken| taken.seconds).sum::<f64>();
+    let mut groups: Vec<_> = groups.values().collect();
+    groups.sort_by(|a, b| spent(b).total_cmp(&spent(a)));
+    groups
+}
+
+/// Of passes of the vision tower of about a size, the stages' times.
+fn of_images(stages: &[Taken<VisionPass>]) -> Vec<VisionTime> {
+    let time = |(stage, taken): (usize, &Taken<VisionPass>)| {
+        let middle = taken.middle();
+        let n = middle.len() as f64;
+        let mean = |of: &dyn Fn(&(f64, VisionPass)) -> f64| middle.iter().map(of).sum::<f64>() / n;
+        let pass = VisionPass {
+            rows: mean(&|(_, pass)| pass.rows as f64).round() as usize,
+            window_pairs: mean(&|(_, pass)| pass.window_pairs),
+            frame_pairs: mean(&|(_, pass)| pass.frame_pairs),
+        };
+        let seconds = mean(&|(seconds, _)| *seconds);
+        (!middle.is_empty()).then_some(VisionTime { stage, pass, seconds, passes: taken.count })
+    };
+    stages.iter().enumerate().filter_map(time).collect()
+}
+
 /// Of passes of a kind, the stages' times.
-fn of_kind(stages: &[Taken]) -> Vec<StageTime> {
+fn of_kind(stages: &[Taken<PassShape>]) -> Vec<StageTime> {
     let middles: Vec<Vec<(f64, PassShape)>> = stages.iter().map(Taken::middle).collect();
     let shapes: Vec<PassShape> = middles.iter().flatten().map(|&(_, shape)| shape).collect();
     let pass = Pass::of(mean(&shapes));
@@ -92,9 +148,9 @@ fn of_kind(stages: &[Taken]) -> Vec<StageTime> {
     middles.iter().enumerate().filter_map(time).collect()
 }
 
-impl Taken {
+impl<S: Copy> Taken<S> {
     /// Without the quarters that took longest and shortest.
-    fn middle(&self) -> Vec<(f64, PassShape)> {
+    fn middle(&self) -> Vec<(f64, S)> {
         let mut sorted: Vec<_> = self.latest.iter().copied().collect();
         sorted.sort_by(|a, b| a.0.total_cmp(&b.0));
         let quarter = sorted.len() / 4;
@@ -151,6 +207,21 @@ mod tests {
         let Pass::Decode { context, .. } = times[2].pass else { panic!("{:?}", times[2]) };
         assert!((518..=521).contains(&context), "{context}");
         assert!((times[3].seconds - 2e-3).abs() < 1e-12);
+    }
+
+    #[test]
+    fn passes_of_the_tower_are_told_by_their_size() {
+        let mut measured = Measured::default();
+        let pass =
+            |rows: usize| VisionPass { rows, window_pairs: rows as f64, frame_pairs: 2.0 * rows as f64 };
+        for i in 0..8 {
+            measured.add_vision(1, pass(5476), if i == 0 { 9.0 } else { 4e-3 });
+            measured.add_vision(0, pass(64), 1e-3);
+        }
+        measured.add_vision(0, pass(0), 1.0);
+        let times = measured.vision_times();
+        assert_eq!((times[0].stage, times[0].pass, times[0].passes), (1, pass(5476), 8));
+        assert!((times[0].seconds - 4e-3).abs() < 1e-12 && times[1].stage == 0 && times.len() == 2);
     }
 
     #[test]

@@ -2,12 +2,13 @@
 //!
 //! The first stage holds the embedding, the last one the head. `parse` reads layouts as users write them; `plan` cuts a model
 //! where costs say, which `cost` predicts for the devices that `devices` describes and `profile` has measured; `planner`
-//! puts these together, and `predict` says what a layout will do; `measured` gathers what it did, and `compare` puts the two
+//! puts these together, with a vision tower as `tower` and `joint` place it, and `predict` says what a layout will do; `measured` gathers what it did, and `compare` puts the two
 //! beside each other.
 
 pub mod compare;
 pub mod cost;
 pub mod devices;
+pub mod joint;
 pub mod limits;
 pub mod measured;
 mod parse;
@@ -15,15 +16,17 @@ pub mod plan;
 pub mod planner;
 pub mod predict;
 pub mod profile;
+pub mod tower;
 mod vision;
 
-pub use compare::{Compared, compare};
+pub use compare::{Compared, VisionCompared, compare, compare_vision};
 pub use devices::DeviceSpec;
 pub use limits::MemoryLimits;
-pub use measured::{Measured, StageTime};
+pub use measured::{Measured, StageTime, VisionTime};
 pub use parse::Given;
 pub use planner::{Planner, Workload};
 pub use predict::Prediction;
+pub use tower::ImageLoad;
 pub use vision::VisionStage;
 
 use std::{fmt, ops::Range, str::FromStr};

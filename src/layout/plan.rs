@@ -116,14 +116,14 @@ pub fn costs(problem: &Problem, cut: &[Range<usize>]) -> Vec<u64> {
 }
 
 /// Sums over the first layers.
-struct Sums<'a> {
+pub(super) struct Sums<'a> {
     problem: &'a Problem,
     costs: Vec<Vec<u128>>, // [slots][layers + 1]
     bytes: Vec<u128>,      // [layers + 1]
 }
 
 impl Sums<'_> {
-    fn new(problem: &Problem) -> Sums<'_> {
+    pub(super) fn new(problem: &Problem) -> Sums<'_> {
         let sums = |of: &[u64]| {
             let mut sum = 0;
             let add = |&n: &u64| {
@@ -140,7 +140,7 @@ impl Sums<'_> {
         self.problem.sizes.layers.len()
     }
 
-    fn cost(&self, slot: usize, layers: &Range<usize>) -> u64 {
+    pub(super) fn cost(&self, slot: usize, layers: &Range<usize>) -> u64 {
         let Slot { embed, head, pass, boundary, .. } = self.problem.slots[slot];
         let sums = &self.costs[slot];
         let first = if layers.start == 0 { embed } else { 0 };
@@ -151,7 +151,7 @@ impl Sums<'_> {
             .saturating_add(pass)
     }
 
-    fn bytes(&self, layers: &Range<usize>) -> u64 {
+    pub(super) fn bytes(&self, layers: &Range<usize>) -> u64 {
         let Sizes { embed, head, head_tied, .. } = self.problem.sizes;
         let (first, last) = (layers.start == 0, layers.end == self.last());
         let ends = match (first, last) {
@@ -165,6 +165,6 @@ impl Sums<'_> {
 }
 
 /// What nothing has room for stays too much.
-fn bounded(sum: u128) -> u64 {
+pub(super) fn bounded(sum: u128) -> u64 {
     u64::try_from(sum).unwrap_or(u64::MAX)
 }

@@ -1,15 +1,19 @@
-//! Layouts for a model on devices: how many stages, in which order, cut where; and why none is possible.
+//! Layouts for a model on devices: how many stages, in which order, cut where.
+
+mod refusal;
 
 use std::{collections::HashMap, ops::Range};
 
 use serde::Serialize;
 
 use super::{
-    Device, DeviceSpec, Layout, Stage,
+    Device, DeviceSpec, Layout, Stage, VisionStage,
     cost::Costs,
+    joint::{self, Cuts, Tower},
     plan::{self, Problem, Sizes, Slot},
     predict::{self, Prediction},
     profile::Profile,
+    tower::{ImageLoad, TowerScratch},
 };
 use crate::{
     backend::DType,
@@ -24,8 +28,10 @@ use crate::{
 const STAGE_WORTH: f64 = 0.01;
 /// Orders of devices that are tried; of more, the given one and its reverse alone.
 const ORDERS_MAX: usize = 1000;
-/// Further devices that are tried where those at hand are too few.
-const MORE_MAX: usize = 64;
+/// Of more, the best without a vision tower is taken.
+const ORDERS_WITH_TOWER_MAX: usize = 24;
+/// Layers and a vision tower are cut together where that makes the slowest device faster by more than this share.
+const TOGETHER_WORTH: f64 = 0.03;
 /// KV tokens come in blocks.
 const KV_STEP: usize = crate::batch::KV_BLOCK;
 const KV_TOKENS_MAX: usize = 1 << 40;
@@ -99,6 +105,8 @@ pub struct Scratch {
     pub head: usize,
     /// Of every layer: what is lost where its pages end.
     pub layer: usize,
+    /// Of a vision tower.
+    pub tower: TowerScratch,
 }
 
 /// Plans a model on devices.
@@ -123,8 +131,10 @@ pub struct Planner<'a> {
     pub devices: &'a [DeviceSpec],
     /// What has been measured, for each device.
     pub profiles: Vec<Option<Profile>>,
-    /// What for.
+    /// What for. Tokens of images are among its prompts'.
     pub workload: Workload,
+    /// Images of its requests. `None` for a model that reads none, or for one whose vision tower is not to be placed.
+    pub images: Option<ImageLoad>,
     /// Tokens whose keys and values must have room. `None`: those of the workload, or as many as there is room for.
     pub kv_tokens: Option<usize>,
     /// What stages take besides, on GPUs.
@@ -134,11 +144,24 @@ pub struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    /// Without profiles, for the default workload.
+    /// Without profiles, for the default workload; with an image a request if the model reads images.
     pub fn new(spec: &'a ModelSpec, dtype: DType, devices: &'a [DeviceSpec]) -> Self {
         let profiles = vec![None; devices.len()];
-        let (workload, scratch) = (Workload::default(), Scratch::default());
-        Planner { spec, dtype, devices, profiles, workload, kv_tokens: None, scratch, cpu_scratch: scratch }
+        let images = spec.vision.as_deref().map(ImageLoad::usual);
+        let usual = Workload::default();
+        let prompt = usual.prompt + images.map_or(0, |images| images.prompt_tokens());
+        let (workload, scratch) = (Workload { prompt, ..usual }, Scratch::default());
+        Planner {
+            spec,
+            dtype,
+            devices,
+            profiles,
+            workload,
+            images,
+            kv_tokens: None,
+            scratch,
+            cpu_scratch: scratch,
+        }
     }
 
     /// The best cut into `stages` stages on the first devices. Where there are fewer devices, neighbours share them.
@@ -154,10 +177,19 @@ impl<'a> Planner<'a> {
         if stages > self.devices.len() {
             return self.plan(stages);
         }
-        let candidates = self.orders(stages).into_iter().filter_map(|order| self.fitted(&order, stages));
-        let rated = candidates.map(|layout| (self.rate(&layout), layout));
-        let best = rated.max_by(|(a, _), (b, _)| a.partial_cmp(b).expect("rates are numbers; this is a bug"));
-        best.map(|(_, layout)| layout).ok_or_else(|| self.refusal(stages))
+        let (orders, without) = (self.orders(stages), Planner { images: None, ..self.clone() });
+        let by = if orders.len() > ORDERS_WITH_TOWER_MAX { &without } else { self };
+        let rated = orders.into_iter().filter_map(|order| {
+            let layout = by.fitted(&order, stages)?;
+            Some((by.rate(&layout), order, layout))
+        });
+        let best =
+            rated.max_by(|(a, ..), (b, ..)| a.partial_cmp(b).expect("rates are numbers; this is a bug"));
+        let layout = match best {
+            Some((_, order, _)) if by.images != self.images => self.fitted(&order, stages),
+            best => best.map(|(.., layout)| layout),
+        };
+        layout.ok_or_else(|| self.refusal(stages))
     }
 
     /// The best number of stages, at most one a device, in any order of the devices: that with the most tokens a second,
@@ -184,7 +216,10 @@ impl<'a> Planner<'a> {
         let devices = self.devices.len().min(stages);
         let on = |i: usize| self.devices[i * devices / stages].device;
         let cut = layout.stages().iter().enumerate();
-        Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())
+        let placed = Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())?;
+        let (vision, tower) = (layout.vision().iter().enumerate(), layout.vision().len().max(1));
+        let on = |i: usize| self.devices[i * devices / tower].device;
+        placed.with_vision(vision.map(|(i, stage)| VisionStage { device: on(i), ..stage.clone() }).collect())
     }
 
     /// What a layout will do.
@@ -231,9 +266,13 @@ impl<'a> Planner<'a> {
     }
 
     fn solved(&self, order: &[usize], stages: usize, kv_tokens: usize) -> Option<Layout> {
-        let cut = plan::solve(&self.problem(order, stages, kv_tokens))?;
+        let problem = self.problem(order, stages, kv_tokens);
+        let cuts = match self.tower(order) {
+            Some(tower) => cut_both(&problem, &tower)?,
+            None => Cuts { layers: plan::solve(&problem)?, blocks: Vec::new() },
+        };
         let mut all = Vec::new();
-        for (i, (run, &device)) in cut.into_iter().zip(order).enumerate() {
+        for (i, (run, &device)) in cuts.layers.into_iter().zip(order).enumerate() {
             let own = shared(i, order.len(), stages).len();
             let (start, len) = (run.start, run.len());
             let cut = |k: usize| start + k * len / own;
@@ -241,12 +280,20 @@ impl<'a> Planner<'a> {
                 (0..own).map(|k| Stage { device: self.devices[device].device, layers: cut(k)..cut(k + 1) }),
             );
         }
-        Some(Layout::new(all).expect("a cut covers all layers in order; this is a bug"))
+        let covers = "a cut covers all in order; this is a bug";
+        let layout = Layout::new(all).expect(covers);
+        Some(layout.with_vision(self.vision_stages(order, cuts.blocks)).expect(covers))
     }
 
     /// The most KV tokens that fit these devices; `None` if not even a block does.
     fn kv_most(&self, order: &[usize], stages: usize) -> Option<usize> {
-        let fits = |blocks: usize| plan::solve(&self.problem(order, stages, blocks * KV_STEP)).is_some();
+        let tower = self.tower(order);
+        let fits = |blocks: usize| {
+            let problem = self.problem(order, stages, blocks * KV_STEP);
+            tower
+                .as_ref()
+                .map_or_else(|| plan::solve(&problem).is_some(), |tower| joint::fits(&problem, tower))
+        };
         let (mut good, mut bad) = (1, KV_TOKENS_MAX / KV_STEP);
         if !fits(good) {
             return None;
@@ -261,6 +308,10 @@ impl<'a> Planner<'a> {
     fn problem(&self, order: &[usize], stages: usize, kv_tokens: usize) -> Problem {
         let passes = self.workload.passes(order.len());
         let layers = self.spec.layers.len();
+        let store = |i: usize, device| match self.seen() {
+            Some(_) if i == 0 => self.tower_scratch_of(device).store,
+            _ => 0,
+        };
         let slot = |(i, &device): (usize, &usize)| {
             let costs = self.costs(device);
             let own = shared(i, order.len(), stages).len();
@@ -282,7 +333,8 @@ impl<'a> Planner<'a> {
                 head: weighted(&|pass| costs.seconds(Unit::Head, pass)),
                 pass: own as u64 * weighted(&|_| costs.pass()),
                 boundary: weighted(&|pass| next.map_or(0.0, |next| costs.boundary(next, pass))),
-                room: costs.device.free.saturating_sub(own * self.scratch_of(device).stage) as u64,
+                room: costs.device.free.saturating_sub(own * self.scratch_of(device).stage + store(i, device))
+                    as u64,
                 layers_min: own,
             }
         };
@@ -337,72 +389,16 @@ impl<'a> Planner<'a> {
         all.reverse();
         all
     }
+}
 
-    /// Why it does not fit, and what would make it fit.
-    fn refusal(&self, stages: usize) -> Error {
-        let devices = self.devices.len().min(stages);
-        let order = range(devices);
-        let gigabytes = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
-        let wanted = self.kv_tokens.unwrap_or(KV_STEP);
-        let Problem { sizes, slots } = self.problem(&order, stages, wanted);
-        let sum = |of: &mut dyn Iterator<Item = u64>| of.fold(0u64, u64::saturating_add);
-        let need = sum(&mut sizes
-            .layers
-            .iter()
-            .copied()
-            .chain([sizes.embed, sizes.head_tied.unwrap_or(sizes.head)]));
-        let have = sum(&mut slots.iter().map(|slot| slot.room));
-        let mut ways = Vec::new();
-        if self.kv_tokens.is_some()
-            && let Some(most) = self.kv_most(&order, stages)
-        {
-            ways.push(format!("--kv-tokens {most} or fewer"));
-        }
-        if self.dtype == DType::F32
-            && (Planner { dtype: DType::BF16, ..self.clone() }).fitted(&order, stages).is_some()
-        {
-            ways.push("--dtype bf16".into());
-        }
-        if let Some(more) = (stages + 1..=self.devices.len()).find(|&n| self.fitted(&range(n), n).is_some()) {
-            ways.push(format!("{more} stages"));
-        } else if let Some(way) = self.more_devices() {
-            ways.push(way);
-        }
-        let units = if have >= need { ", but layers are not divided" } else { "" };
-        let advice = match &ways[..] {
-            [] => "neither fewer KV tokens nor more of these devices make it fit".into(),
-            ways => format!("it fits with {}", ways.join(", or with ")),
-        };
-        let why = format!(
-            "the model does not fit: weights in {} and {wanted} KV tokens take {}, and there is room for {}{units}; {advice}",
-            self.dtype.name(),
-            gigabytes(need),
-            gigabytes(have),
-        );
-        Error::Device { device: self.named(devices), why }
-    }
-
-    /// `2 x h100-80g, 1 x l4`.
-    fn named(&self, devices: usize) -> String {
-        let runs = self.devices[..devices].chunk_by(|a, b| a.name == b.name);
-        runs.map(|run| format!("{} x {}", run.len(), run[0].name)).collect::<Vec<_>>().join(", ")
-    }
-
-    /// How many more devices like the last GPU it takes, if it is not many: `2 more h100-80g`.
-    fn more_devices(&self) -> Option<String> {
-        let like = self.devices.iter().rfind(|device| device.device != Device::Cpu)?;
-        let have = self.devices.len();
-        let most = MORE_MAX.min(self.spec.layers.len().saturating_sub(have));
-        let fits = |more: &usize| {
-            let mut devices = self.devices.to_vec();
-            devices.extend(std::iter::repeat_n(like.clone(), *more));
-            let profiles = vec![None; devices.len()];
-            let planner = Planner { devices: &devices, profiles, ..self.clone() };
-            planner.fitted(&range(devices.len()), devices.len()).is_some()
-        };
-        let more = (1..=most).find(fits)?;
-        Some(format!("{more} more {}", like.name))
-    }
+/// Layers and a tower, cut together, or one after the other where that is hardly slower: then layers alone keep all devices
+/// equally busy too, when images have all been seen.
+fn cut_both(problem: &Problem, tower: &Tower) -> Option<Cuts> {
+    let together = joint::solve(problem, tower)?;
+    let apart = plan::solve(problem).and_then(|layers| joint::beside(problem, &layers, tower));
+    let slowest = |cuts: &Cuts| joint::costs(problem, tower, cuts).into_iter().max().unwrap_or(0) as f64;
+    let as_good = |apart: &Cuts| slowest(apart) <= slowest(&together) * (1.0 + TOGETHER_WORTH);
+    Some(apart.filter(as_good).unwrap_or(together))
 }
 
 fn range(count: usize) -> Vec<usize> {

@@ -1,14 +1,17 @@
 //! What a layout will do: times, memory, tokens a second.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Range};
 
 use serde::Serialize;
 
-use super::{Device, Layout, Planner, Workload};
+use super::{Device, DeviceSpec, Layout, Planner, Stage, Workload, tower::HARDLY_ANY};
 use crate::{
     batch::KV_BLOCK,
     error::{Error, Result},
-    model::units::{Pass, Unit, units_of},
+    model::{
+        units::{Pass, Unit, units_of},
+        vision::VisionPass,
+    },
 };
 
 /// Rows of the passes whose times are told.
@@ -35,6 +38,9 @@ pub struct Prediction {
     pub layout: String,
     /// In the order of the data.
     pub stages: Vec<StagePrediction>,
+    /// Those of the vision tower.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub vision: Vec<VisionPrediction>,
     /// Tokens whose keys and values fit: the tightest device's.
     pub kv_tokens: usize,
     /// Requests of the workload that run at once: as many as are asked for, or as have room.
@@ -48,8 +54,11 @@ pub struct Prediction {
     pub decode: Vec<DecodeRate>,
     /// While prompts are read.
     pub prompt_tokens_per_s: f64,
-    /// Of the workload, prompts included.
+    /// Of the workload, prompts and images included.
     pub requests_per_s: f64,
+    /// The same, counted in images.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub images_per_s: Option<f64>,
     /// Of the workload, prompts included.
     pub new_tokens_per_s: f64,
 }
@@ -83,6 +92,29 @@ pub struct StagePrediction {
     pub share: f64,
 }
 
+/// A stage of the vision tower.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct VisionPrediction {
+    /// As in `--layout`.
+    pub device: String,
+    /// What it is.
+    pub name: String,
+    /// As in `--layout`.
+    pub blocks: String,
+    /// Whether it has what is before the first block.
+    pub patches: bool,
+    /// Whether it has what is behind the last one.
+    pub merger: bool,
+    /// Bytes of its weights.
+    pub weight_bytes: usize,
+    /// Bytes beside them.
+    pub scratch_bytes: usize,
+    /// How long it takes for an image of the workload, until its rows have left it.
+    pub image_seconds: f64,
+    /// As a decoder's stage has it: its device's time, for all its stages, to that of the slowest one.
+    pub share: f64,
+}
+
 /// How long a stage takes for a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct PassTime {
@@ -104,6 +136,7 @@ pub struct DecodeRate {
 /// Predicts a layout, whose devices must be among the planner's.
 pub(super) fn predict(planner: &Planner<'_>, layout: &Layout) -> Result<Prediction> {
     layout.check(planner.spec.layers.len())?;
+    let layout = &planner.with_tower(layout)?;
     let pipeline = Pipeline::new(planner, layout)?;
     let kv: Vec<usize> = (0..pipeline.places.len()).map(|i| pipeline.kv_tokens(i)).collect::<Result<_>>()?;
     let kv_tokens = kv.iter().copied().min().unwrap_or(0);
@@ -111,28 +144,29 @@ pub(super) fn predict(planner: &Planner<'_>, layout: &Layout) -> Result<Predicti
     let asked = planner.workload;
     let room = (kv_tokens / (asked.prompt + asked.new).max(1)).max(1);
     let workload = Workload { running: asked.running.min(room), ..asked };
-    let passes = workload.passes(pipeline.devices().len());
-    let of_request =
-        |i: usize| passes.iter().map(|&(pass, weight)| weight * pipeline.seconds(i, pass)).sum::<f64>();
-    let per_stage: Vec<f64> = (0..pipeline.places.len()).map(of_request).collect();
-    let busy = pipeline.by_device(&per_stage);
+    let pipeline = Pipeline { workload, ..pipeline };
+    let busy = pipeline.by_device(&pipeline.request_seconds());
+    let busy = pipeline.with_tower(busy);
     let slowest = busy.values().copied().fold(0.0, f64::max);
     let mean = busy.values().sum::<f64>() / busy.len() as f64;
-    let share = |i: usize| busy[&pipeline.places[i]] / slowest;
+    let share = |place: usize| busy[&place] / slowest;
     let running = pipeline.cycle(workload.running);
     let decode = BATCHES.map(|requests| {
         let cycle = pipeline.cycle(requests.min(room));
         DecodeRate { requests, tokens_per_s: requests.min(room) as f64 / cycle.seconds }
     });
-    let chunk = passes[1].0;
+    let [_, (chunk, _)] = workload.passes(pipeline.devices().len());
     let of_chunk: Vec<f64> = (0..kv.len()).map(|i| pipeline.seconds(i, chunk)).collect();
     let chunk_s = pipeline.by_device(&of_chunk).into_values().fold(0.0, f64::max);
     // What few requests wait for each other, decoding pays.
     let waits = (running.seconds - running.taken) * workload.new as f64 / workload.running.max(1) as f64;
     let request_s = slowest + waits;
+    let stage = |(i, &kv): (usize, &usize)| pipeline.stage(i, kv, share(pipeline.places[i]));
+    let vision = |i| pipeline.vision_stage(i, share(pipeline.vision[i].0));
     Ok(Prediction {
         layout: layout.to_string(),
-        stages: kv.iter().enumerate().map(|(i, &kv)| pipeline.stage(i, kv, share(i))).collect(),
+        stages: kv.iter().enumerate().map(stage).collect(),
+        vision: (0..pipeline.vision.len()).map(vision).collect(),
         kv_tokens,
         running: workload.running,
         bubble: 1.0 - running.working / running.seconds,
@@ -140,6 +174,7 @@ pub(super) fn predict(planner: &Planner<'_>, layout: &Layout) -> Result<Predicti
         decode: decode.to_vec(),
         prompt_tokens_per_s: chunk.rows() as f64 / chunk_s,
         requests_per_s: 1.0 / request_s,
+        images_per_s: planner.seen().map(|(_, images)| images.per_request as f64 / request_s),
         new_tokens_per_s: workload.new as f64 / request_s,
     })
 }
@@ -148,8 +183,12 @@ pub(super) fn predict(planner: &Planner<'_>, layout: &Layout) -> Result<Predicti
 pub(super) struct Pipeline<'a> {
     planner: &'a Planner<'a>,
     layout: &'a Layout,
+    /// What it is to do: what is asked for, or as much of it as has room.
+    workload: Workload,
     /// Each stage's device, by its place among the planner's.
     places: Vec<usize>,
+    /// The same of the vision tower's stages, with their blocks.
+    vision: Vec<(usize, Range<usize>)>,
 }
 
 /// The time in which every running sequence gets a token.
@@ -163,14 +202,111 @@ struct Cycle {
 
 impl<'a> Pipeline<'a> {
     pub(super) fn new(planner: &'a Planner<'a>, layout: &'a Layout) -> Result<Self> {
-        let place = |(i, device): (usize, Device)| {
+        let place = |kind: &str, i: usize, device: Device| {
             planner.devices.iter().position(|spec| spec.device == device).ok_or_else(|| {
-                let why = format!("stage {i} is on {device}, which is not among the devices");
+                let why = format!("{kind}stage {i} is on {device}, which is not among the devices");
                 Error::usage(format!("--layout {}", crate::error::shown(&layout.to_string())), why)
             })
         };
-        let devices = layout.stages().iter().map(|stage| stage.device).enumerate();
-        Ok(Pipeline { planner, layout, places: devices.map(place).collect::<Result<_>>()? })
+        let stages = layout.stages().iter().enumerate();
+        let places = stages.map(|(i, stage)| place("", i, stage.device)).collect::<Result<_>>()?;
+        let tower = match layout.vision().is_empty() {
+            true => Vec::new(),
+            false => layout.tower(planner.spec.vision.as_ref().map(|tower| tower.full.len()))?,
+        };
+        let vision = tower.into_iter().enumerate();
+        let vision = vision.map(|(i, (device, blocks))| Ok((place("vision ", i, device)?, blocks)));
+        Ok(Pipeline {
+            planner,
+            layout,
+            workload: planner.workload,
+            places,
+            vision: vision.collect::<Result<_>>()?,
+        })
+    }
+
+    /// Each stage's seconds for a request of the workload.
+    pub(super) fn request_seconds(&self) -> Vec<f64> {
+        let passes = self.workload.passes(self.devices().len());
+        let of = |i| passes.iter().map(|&(pass, weight)| weight * self.seconds(i, pass)).sum();
+        (0..self.places.len()).map(of).collect()
+    }
+
+    /// Devices that have stages, in the order in which they come first.
+    pub(super) fn places_in_order(&self) -> Vec<usize> {
+        let mut order: Vec<usize> = Vec::new();
+        for &place in &self.places {
+            if !order.contains(&place) {
+                order.push(place);
+            }
+        }
+        order
+    }
+
+    /// Bytes that a pipeline may take of a device for stages, beside the image store.
+    pub(super) fn room_of(&self, place: usize) -> usize {
+        let store = match self.planner.seen() {
+            Some(_) if self.places.first() == Some(&place) => self.planner.tower_scratch_of(place).store,
+            _ => 0,
+        };
+        self.planner.devices[place].free.saturating_sub(store)
+    }
+
+    /// Bytes that the decoder's stages of a device take with so many KV tokens.
+    pub(super) fn bytes_on(&self, place: usize, kv_tokens: usize) -> usize {
+        let own = (0..self.places.len()).filter(|&i| self.places[i] == place);
+        let of = |i| {
+            self.weight_bytes(i)
+                + self.scratch_bytes(i)
+                + self.kv_bytes_per_token(i).saturating_mul(kv_tokens)
+        };
+        own.map(of).fold(0, usize::saturating_add)
+    }
+
+    /// Where what a stage of the tower makes goes to.
+    fn behind(&self, i: usize) -> &DeviceSpec {
+        let next = self.vision.get(i + 1).map_or(self.places[0], |(place, _)| *place);
+        &self.planner.devices[next]
+    }
+
+    /// Devices' seconds for a request, with those of the tower's stages.
+    fn with_tower(&self, mut busy: BTreeMap<usize, f64>) -> BTreeMap<usize, f64> {
+        for (i, (place, blocks)) in self.vision.iter().enumerate() {
+            *busy.entry(*place).or_insert(0.0) +=
+                self.planner.tower_request_seconds(*place, blocks, self.behind(i));
+        }
+        busy
+    }
+
+    /// Seconds of a pass of a stage of the tower, until its rows have left it.
+    pub(super) fn vision_seconds(&self, i: usize, pass: VisionPass) -> f64 {
+        let (place, blocks) = &self.vision[i];
+        self.planner.tower_seconds(*place, blocks, (self.behind(i), pass))
+    }
+
+    /// Bytes of a stage of the tower beside its weights.
+    fn vision_scratch(&self, i: usize) -> usize {
+        let (place, blocks) = &self.vision[i];
+        let scratch = self.planner.tower_scratch_of(*place);
+        scratch.stage + scratch.block * blocks.len()
+    }
+
+    fn vision_stage(&self, i: usize, share: f64) -> VisionPrediction {
+        let (place, blocks) = self.vision[i].clone();
+        let device = &self.planner.devices[place];
+        let images = self.planner.images.map_or(1.0, |images| (images.per_request as f64).max(HARDLY_ANY));
+        let stage = Stage { device: device.device, layers: blocks.clone() };
+        VisionPrediction {
+            device: device.device.to_string(),
+            name: device.name.clone(),
+            blocks: format!("v{stage}"),
+            patches: blocks.start == 0,
+            merger: i + 1 == self.vision.len(),
+            weight_bytes: self.planner.tower_weight_bytes(&blocks),
+            scratch_bytes: self.vision_scratch(i),
+            image_seconds: self.planner.tower_request_seconds(place, &blocks, self.behind(i)) / images,
+            share,
+        }
     }
 
     /// Devices that have stages.
@@ -200,7 +336,7 @@ impl<'a> Pipeline<'a> {
     }
 
     /// Sums over the stages of each device.
-    fn by_device(&self, per_stage: &[f64]) -> BTreeMap<usize, f64> {
+    pub(super) fn by_device(&self, per_stage: &[f64]) -> BTreeMap<usize, f64> {
         let mut sums = BTreeMap::new();
         for (&place, seconds) in self.places.iter().zip(per_stage) {
             *sums.entry(place).or_insert(0.0) += seconds;
@@ -229,7 +365,10 @@ impl<'a> Pipeline<'a> {
         let (planner, place) = (self.planner, self.places[i]);
         let device = &planner.devices[place];
         let on_device = || (0..self.places.len()).filter(|&k| self.places[k] == place);
-        let taken: usize = on_device().map(|k| self.weight_bytes(k) + self.scratch_bytes(k)).sum();
+        let tower = (0..self.vision.len()).filter(|&k| self.vision[k].0 == place);
+        let tower = tower.map(|k| planner.tower_weight_bytes(&self.vision[k].1) + self.vision_scratch(k));
+        let store = device.free - self.room_of(place).min(device.free);
+        let taken = self.bytes_on(place, 0) + tower.sum::<usize>() + store;
         let each: usize = on_device().map(|k| self.kv_bytes_per_token(k)).sum();
         let tokens = device.free.saturating_sub(taken) / each.max(1) / KV_BLOCK * KV_BLOCK;
         let wanted = planner.kv_tokens.unwrap_or(KV_BLOCK);

@@ -10,9 +10,12 @@ use serde::Deserialize;
 
 use super::{
     patches::Cut,
-    size::{Bounds, PIXELS_MAX},
+    size::{Bounds, PIXELS_MAX, Size, smart_resize},
 };
-use crate::error::{Error, Result, shown};
+use crate::{
+    error::{Error, Result, shown},
+    grid::Grid,
+};
 
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// `PIL.Image.BICUBIC`.
@@ -54,6 +57,12 @@ pub struct Recipe {
 }
 
 impl Recipe {
+    /// How an image of so many pixels is cut, once it is resized. The error says what is wrong with its size.
+    pub fn grid(&self, size: Size) -> Result<Grid, String> {
+        let Size { width, height } = smart_resize(size, self.cut.factor(), self.bounds)?;
+        Ok(Grid { t: 1, h: height / self.cut.patch, w: width / self.cut.patch })
+    }
+
     /// Reads a file; `defaults` are for bounds that it does not tell. `None` if there is no such file.
     pub(super) fn read(path: &Path, defaults: Bounds) -> Result<Option<Recipe>> {
         let file = match File::open(path) {

@@ -65,13 +65,19 @@ impl Preprocessor {
 
     /// The same, and what is usual where the folder does not say.
     pub fn read_or_usual(dir: &Path) -> Result<Preprocessor> {
-        let (path, usual) = (dir.join("preprocessor_config.json"), Path::new("usual"));
-        let image = match Recipe::read(&path, IMAGE_BOUNDS)? {
-            Some(_) => return Preprocessor::read(dir),
-            None => Recipe::parse(usual, b"{}", IMAGE_BOUNDS)?,
+        match Recipe::read(&dir.join("preprocessor_config.json"), IMAGE_BOUNDS)? {
+            Some(_) => Preprocessor::read(dir),
+            None => Ok(Preprocessor::usual()),
+        }
+    }
+
+    /// What is usual.
+    pub fn usual() -> Preprocessor {
+        let of = |bounds| {
+            let recipe = Recipe::parse(Path::new("usual"), b"{}", bounds);
+            recipe.expect("what is usual is right; this is a bug")
         };
-        let video = Recipe::parse(usual, b"{}", VIDEO_BOUNDS)?;
-        Ok(Preprocessor { image, video, limits: Limits::default() })
+        Preprocessor { image: of(IMAGE_BOUNDS), video: of(VIDEO_BOUNDS), limits: Limits::default() }
     }
 
     /// With other bounds of pixels for images and frames. One that is given wins over the other's default.

@@ -68,7 +68,7 @@ impl Cut {
     }
 
     /// Each level's float for each colour, in the original's arithmetic.
-    fn levels(&self) -> [[f32; 256]; 3] {
+    pub fn levels(&self) -> [[f32; 256]; 3] {
         let level = |c: usize, v: usize| {
             ((v as f64 * self.rescale) as f32 - self.mean[c] as f32) / self.std[c] as f32
         };

@@ -1,10 +1,11 @@
-//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), images in
-//! prompts (`images`), `batch`, `bench` (its other
-//! measurements than throughput in `measurements`), `plan`, `profiles` and `devices`, signals and terminals (`terminal`).
+//! The binary as its users meet it: flags and errors (`flags`), answers of a small checkpoint (`answers`), images in prompts
+//! (`images`), `batch`, `bench` (its other measurements than throughput in `measurements`, its images in `bench_images`), `plan`,
+//! `profiles` and `devices`, signals and terminals (`terminal`).
 
 mod answers;
 mod batch;
 mod bench;
+mod bench_images;
 mod devices;
 mod flags;
 mod images;

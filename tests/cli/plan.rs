@@ -86,6 +86,42 @@ fn splits_are_ranked() {
     assert!(text.contains("1 planned: device 1 x h100-80g: the model does not fit"), "{text}");
 }
 
+#[test]
+fn the_tower_of_a_model_that_reads_images_is_planned_with_the_layers() {
+    let flags = ["--model", "vl-7b", "--devices", "4xh200-141g", "--stages", "4"];
+    let plan_of = |more: &[&str]| json(&plan(&[&flags[..], more, &["--format", "json"]].concat()));
+    let told = plan_of(&["--output-len", "1"]);
+    assert_eq!(
+        (&told["images"]["tokens"], &told["workload"]["prompt"]),
+        (&1369.into(), &(512 + 1371).into())
+    );
+    let vision = told["plan"]["vision"].as_array().unwrap();
+    assert_eq!((vision.len(), &vision[0]["patches"], &vision[3]["merger"]), (4, &true.into(), &true.into()));
+    let number = |value: &Value| value.as_f64().unwrap();
+    assert_eq!(told["plan"]["images_per_s"], told["plan"]["requests_per_s"]);
+    assert!(
+        vision.iter().all(|stage| number(&stage["image_seconds"]) < 0.006 && number(&stage["share"]) > 0.9)
+    );
+    assert!(
+        told["plan"]["layout"].as_str().unwrap().starts_with("v0-7@cuda:0,v8-"),
+        "{}",
+        told["plan"]["layout"]
+    );
+    // Small images cost little, and several of them have a prompt's tokens each.
+    let small = plan_of(&["--images", "3", "--image-size", "280x140"]);
+    assert_eq!((&small["images"]["tokens"], &small["workload"]["prompt"]), (&50.into(), &(512 + 156).into()));
+    let text = good(&plan(&flags));
+    for start in ["vl-7b: 28 layers", "vision  device", "0       cuda:0  h200-141g", "images/s, with prompts"]
+    {
+        assert!(text.lines().any(|line| line.starts_with(start)), "{start}\n{text}");
+    }
+    assert!(text.contains("  patches, v0-") && text.contains(", merger  "), "{text}");
+    let told = error(&plan(&["--model", "7b", "--devices", "l4", "--images", "1"]), 2);
+    assert!(told.contains("--images: the model reads no images"), "{told}");
+    let told = error(&plan(&["--model", "vl-7b", "--devices", "l4", "--image-size", "9000x9"]), 2);
+    assert!(told.contains("--image-size 9000x9: "), "{told}");
+}
+
 /// Of a model that is larger than the GPU as much as can be is there, and the table says what the rest costs.
 #[test]
 fn a_processor_takes_what_has_no_room_on_gpus() {

@@ -6,7 +6,7 @@ use pipeline_infer::{
     backend::{
         Backend, DType, HeadShape, Norm, NormShape, Random, Tensor,
         cuda::Cuda,
-        vision::{Places, Reach, SegmentAttention, VisionOps},
+        vision::{Pixels, Places, Reach, SegmentAttention, VisionOps},
     },
     grid::Grid,
     model::{
@@ -164,6 +164,14 @@ fn a_towers_ops_one_by_one() {
     let mut out = gpu.working_buf(padded * dim).unwrap();
     block.show("rope", "MB", megabytes(rows * 2 * dim * 4), || {
         gpu.rope_places(&mut qkv, &images, spec.heads).unwrap()
+    });
+    let frames = [vec![7; 3 * 1036 * 1036]];
+    let pixels = [Pixels { grid: IMAGE, frames: &frames, levels: &[[0.5; 256]; 3] }];
+    let mut cutter = gpu.cutter(padded, spec.patch_shape()).unwrap();
+    let mut patches = gpu.working_buf(padded * spec.patch_dim()).unwrap();
+    // The host's copy to pinned memory among it.
+    block.show("pixels to patches", "MB", megabytes(frames[0].len() + 2 * rows * spec.patch_dim()), || {
+        gpu.cut(&mut patches, &mut cutter, &images, &pixels).unwrap();
     });
     let shape = |reach| SegmentAttention { heads: spec.heads, scale: 0.1, reach };
     block.show("windows", "MB", megabytes(rows * 4 * dim * 2), || {

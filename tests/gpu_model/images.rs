@@ -70,6 +70,25 @@ fn greedy_tokens_are_those_of_transformers_wherever_the_tower_is() {
     }
 }
 
+/// Where nobody says where, all GPUs of the layers have a part of the tower, or as many as are worth it.
+#[test]
+fn the_tower_goes_where_plans_put_it() {
+    if gpus() == 0 {
+        return;
+    }
+    let golden = seen_golden();
+    let engine = builder("0@cuda:0,1-2@cuda:1").expect_images(3, 1024, 1024).build().unwrap();
+    let layout = engine.layout();
+    let blocks = layout.tower(Some(3)).unwrap();
+    assert_eq!(blocks.last().map(|(_, blocks)| blocks.end), Some(3), "{layout}");
+    for prompt in &golden.seen {
+        assert_eq!(logprob_bits(&collect(submit(&engine, prompt))).0, prompt.greedy, "{layout}");
+    }
+    let stats = engine.stats();
+    assert_eq!(stats.vision.len(), blocks.len());
+    assert!(stats.vision.iter().all(|stage| stage.times.batches > 0 && stage.buffer_bytes() > Some(0)));
+}
+
 #[test]
 fn whoever_goes_away_while_images_are_encoded_takes_nothing_along() {
     if gpus() == 0 {

@@ -14,6 +14,7 @@ mod linear;
 mod matrix;
 mod memory;
 mod norm;
+mod patches;
 mod pool;
 mod probe;
 pub mod reference;

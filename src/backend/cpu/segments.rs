@@ -9,13 +9,14 @@ use std::ops::Range;
 use super::{
     Cpu, GRAIN, linear,
     memory::{Memory, Scratch, Shared, prefix, prefix_mut, with_scratch},
+    patches,
     rope::rotate,
     simd::{Kernel, LANES, Vector, exp, store_part},
 };
 use crate::{
     backend::{
         HeadShape, Norm,
-        vision::{Places, RowRun, SegmentAttention, VisionOps},
+        vision::{PatchShape, Pixels, Places, RowRun, SegmentAttention, VisionOps},
     },
     error::{Error, Result},
 };
@@ -41,6 +42,11 @@ pub struct Images {
 
 impl VisionOps for Cpu {
     type Images = Images;
+    type Cutter = PatchShape;
+
+    fn rows_tried(&self, _rows_max: usize) -> Vec<usize> {
+        Vec::new()
+    }
 
     fn images(&self, rows_max: usize, inv_freq: &[f32]) -> Result<Images> {
         let (cos, sin) = (Vec::new(), Vec::new());
@@ -56,6 +62,21 @@ impl VisionOps for Cpu {
         let angles = from.rows.iter().flatten().flat_map(|&p| freqs.iter().map(move |f| p as f32 * f));
         (images.cos, images.sin) = angles.map(|angle| (angle.cos(), angle.sin())).unzip();
         images.places.clone_from(from);
+        Ok(())
+    }
+
+    fn cutter(&self, _rows_max: usize, shape: PatchShape) -> Result<PatchShape> {
+        Ok(shape)
+    }
+
+    fn cut(
+        &self,
+        out: &mut Self::Buf,
+        shape: &mut PatchShape,
+        images: &Images,
+        from: &[Pixels<'_>],
+    ) -> Result<()> {
+        patches::cut(self, out, *shape, &images.places, from);
         Ok(())
     }
 

@@ -1,8 +1,8 @@
 //! What a stage takes of its GPU's memory, told before it is taken: the KV cache gets the rest.
 
-use super::{attention, batch, blas, driver::Context, pad_rows, sample};
+use super::{attention, batch, blas, driver::Context, pad_rows, patches, sample, segments, tune};
 use crate::{
-    backend::{DType, Limits},
+    backend::{DType, Limits, vision::PatchShape},
     error::Result,
 };
 
@@ -51,8 +51,32 @@ pub fn stage_bytes(needs: &StageNeeds) -> usize {
     // While algorithms are tried, for what products are added to.
     let sums = pad_rows(limits.rows_max) * dim * DType::F32.size();
     let sampling = vocab.map_or(0, |vocab| sample::device_bytes(limits.seqs_max, vocab));
-    let sizes = [blas::WORKSPACE_BYTES, attention::SCRATCH_BYTES_MAX, packed, rotations, sums];
-    sizes.into_iter().map(allocated).sum::<usize>() + sampling
+    [packed, rotations, sums].into_iter().map(allocated).sum::<usize>() + sampling + view_bytes()
+}
+
+/// Bytes that a view of a GPU takes by itself.
+pub fn view_bytes() -> usize {
+    [blas::WORKSPACE_BYTES, attention::SCRATCH_BYTES_MAX].into_iter().map(allocated).sum()
+}
+
+/// Bytes that a stage of a vision tower takes beside weights and the tower's buffers, for passes of so many patches.
+pub fn tower_bytes(patches: usize, dim: usize, head_dim: usize) -> usize {
+    // While algorithms are tried, for what products are added to.
+    let sums = pad_rows(patches.min(tune::TIMED_ROWS_MAX)) * dim * DType::F32.size();
+    let own = segments::device_bytes(patches, head_dim);
+    own.into_iter().chain([sums]).map(allocated).sum::<usize>() + view_bytes()
+}
+
+/// Bytes that the pixels of passes of so many patches take.
+pub fn cutter_bytes(patches: usize, shape: PatchShape) -> usize {
+    allocated(patches::bytes_max(patches, shape))
+}
+
+/// How long rows of `len` numbers between two products are made.
+pub fn row_width(len: usize, dtype: DType) -> usize {
+    // Rows that do not begin at whole vectors of 16 bytes are out of the tensor memory's reach, and copied in small
+    // pieces everywhere.
+    len.next_multiple_of(16 / dtype.size())
 }
 
 #[cfg(test)]

@@ -30,6 +30,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("gemv.cu", include_str!("../../../kernels/gemv.cu")),
     ("gemv_any.cu", include_str!("../../../kernels/gemv_any.cu")),
     ("norm.cu", include_str!("../../../kernels/norm.cu")),
+    ("patches.cu", include_str!("../../../kernels/patches.cu")),
     ("rope.cu", include_str!("../../../kernels/rope.cu")),
     ("sample.cu", include_str!("../../../kernels/sample.cu")),
     ("segment_attention.cu", include_str!("../../../kernels/segment_attention.cu")),

@@ -28,6 +28,7 @@ mod memory;
 mod norm;
 mod ops;
 mod pages;
+mod patches;
 mod peer;
 mod probe;
 mod rope;
@@ -42,7 +43,10 @@ use std::sync::{
     atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
 };
 
-pub use account::{StageNeeds, allocated, free_bytes, kv_waste, rows_room, stage_bytes};
+pub use account::{
+    StageNeeds, allocated, cutter_bytes, free_bytes, kv_waste, row_width, rows_room, stage_bytes,
+    tower_bytes, view_bytes,
+};
 pub use batch::Batch;
 pub use compile::{cache_folder, kernels_key, write_aside};
 pub use driver::{DeviceFacts, devices, driver_present};
@@ -51,6 +55,7 @@ pub use kv::Kv;
 pub use lost::any as any_lost;
 pub use matrix::Matrix;
 pub use memory::Event;
+pub use patches::Cutter;
 pub use probe::{Gpu, Link, LinkKind, Probe, probe};
 pub use sample::{Pending, Sampler};
 pub use segments::Images;

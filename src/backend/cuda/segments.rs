@@ -13,11 +13,13 @@ use super::{
     linear,
     memory::{DeviceBuf, Event, Pinned},
     norm,
+    patches::Cutter,
+    row_width, warm_up,
 };
 use crate::{
     backend::{
         DType, HeadShape, Norm,
-        vision::{Places, Reach, RowRun, SegmentAttention, VisionOps},
+        vision::{PatchShape, Pixels, Places, Reach, RowRun, SegmentAttention, VisionOps},
     },
     error::{Error, Result},
 };
@@ -76,6 +78,15 @@ struct Fast {
     kernel: Kernel,
     rows: usize,
     shared: u32,
+}
+
+/// Bytes of the room for places of so many rows on the GPU.
+pub(super) fn device_bytes(rows_max: usize, head_dim: usize) -> [usize; 2] {
+    [rotations_bytes(rows_max, head_dim), Layout::bytes_max(rows_max)]
+}
+
+fn rotations_bytes(rows_max: usize, head_dim: usize) -> usize {
+    rows_max * head_dim / 2 * 8
 }
 
 impl Kernels {
@@ -137,7 +148,7 @@ impl Images {
             rows_max,
             head_dim,
             inv_freq: frequencies,
-            rotations: cuda.take(rows_max * head_dim / 2 * 8)?,
+            rotations: cuda.take(rotations_bytes(rows_max, head_dim))?,
             packed: cuda.take(bytes)?,
             staging: [staging()?, staging()?],
             next: 0,
@@ -177,6 +188,11 @@ impl Images {
         // SAFETY: (float2*, const uint2*, const float*, u32) as in segments.cu; there is room for `rows_max` rows, which the
         // rows do not exceed.
         unsafe { cuda.launch(&self.kernels.rotations, grid, &mut args![table, places, inv_freq, rows]) }
+    }
+
+    /// Where the numbers of the pass's cells are, and how many.
+    pub(super) fn cells(&self) -> (DevicePtr, usize) {
+        (self.at(self.now.cells_at), self.now.cells)
     }
 
     /// Panics if heads are others than the kernels are for.
@@ -223,6 +239,11 @@ impl Operands {
 
 impl VisionOps for Cuda {
     type Images = Images;
+    type Cutter = Cutter;
+
+    fn rows_tried(&self, rows_max: usize) -> Vec<usize> {
+        warm_up::tower_rows(rows_max)
+    }
 
     fn images(&self, rows_max: usize, inv_freq: &[f32]) -> Result<Images> {
         Images::new(self, rows_max, inv_freq)
@@ -232,10 +253,16 @@ impl VisionOps for Cuda {
         images.set(self, from)
     }
 
+    fn cutter(&self, rows_max: usize, shape: PatchShape) -> Result<Cutter> {
+        Cutter::new(self, rows_max, shape)
+    }
+
+    fn cut(&self, out: &mut Buf, cutter: &mut Cutter, images: &Images, from: &[Pixels<'_>]) -> Result<()> {
+        cutter.cut(self, out, images, from)
+    }
+
     fn row_width(&self, len: usize) -> usize {
-        // Rows that do not begin at whole vectors of 16 bytes are out of the tensor memory's reach, and copied in small
-        // pieces everywhere.
-        len.next_multiple_of(16 / self.dtype.size())
+        row_width(len, self.dtype)
     }
 
     fn copy_rows(&self, to: &mut Buf, from: &Buf, run: RowRun) -> Result<()> {
@@ -305,7 +332,7 @@ impl VisionOps for Cuda {
         let count = images.now.cells;
         let (to, from) = (out.expect(DType::F32, count * dim), x.expect(DType::F32, count * dim));
         let grid = Grid { blocks: [count as u32, dim.div_ceil(SPAN) as u32, 1], threads: THREADS, shared: 0 };
-        let (cells, dim) = (images.at(images.now.cells_at), dim as u32);
+        let (cells, dim) = (images.cells().0, dim as u32);
         // SAFETY: (float*, const float*, const u32*, u32) as in segments.cu; the buffers have been checked, and cells are
         // numbers below their count.
         unsafe { self.launch(&images.kernels.scatter, grid, &mut args![to, from, cells, dim]) }

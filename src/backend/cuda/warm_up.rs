@@ -33,6 +33,17 @@ pub(super) fn all(limits: Limits) -> Vec<WarmUp> {
     all
 }
 
+/// Rows of a vision tower's passes: the largest of each number that ops go over, and of larger ones some, for which nothing
+/// is tried but whose algorithms have code to load.
+pub(super) fn tower_rows(rows_max: usize) -> Vec<usize> {
+    let doubled = std::iter::successors(Some(2 * TIMED_ROWS_MAX), |rows| Some(2 * rows));
+    let larger = doubled.take_while(|rows| *rows < rows_max).chain([rows_max]);
+    let mut all: Vec<usize> = numbers_of_rows(rows_max.min(TIMED_ROWS_MAX)).collect();
+    all.extend(larger.filter(|rows| *rows > TIMED_ROWS_MAX));
+    all.reverse();
+    all
+}
+
 /// One for each number of rows that ops go over, up to `max` rows: the largest that is padded to it.
 fn numbers_of_rows(max: usize) -> impl Iterator<Item = usize> {
     let next = move |rows: usize| (rows < max).then(|| pad_rows(rows + 1).min(max));
@@ -113,6 +124,15 @@ mod tests {
         assert_eq!(padded, wanted);
         assert_eq!(singles[0].batch.starts.len(), 256);
         assert!(singles.iter().all(|w| w.passes == 2 && w.batch.outputs.len() == w.batch.rows()));
+    }
+
+    #[test]
+    fn a_tower_tries_every_number_of_rows_that_is_timed() {
+        let all = tower_rows(32_768);
+        assert_eq!((all[0], all[1], all[2]), (32_768, 16_384, 8192));
+        assert!(all.is_sorted_by(|a, b| a > b) && all.contains(&5504) && all.last() == Some(&1), "{all:?}");
+        assert_eq!(tower_rows(400)[..3], [400, 384, 352]);
+        assert_eq!(tower_rows(10_000)[..2], [10_000, 8192]);
     }
 
     #[test]

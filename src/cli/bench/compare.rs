@@ -38,6 +38,7 @@ const fn metric(
 
 const METRICS: &[Metric] = &[
     metric("requests/s", "requests_per_s.median", "requests_per_s", true),
+    metric("images/s", "images.images_per_s.median", "images_per_s", true),
     metric("output tokens/s", "output_tokens_per_s.median", "output_tokens_per_s", true),
     metric("total tokens/s", "total_tokens_per_s.median", "total_tokens_per_s", true),
     metric("goodput, requests/s", "goodput.requests_per_s", "", true),

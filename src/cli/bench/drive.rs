@@ -1,14 +1,20 @@
 //! One run: requests are submitted when they are due, and their events read until all have ended.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use crossbeam_channel as channel;
 
-use super::record::Recorder;
+use super::{
+    pictures::{Picture, Prepared, prepare, side_by_side, threads},
+    record::Recorder,
+};
 use crate::{
     engine::{Engine, Events},
     error::{Error, Result},
@@ -22,6 +28,10 @@ const PATIENCE: Duration = Duration::from_millis(50);
 pub(super) struct Work {
     /// In the order in which they come.
     pub(super) requests: Vec<Timed>,
+    /// Each request's images, if requests have some.
+    pub(super) files: Vec<Vec<Picture>>,
+    /// Whether these are prepared before the clock starts, and not by threads that then submit their requests.
+    pub(super) prepared: bool,
     /// One more, after so many turns of which each brings each of the others a token.
     pub(super) then: Option<(u32, Request)>,
 }
@@ -40,36 +50,95 @@ pub(super) struct Driven {
     pub(super) usages: Vec<Usage>,
     /// And the one that came later.
     pub(super) late: Option<Usage>,
+    /// What preparing images took.
+    pub(super) prepared: Prepared,
 }
 
 /// Runs it.
 pub(super) fn drive(engine: &Engine, mut work: Work, recorder: Option<&mut Recorder>) -> Result<Driven> {
+    let mut prepared = if work.prepared { work.prepare(engine)? } else { Prepared::default() };
     let at_once = work.requests.partition_point(|timed| timed.at.is_zero());
     let later = work.requests.split_off(at_once);
     let mut reader = Reader::new(recorder);
     if let Some(recorder) = &mut reader.recorder {
         recorder.begin(at_once + later.len());
     }
+    let pictured = match work.files.is_empty() {
+        true => Vec::new(),
+        false => work.requests.drain(..).zip(work.files).collect(),
+    };
+    let (threads, timed) = (threads(pictured.len()), !(later.is_empty() && pictured.is_empty()));
     let (sender, coming) = channel::unbounded();
-    let stop = AtomicBool::new(false);
+    let (stop, pictured) = (&AtomicBool::new(false), &Mutex::new(pictured.into_iter()));
     let started = Instant::now();
     for timed in work.requests {
         reader.open.push(Open::submit(engine, started, timed.request)?);
     }
-    let (timed, stop) = (!later.is_empty(), &stop);
     thread::scope(|scope| {
+        let mut preparing = Vec::new();
         if timed {
+            let submit = |sender| move || submit_pictured(engine, started, pictured, sender, stop);
+            let named = || thread::Builder::new().name("images".into());
+            let spawn = |_| named().spawn_scoped(scope, submit(sender.clone()));
+            let spawned = (0..threads).map(spawn).collect::<Result<Vec<_>, _>>();
+            preparing = spawned.map_err(|e| Error::Engine(format!("images: no thread: {e}")))?;
             scope.spawn(move || submit_later(engine, started, later, sender, stop));
         } else {
             drop(sender);
         }
         let read = reader.read_all(engine, &coming, work.then);
         stop.store(true, Ordering::Relaxed);
+        for thread in preparing {
+            prepared = prepared.and(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
         let late = read?;
         // Where requests come one by one, the reader is not done the moment that the last one is.
         let seconds = if timed { reader.ended_s } else { started.elapsed().as_secs_f64() };
-        Ok(Driven { seconds, usages: reader.usages, late })
+        Ok(Driven { seconds, usages: reader.usages, late, prepared })
     })
+}
+
+impl Work {
+    /// Gives requests their images.
+    fn prepare(&mut self, engine: &Engine) -> Result<Prepared> {
+        let files = std::mem::take(&mut self.files);
+        let threads = threads(files.len());
+        let mut prepared = Prepared { threads, ..Prepared::default() };
+        let all = side_by_side(files.len(), |i| prepare(engine, &files[i]));
+        for (timed, media) in self.requests.iter_mut().zip(all) {
+            let (media, one) = media?;
+            timed.request.media = media;
+            prepared = prepared.and(one);
+        }
+        Ok(prepared)
+    }
+}
+
+/// Requests that nobody has taken yet, with their images.
+type Pictured = Mutex<std::vec::IntoIter<(Timed, Vec<Picture>)>>;
+
+/// One of several threads that each prepare a request's images and submit it, one after another. What preparing took.
+fn submit_pictured(
+    engine: &Engine,
+    started: Instant,
+    requests: &Pictured,
+    coming: channel::Sender<Result<Open>>,
+    stop: &AtomicBool,
+) -> Prepared {
+    let mut prepared = Prepared { threads: 1, ..Prepared::default() };
+    let next = || requests.lock().unwrap_or_else(PoisonError::into_inner).next();
+    while let Some((Timed { mut request, .. }, files)) = next().filter(|_| !stop.load(Ordering::Relaxed)) {
+        let opened = prepare(engine, &files).and_then(|(media, one)| {
+            prepared = prepared.and(one);
+            request.media = media;
+            Open::submit(engine, started, request)
+        });
+        let failed = opened.is_err();
+        if coming.send(opened).is_err() || failed {
+            break;
+        }
+    }
+    prepared
 }
 
 /// Submits each when it is due, whatever the others do.

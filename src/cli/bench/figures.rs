@@ -11,6 +11,7 @@ use super::{
     results::Point,
     session::{Measured, Run, Session},
     spread::{Spread, median},
+    tower::{ImageFigures, rate_of_run},
     uses::{Energy, HostCpu, KvUse, Totals},
     workload::Workload,
 };
@@ -51,6 +52,8 @@ pub(super) struct Figures {
     pub(super) prompt_tokens_per_s: Rate,
     pub(super) total_tokens_per_s: Rate,
     pub(super) requests_per_s: Rate,
+    /// With `--images`.
+    pub(super) images: Option<ImageFigures>,
     pub(super) goodput: Option<Goodput>,
     /// From a request's submission to its first token.
     pub(super) ttft_ms: Spread,
@@ -116,6 +119,7 @@ struct RunFigures {
     output_tokens_per_s: f64,
     total_tokens_per_s: f64,
     requests_per_s: f64,
+    images_per_s: Option<f64>,
     ttft_ms: f64,
     tpot_ms: Option<f64>,
     itl_ms: Option<f64>,
@@ -182,11 +186,12 @@ impl Figures {
             devices: devices(engine),
             dtype: engine.dtype().name(),
             seconds: runs.iter().map(|r| r.seconds).collect(),
-            runs: runs.iter().map(RunFigures::of).collect(),
+            runs: runs.iter().map(|run| RunFigures::of(run, &workload)).collect(),
             output_tokens_per_s: Rate::of(totals.output, runs),
             prompt_tokens_per_s: Rate::of(totals.input, runs),
             total_tokens_per_s: Rate::of(totals.input + totals.output, runs),
             requests_per_s: Rate::of(totals.requests, runs),
+            images: workload.images.map(|of| ImageFigures::of(&of, workload.requests, measured)),
             goodput: Goodput::of(subject.good, usages(), totals.seconds),
             ttft_ms: some(usages().map(|usage| 1e3 * usage.first_token_s)),
             tpot_ms: Spread::of(usages().filter_map(per_token_ms)),
@@ -244,15 +249,17 @@ fn itl(runs: &[Run]) -> Option<Spread> {
 /// Each device once, with what it is.
 fn devices(engine: &Engine) -> Vec<Named> {
     let mut found: Vec<Named> = Vec::new();
-    for stage in engine.layout().stages() {
-        let name = match stage.device {
+    let layout = engine.layout();
+    let tower = layout.vision().iter().map(|stage| stage.device);
+    for device in layout.stages().iter().map(|stage| stage.device).chain(tower) {
+        let name = match device {
             Device::Cpu => cpu::facts().name,
             Device::Cuda(i) => {
                 let gpus = cuda::devices().expect("a stage runs on a GPU that is not there; this is a bug");
                 gpus[i].name.clone()
             }
         };
-        let named = Named { device: stage.device.to_string(), name };
+        let named = Named { device: device.to_string(), name };
         if !found.contains(&named) {
             found.push(named);
         }
@@ -300,13 +307,14 @@ impl Settings {
 }
 
 impl RunFigures {
-    fn of(run: &Run) -> RunFigures {
+    fn of(run: &Run, workload: &Workload) -> RunFigures {
         let one = Totals::of(std::slice::from_ref(run));
         let middle = |spread: Option<Spread>| spread.map(|spread| spread.median);
         RunFigures {
             output_tokens_per_s: one.output / run.seconds,
             total_tokens_per_s: (one.input + one.output) / run.seconds,
             requests_per_s: one.requests / run.seconds,
+            images_per_s: rate_of_run(workload.images.as_ref(), workload.requests, run),
             ttft_ms: some(run.usages.iter().map(|usage| 1e3 * usage.first_token_s)).median,
             tpot_ms: middle(Spread::of(run.usages.iter().filter_map(per_token_ms))),
             itl_ms: middle(itl(std::slice::from_ref(run))),
@@ -317,7 +325,7 @@ impl RunFigures {
 
 impl Rate {
     /// Of runs that each did so much.
-    fn of(work: f64, runs: &[Run]) -> Rate {
+    pub(super) fn of(work: f64, runs: &[Run]) -> Rate {
         let seconds: Vec<f64> = runs.iter().map(|r| r.seconds).collect();
         let least = seconds.iter().copied().fold(f64::INFINITY, f64::min);
         Rate { median: work / median(&seconds), best: work / least }
@@ -359,7 +367,7 @@ fn late_prompt(input_len: u32, runs: &[Run]) -> LatePrompt {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::bench::uses::tests::run;
+    use crate::cli::bench::{uses::tests::run, workload::tests::LENGTHS};
 
     #[test]
     fn rates_are_of_the_median_and_of_the_best_run() {
@@ -370,7 +378,7 @@ mod tests {
 
     #[test]
     fn a_run_has_medians_over_its_requests() {
-        let one = RunFigures::of(&run(2.0, None));
+        let one = RunFigures::of(&run(2.0, None), &Workload::random(3, LENGTHS));
         assert_eq!((one.output_tokens_per_s, one.requests_per_s), (4.5, 1.5));
         // A request of 2.5 s, of which 2 s are for 4 tokens; one of 1.5 s, 1 s of it for 2.
         assert_eq!((one.tpot_ms, one.e2el_ms, one.ttft_ms), (Some(500.0), 2000.0, 500.0));

@@ -1,6 +1,24 @@
 //! Numbers that follow from a seed.
 
-use crate::backend::mix;
+use crate::{backend::mix, model::spec::ModelSpec};
+
+/// What tokens are drawn from: all but those that stand for images.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Vocab {
+    size: usize,
+    never: [Option<u32>; 2],
+}
+
+impl Vocab {
+    pub(super) fn of(spec: &ModelSpec) -> Vocab {
+        Vocab { size: spec.vocab, never: [spec.pads.map(|p| p.image), spec.pads.map(|p| p.video)] }
+    }
+
+    #[cfg(test)]
+    pub(super) fn tests_of(size: usize) -> Vocab {
+        Vocab { size, never: [None; 2] }
+    }
+}
 
 /// SplitMix64.
 pub(super) struct Random(u64);
@@ -27,8 +45,9 @@ impl Random {
     }
 
     /// So many tokens.
-    pub(super) fn ids(mut self, n: u32, vocab: usize) -> Vec<u32> {
-        (0..n).map(|_| self.below(vocab)).collect()
+    pub(super) fn ids(mut self, n: u32, vocab: Vocab) -> Vec<u32> {
+        let drawn = std::iter::repeat_with(|| self.below(vocab.size));
+        drawn.filter(|&id| !vocab.never.contains(&Some(id))).take(n as usize).collect()
     }
 
     fn below(&mut self, n: usize) -> u32 {

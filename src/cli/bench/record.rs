@@ -111,6 +111,10 @@ impl Recorder {
         for measurement in self.measurements.try_iter() {
             match measurement {
                 Measurement::Span(span) => self.record.span(span),
+                Measurement::Vision(span) => {
+                    let seconds = (span.ended - span.began).as_secs_f64();
+                    self.record.measured.add_vision(span.stage, span.cost, seconds);
+                }
                 Measurement::Planned { at, step, queues } => {
                     self.record.planned(at, step.step, &step.batch, &queues);
                     self.demands.add(&step.batch, &mut self.record.done);

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::{
     drive::next,
+    random::Vocab,
     record::{Gap, Record, Recorder},
     session::{Runs, Session},
     spread::Spread,
@@ -145,7 +146,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
 fn one(session: &Session, workload: &Workload, change: Option<(&Layout, u32)>) -> Result<Run> {
     let engine = &session.engine;
     let mut recorder = Recorder::new(engine, session.demands.clone());
-    let requests = workload.work(0, false, engine.spec().vocab).requests;
+    let requests = workload.work(0, false, Vocab::of(engine.spec())).requests;
     recorder.begin(requests.len());
     let started = Instant::now();
     // All together: which of them share a pass, on which last bits may depend, is the same in each run.

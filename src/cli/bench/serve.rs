@@ -8,6 +8,7 @@ use super::{
     goodput::Limit,
     output::Output,
     plot,
+    random::Vocab,
     results::Point,
     session::{Runs, Session},
     throughput::own_defaults,
@@ -86,7 +87,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     Interrupt::install()?;
     let runs = Runs { repeat: runs.repeat.or(Some(1)), ..runs };
     let mut session = Session::start(&setup, &runs, &workload.need(), output.shows())?;
-    let vocab = session.engine.spec().vocab;
+    let vocab = Vocab::of(session.engine.spec());
     let (mut points, mut tables): (Vec<Point>, Vec<String>) = Default::default();
     for workload in &mut workloads {
         workload.prepare(&session.engine)?;

@@ -6,6 +6,7 @@ use super::{
     drive::{Driven, Work, drive},
     host::{self, CpuTimes},
     limits::Demands,
+    pictures::{Pictures, Prepared},
     record::{Record, Recorder},
     workload::TOKENS_MAX,
 };
@@ -42,9 +43,10 @@ pub(super) struct Runs {
 pub(super) struct Need {
     /// Requests.
     pub(super) at_once: usize,
-    /// Of a usual request.
+    /// Of a usual request, the tokens of its images among them.
     pub(super) input_len: usize,
     pub(super) output_len: usize,
+    pub(super) images: Option<Pictures>,
     /// Prompt and answer together, of the longest; none if that is not known yet.
     pub(super) context: Option<usize>,
     /// Of all requests together; none if that is not known yet.
@@ -89,6 +91,8 @@ pub(super) struct Run {
     pub(super) late: Option<Usage>,
     /// What the engine told.
     pub(super) record: Record,
+    /// What preparing its images took.
+    pub(super) prepared: Prepared,
     /// What its GPUs consumed, if they tell.
     pub(super) joules: Option<f64>,
     /// What the host's processor did.
@@ -113,6 +117,9 @@ impl Session {
     pub(super) fn start(setup: &Setup, runs: &Runs, need: &Need, shows: bool) -> Result<Session> {
         let described = runs.described()?;
         let mut builder = setup.builder()?.expect(need.input_len, need.output_len);
+        if let Some(Pictures { per_request, width, height, .. }) = need.images {
+            builder = builder.expect_images(per_request as usize, width, height);
+        }
         if runs.exact {
             builder = builder.measure_all();
         }
@@ -180,10 +187,10 @@ impl Session {
 
     fn run(&self, work: Work, recorder: &mut Recorder) -> Result<Run> {
         let (cpu, joules) = (host::cpu_times(), self.joules());
-        let Driven { seconds, usages, late } = drive(&self.engine, work, Some(recorder))?;
+        let Driven { seconds, usages, late, prepared } = drive(&self.engine, work, Some(recorder))?;
         let joules = joules.zip(self.joules()).map(|(was, is)| is - was);
         let cpu = host::between(&cpu, &host::cpu_times());
-        Ok(Run { seconds, usages, late, record: recorder.end(), joules, cpu })
+        Ok(Run { seconds, usages, late, prepared, record: recorder.end(), joules, cpu })
     }
 
     fn joules(&self) -> Option<f64> {
@@ -198,8 +205,10 @@ fn energy(engine: &Engine) -> Option<Energy> {
         Device::Cpu => None,
         Device::Cuda(ordinal) => Some(ordinal),
     };
-    let mut gpus =
-        engine.layout().stages().iter().map(|stage| gpu(stage.device)).collect::<Option<Vec<_>>>()?;
+    let layout = engine.layout();
+    let tower = layout.vision().iter().map(|stage| stage.device);
+    let devices = layout.stages().iter().map(|stage| stage.device).chain(tower);
+    let mut gpus = devices.map(gpu).collect::<Option<Vec<_>>>()?;
     gpus.sort_unstable();
     gpus.dedup();
     Energy::open(&gpus).inspect_err(|error| tracing::info!(%error, "no energy is told")).ok()

@@ -36,6 +36,8 @@ const COLUMNS: &[Column] = &[
     column("output_len", "", "workload.output_len", Show::Number(0)),
     column("request_rate", "", "workload.request_rate", Show::Number(3)),
     column("requests_per_s", "requests/s", "requests_per_s.median", Show::Number(2)),
+    column("images", "", "workload.images.per_request", Show::Number(0)),
+    column("images_per_s", "images/s", "images.images_per_s.median", Show::Number(2)),
     column("goodput_requests_per_s", "goodput/s", "goodput.requests_per_s", Show::Number(2)),
     column("goodput_share", "", "goodput.share", Show::Percent),
     column("output_tokens_per_s", "output tok/s", "output_tokens_per_s.median", Show::Number(1)),

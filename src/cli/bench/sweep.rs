@@ -7,6 +7,7 @@ use super::{
     figures::{Figures, Subject},
     output::{Format, Output},
     plot,
+    random::Vocab,
     results::Point,
     session::{Runs, Session},
     summary,
@@ -128,7 +129,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
 fn measure(setup: &Setup, workloads: &[Workload], args: &SweepArgs, points: &mut Vec<Point>) -> Result<()> {
     let largest = workloads.last().expect("clap requires a batch; this is a bug");
     let mut session = Session::start(setup, &args.runs, &largest.need(), args.output.shows())?;
-    let vocab = session.engine.spec().vocab;
+    let vocab = Vocab::of(session.engine.spec());
     for workload in workloads {
         let measured = session.measure(&|run, warms_up| workload.work(run, warms_up, vocab))?;
         let subject = Subject { bench: "sweep", setup, workload, good: &[] };

@@ -3,6 +3,7 @@
 use super::{
     figures::{Figures, Named, Rate},
     phases::Phase,
+    pictures::Pictures,
     session::Measured,
     spread::Spread,
 };
@@ -25,6 +26,7 @@ impl Figures {
         }
         tables.extend(self.of_limits());
         tables.push(stages(&measured.before.stages, &measured.after.stages));
+        tables.extend(self.images.iter().flat_map(|images| [images.rows(), images.sums()]));
         let mut tables: Vec<String> = tables.iter().map(|rows| columns(rows)).collect();
         tables.extend(Some(compared::table(&self.compared)).filter(|table| !table.is_empty()));
         tables.join("\n")
@@ -46,6 +48,12 @@ impl Figures {
                 lengths.input_len.to_string(),
             ),
             row("new tokens, each", lengths.output_len.to_string()),
+        ]);
+        what.extend(self.workload.images.map(|images| {
+            let Pictures { per_request, width, height, tokens, .. } = images;
+            row("images, each", format!("{per_request} of {width}x{height}, {tokens} tokens"))
+        }));
+        what.extend([
             row("type", self.dtype.into()),
             row("weights MB", megabytes(Some(self.weight_bytes))),
             row("KV cache, tokens", self.kv_tokens.to_string()),
@@ -72,6 +80,7 @@ impl Figures {
             rate("total tokens/s", self.total_tokens_per_s),
             rate("requests/s", self.requests_per_s),
         ];
+        rows.extend(self.images.as_ref().map(|images| rate("images/s", images.images_per_s)));
         if let Some(goodput) = &self.goodput {
             let name = format!("goodput, requests/s ({})", goodput.limits());
             let good = format!("{:.1}", goodput.requests_per_s);
@@ -124,6 +133,13 @@ impl Figures {
         for (i, s) in self.stages.iter().enumerate() {
             let taken = [Some(s.weight_bytes), Some(s.kv_bytes), s.buffer_bytes, s.device_bytes_peak];
             let mut row = vec![format!("stage {i}"), s.device.clone()];
+            row.extend(taken.map(megabytes));
+            rows.push(row);
+        }
+        let tower = self.images.iter().flat_map(|images| &images.stages);
+        for (i, s) in tower.enumerate() {
+            let taken = [Some(s.weight_bytes), None, s.buffer_bytes, s.device_bytes_peak];
+            let mut row = vec![format!("vision {i}"), s.device.clone()];
             row.extend(taken.map(megabytes));
             rows.push(row);
         }

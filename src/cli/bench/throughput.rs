@@ -5,7 +5,8 @@ use clap::{ArgMatches, Args, Command, FromArgMatches, value_parser};
 use super::{
     figures::{Figures, Subject},
     output::Output,
-    plot,
+    pictures, plot,
+    random::Vocab,
     session::{Runs, Session},
     workload::{FromFile, Lengths, Workload},
 };
@@ -27,6 +28,8 @@ struct ThroughputArgs {
     work: WorkArgs,
     #[command(flatten)]
     lengths: Lengths,
+    #[command(flatten)]
+    images: pictures::Asked,
     #[command(flatten)]
     from: FromFile,
     #[command(flatten)]
@@ -74,6 +77,7 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     let args = ThroughputArgs::from_arg_matches(matches).expect("clap has parsed these flags; this is a bug");
     let WorkArgs { requests, then_input_len } = args.work;
     let workload = Workload::new(requests, REQUESTS, args.lengths, &args.from)?.then(then_input_len);
+    let workload = workload.with_images(args.images.of(&args.setup)?);
     measure("throughput", &args.setup, workload, &args.runs, &args.output)
 }
 
@@ -94,7 +98,7 @@ pub(super) fn measure(
     let runs = Runs { exact: runs.exact || output.plot.is_some(), ..runs.clone() };
     let mut session = Session::start(setup, &runs, &workload.need(), output.shows())?;
     workload.prepare(&session.engine)?;
-    let vocab = session.engine.spec().vocab;
+    let vocab = Vocab::of(session.engine.spec());
     let measured = session.measure(&|run, warms_up| workload.work(run, warms_up, vocab))?;
     let subject = Subject { bench, setup, workload: &workload, good: &[] };
     let figures = Figures::new(&subject, &session, &measured);

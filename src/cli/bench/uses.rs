@@ -110,6 +110,7 @@ pub(super) mod tests {
             seconds,
             usages: vec![usage(10, 5, 2.5), usage(30, 3, 1.5)],
             late: Some(usage(100, 1, 0.7)),
+            prepared: Default::default(),
             record: Record::default(),
             joules,
             cpu: [("stage 0".to_owned(), 0.5 * seconds), ("idle".to_owned(), 0.0)].into(),

@@ -8,7 +8,8 @@ use serde::Serialize;
 use super::{
     arrivals::Arrivals,
     drive::{Timed, Work},
-    random::Random,
+    pictures::Pictures,
+    random::{Random, Vocab},
     session::Need,
 };
 use crate::{
@@ -67,6 +68,7 @@ pub(super) struct Workload {
     #[serde(flatten)]
     pub(super) lengths: Lengths,
     pub(super) then_input_len: Option<u32>,
+    pub(super) images: Option<Pictures>,
     pub(super) prompt_file: Option<String>,
     #[serde(flatten)]
     pub(super) arrivals: Arrivals,
@@ -84,6 +86,7 @@ impl Workload {
             requests,
             lengths,
             then_input_len: None,
+            images: None,
             prompt_file: None,
             arrivals: Arrivals::at_once(),
             given: Vec::new(),
@@ -136,6 +139,11 @@ impl Workload {
         Workload { then_input_len, ..self }
     }
 
+    /// With images in each request.
+    pub(super) fn with_images(self, images: Option<Pictures>) -> Workload {
+        Workload { images, ..self }
+    }
+
     /// With requests that come in their time.
     pub(super) fn arriving(self, arrivals: Arrivals) -> Workload {
         Workload { arrivals, ..self }
@@ -159,12 +167,18 @@ impl Workload {
         let random = self.prompt_file.is_none();
         Need {
             at_once: self.requests as usize + usize::from(self.then_input_len.is_some()),
-            input_len: input_len as usize,
+            input_len: input_len as usize + self.image_tokens(),
             output_len: output_len as usize,
+            images: self.images,
             context: random.then(|| self.context()),
             kv_tokens: random.then(|| self.kv_tokens()),
             asked: match &self.prompt_file {
-                None => format!("--input-len {input_len} --output-len {output_len}{late}"),
+                None => {
+                    let images = self.images.map_or(String::new(), |images| {
+                        format!("--images {} ({} tokens each) ", images.per_request, images.tokens)
+                    });
+                    format!("{images}--input-len {input_len} --output-len {output_len}{late}")
+                }
                 Some(path) => format!("--prompt-file {path} --output-len {output_len}"),
             },
         }
@@ -179,8 +193,12 @@ impl Workload {
         }
         if let Some(max) = max_context.filter(|&max| max < self.context()) {
             let late = then_input_len.map_or(String::new(), |len| format!(" and --then-input-len {len}"));
+            let images = match self.image_tokens() {
+                0 => String::new(),
+                tokens => format!("{tokens} tokens of images, "),
+            };
             let why = format!(
-                "{max} tokens have no room for --input-len {input_len} and --output-len {output_len}{late}"
+                "{max} tokens have no room for {images}--input-len {input_len} and --output-len {output_len}{late}"
             );
             return Err(Error::usage("--max-context", why));
         }
@@ -193,6 +211,7 @@ impl Workload {
             let why = format!("{requests} requests have {tokens} tokens in all, more than {TOKENS_MAX}");
             return Err(Error::usage("--requests", why));
         }
+        self.images.map_or(Ok(()), |images| images.check(requests))?;
         self.arrivals.check(requests)
     }
 
@@ -209,7 +228,8 @@ impl Workload {
         }
         // Those of a file are not known yet.
         let random = self.prompt_file.is_none();
-        let tokens = self.requests as usize * self.lengths.input_len as usize + late.unwrap_or(0);
+        let each = self.lengths.input_len as usize + self.image_tokens();
+        let tokens = self.requests as usize * each + late.unwrap_or(0);
         match setup.waiting_tokens.filter(|&max| random && max < tokens) {
             Some(max) => {
                 let why = format!("{max}, and prompts of {tokens} tokens come at once");
@@ -251,7 +271,7 @@ impl Workload {
 
     /// What is submitted in a run, and when. Random prompts are no other run's: nothing can be had from an earlier one.
     /// A warm-up takes random ones in any case, all at once.
-    pub(super) fn work(&self, run: u64, warms_up: bool, vocab: usize) -> Work {
+    pub(super) fn work(&self, run: u64, warms_up: bool, vocab: Vocab) -> Work {
         let requests = match &self.ready[..] {
             [] => self.requests(run, vocab),
             ready if !warms_up => ready.to_vec(),
@@ -269,6 +289,10 @@ impl Workload {
         };
         let settled = (self.lengths.output_len / 4).clamp(1, SETTLED_TURNS);
         Work {
+            files: self
+                .images
+                .map_or(Vec::new(), |images| images.files(self.requests, mix(mix(self.lengths.seed) ^ run))),
+            prepared: self.images.is_some_and(|images| images.prepared),
             requests: moments.into_iter().zip(requests).map(|(at, request)| Timed { at, request }).collect(),
             then: self.late_request(run, vocab).map(|request| (settled, request)),
         }
@@ -281,6 +305,7 @@ impl Workload {
         if shared_prefix > 0 {
             id += &format!(".prefix{shared_prefix}");
         }
+        id += &self.images.map_or(String::new(), |images| images.id());
         id += &self.then_input_len.map_or(String::new(), |late| format!(".then{late}"));
         id + &self.arrivals.id()
     }
@@ -289,29 +314,39 @@ impl Workload {
     fn context(&self) -> usize {
         let Lengths { input_len, output_len, .. } = self.lengths;
         let late = self.then_input_len.map_or(0, |input_len| input_len as usize + 1);
-        (input_len as usize + output_len as usize).max(late)
+        (input_len as usize + self.image_tokens() + output_len as usize).max(late)
+    }
+
+    /// Tokens of each prompt beside `input_len`.
+    fn image_tokens(&self) -> usize {
+        self.images.map_or(0, |images| images.prompt_tokens())
     }
 
     /// Tokens of the KV cache that all requests hold at once. Nobody's last token is fed.
     fn kv_tokens(&self) -> usize {
-        let each = (self.lengths.input_len + self.lengths.output_len - 1) as usize;
+        let each = (self.lengths.input_len + self.lengths.output_len - 1) as usize + self.image_tokens();
         let late = self.then_input_len.map_or(0, |input_len| input_len as usize);
         self.requests as usize * each.next_multiple_of(KV_BLOCK) + late.next_multiple_of(KV_BLOCK)
     }
 
     /// The requests of one run.
-    fn requests(&self, run: u64, vocab: usize) -> Vec<Request> {
+    fn requests(&self, run: u64, vocab: Vocab) -> Vec<Request> {
         let Lengths { input_len, output_len, shared_prefix, .. } = self.lengths;
         let shared = self.random_of(run, None).ids(shared_prefix, vocab);
         let request = |i: u32| {
             let own = self.random_of(run, Some(i)).ids(input_len - shared_prefix, vocab);
-            request([&shared[..], &own].concat(), output_len)
+            let ids = [&shared[..], &own].concat();
+            let ids = match self.images {
+                Some(images) => images.prompt(&ids),
+                None => ids,
+            };
+            request(ids, output_len)
         };
         (0..self.requests).map(request).collect()
     }
 
     /// The one that comes later.
-    fn late_request(&self, run: u64, vocab: usize) -> Option<Request> {
+    fn late_request(&self, run: u64, vocab: Vocab) -> Option<Request> {
         let input_len = self.then_input_len?;
         Some(request(self.random_of(run, Some(self.requests)).ids(input_len, vocab), 1))
     }
@@ -367,16 +402,17 @@ fn ids(engine: &Engine, content: &Content) -> Result<Vec<u32>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::time::Duration;
 
     use super::*;
 
     fn prompts(workload: &Workload, run: u64) -> Vec<Prompt> {
-        workload.requests(run, 50).into_iter().map(|r| r.prompt).collect()
+        workload.requests(run, Vocab::tests_of(50)).into_iter().map(|r| r.prompt).collect()
     }
 
-    const LENGTHS: Lengths = Lengths { input_len: 40, output_len: 2, seed: 0, shared_prefix: 0 };
+    pub(in crate::cli::bench) const LENGTHS: Lengths =
+        Lengths { input_len: 40, output_len: 2, seed: 0, shared_prefix: 0 };
 
     fn three(lengths: Lengths) -> Workload {
         Workload::random(3, lengths)
@@ -387,7 +423,9 @@ mod tests {
         let mut all: Vec<Prompt> = (0..3).flat_map(|run| prompts(&three(LENGTHS), run)).collect();
         assert_eq!(prompts(&three(LENGTHS), 1), all[3..6]);
         all.extend(prompts(&three(Lengths { seed: 1, ..LENGTHS }), 0));
-        let late = Workload { then_input_len: Some(40), ..three(LENGTHS) }.late_request(0, 50).unwrap();
+        let late = Workload { then_input_len: Some(40), ..three(LENGTHS) }
+            .late_request(0, Vocab::tests_of(50))
+            .unwrap();
         assert_eq!(late.stop.max_tokens, Some(1));
         all.push(late.prompt);
         for (i, prompt) in all.iter().enumerate() {
@@ -419,7 +457,12 @@ mod tests {
         let arrivals = Arrivals::tests_every(Duration::from_millis(250));
         let workload = Workload { arrivals, ..three(LENGTHS) };
         let moments = |warms_up| {
-            workload.work(0, warms_up, 50).requests.iter().map(|r| r.at.as_millis()).collect::<Vec<_>>()
+            workload
+                .work(0, warms_up, Vocab::tests_of(50))
+                .requests
+                .iter()
+                .map(|r| r.at.as_millis())
+                .collect::<Vec<_>>()
         };
         assert_eq!(moments(true), [0, 0, 0]);
         assert_eq!(moments(false), [0, 250, 500]);

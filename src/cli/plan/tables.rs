@@ -9,14 +9,18 @@ use crate::{
 
 /// What is planned for what.
 pub(super) fn heading(told: &Told) -> String {
-    let Told { model, layers, dtype, workload, devices, measured, .. } = told;
+    let Told { model, layers, dtype, workload, devices, measured, images, .. } = told;
     let measured = match measured.iter().filter(|measured| **measured).count() {
         0 => "predicted from device data",
         n if n == devices.len() => "predicted from earlier runs",
         _ => "predicted from earlier runs and device data",
     };
+    let images = images.filter(|images| images.per_request > 0).map_or(String::new(), |images| {
+        let (n, tokens) = (images.per_request, images.tokens);
+        format!(", {n} image{} of {tokens} tokens in each", if n == 1 { "" } else { "s" })
+    });
     format!(
-        "{model}: {layers} layers, {}; {} device{}, {measured}; {} requests at once of {} prompt and {} new tokens\n\n",
+        "{model}: {layers} layers, {}; {} device{}, {measured}; {} requests at once of {} prompt and {} new tokens{images}\n\n",
         dtype.name(),
         devices.len(),
         if devices.len() == 1 { "" } else { "s" },
@@ -59,7 +63,31 @@ pub(super) fn plan(plan: &Prediction, wanted: usize) -> String {
     }
     sums.push(vec!["prompt tokens/s".into(), whole(plan.prompt_tokens_per_s)]);
     sums.push(vec!["new tokens/s, with prompts".into(), whole(plan.new_tokens_per_s)]);
-    format!("{}\n{}\n", columns(&rows), pairs(&sums))
+    sums.extend(plan.images_per_s.map(|rate| vec!["images/s, with prompts".into(), whole(rate)]));
+    format!("{}\n{}{}\n", columns(&rows), tower(plan), pairs(&sums))
+}
+
+/// A row for each stage of the vision tower; empty without one.
+fn tower(plan: &Prediction) -> String {
+    if plan.vision.is_empty() {
+        return String::new();
+    }
+    let head = ["vision", "device", "", "units", "weights GB", "an image", "share"];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    for (i, stage) in plan.vision.iter().enumerate() {
+        let patches = if stage.patches { "patches, " } else { "" };
+        let merger = if stage.merger { ", merger" } else { "" };
+        rows.push(vec![
+            i.to_string(),
+            stage.device.clone(),
+            stage.name.clone(),
+            format!("{patches}{}{merger}", stage.blocks),
+            format!("{:.2}", stage.weight_bytes as f64 / 1e9),
+            seconds(stage.image_seconds),
+            percent(stage.share),
+        ]);
+    }
+    columns(&rows) + "\n"
 }
 
 /// How many requests run at once, and where others would have no room.

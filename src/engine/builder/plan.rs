@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::{EngineBuilder, Wire, vision::place_tower};
+use super::{EngineBuilder, Wire};
 use crate::{
     backend::{DType, Limits, cuda},
     batch::KV_BLOCK,
@@ -52,30 +52,11 @@ impl EngineBuilder {
         let spec = Arc::new(model.spec);
         let dtype = self.dtype.unwrap_or(model.dtype);
         let context = self.plan_context(&spec)?;
-        let layout = place_tower(self.plan_layout(&spec, dtype, context)?, &spec)?;
+        let towers = self.towers(&spec, dtype, context)?;
+        let layout = (towers)(&self.plan_layout(&spec, dtype, context)?)?;
         let weights = Arc::new(model.weights);
-        let vision = self.plan_vision(&layout, &spec, (&weights, dtype))?;
-        let on_gpu = |stage: &Stage| stage.device != Device::Cpu;
-        // Beside GPUs it is the processor whose time counts.
-        let gpus = layout.stages().iter().all(on_gpu);
-        let running = self.running.unwrap_or(if gpus { RUNNING_GPU } else { RUNNING_CPU });
-        // Several short prompts share a chunk; more than all sequences together hold never comes.
-        let chunk = self.chunk.unwrap_or(if gpus { chunk_gpu(layout.stages().len()) } else { CHUNK_CPU });
-        let chunk = chunk.min(context.saturating_mul(running));
-        let chunk_min = match (self.chunk, gpus) {
-            (Some(_), _) => chunk,
-            (None, true) => CHUNK_MIN_GPU.min(chunk),
-            (None, false) => CHUNK_MIN_CPU.min(chunk),
-        };
-        let (slots, steps_ahead) = slots_of(&layout, self.slots, ahead);
-        let mut scheduling = SchedulerConfig {
-            slots,
-            chunk,
-            chunk_min,
-            running_max: running,
-            ahead: steps_ahead,
-            prefix_reuse: !self.no_prefix_cache,
-        };
+        let vision = self.plan_vision(&layout, &spec, (&weights, dtype, &meter))?;
+        let mut scheduling = self.scheduling(&layout, context, ahead);
         let limits = |scheduling: SchedulerConfig, context_max| Limits {
             rows_max: Scheduler::rows_max(scheduling),
             seqs_max: scheduling.running_max,
@@ -89,7 +70,7 @@ impl EngineBuilder {
             dtype,
             limits: limits(scheduling, context),
             in_flight,
-            vision: vision.as_ref().map(|vision| vision.gpu_bytes(layout.stages()[0].device)),
+            vision: vision.as_ref().map(|of| of.bytes(layout.stages()[0].device)).unwrap_or_default(),
             memory: &self.device_memory,
             spare,
         };
@@ -113,6 +94,7 @@ impl EngineBuilder {
             ahead,
             threads: self.threads,
             vision,
+            towers,
             memory: self.device_memory.clone(),
             spare,
             free: self.free.unwrap_or(cuda::free_bytes),
@@ -121,6 +103,31 @@ impl EngineBuilder {
             metrics: Mutex::default(),
         };
         Ok((layout, runs))
+    }
+
+    /// How much runs at once.
+    fn scheduling(&self, layout: &Layout, context: usize, ahead: Option<bool>) -> SchedulerConfig {
+        let on_gpu = |stage: &Stage| stage.device != Device::Cpu;
+        // Beside GPUs it is the processor whose time counts.
+        let gpus = layout.stages().iter().all(on_gpu);
+        let running = self.running.unwrap_or(if gpus { RUNNING_GPU } else { RUNNING_CPU });
+        // Several short prompts share a chunk; more than all sequences together hold never comes.
+        let chunk = self.chunk.unwrap_or(if gpus { chunk_gpu(layout.stages().len()) } else { CHUNK_CPU });
+        let chunk = chunk.min(context.saturating_mul(running));
+        let chunk_min = match (self.chunk, gpus) {
+            (Some(_), _) => chunk,
+            (None, true) => CHUNK_MIN_GPU.min(chunk),
+            (None, false) => CHUNK_MIN_CPU.min(chunk),
+        };
+        let (slots, steps_ahead) = slots_of(layout, self.slots, ahead);
+        SchedulerConfig {
+            slots,
+            chunk,
+            chunk_min,
+            running_max: running,
+            ahead: steps_ahead,
+            prefix_reuse: !self.no_prefix_cache,
+        }
     }
 
     fn plan_layout(&self, spec: &ModelSpec, dtype: DType, context: usize) -> Result<Layout> {
@@ -136,36 +143,49 @@ impl EngineBuilder {
         if let Some(layout) = &self.layout {
             return Ok(layout.clone());
         }
-        let chunk = match self.stages {
-            Some(Count::Of(n)) => chunk_gpu(n),
-            Some(Count::Auto) | None => CHUNK_GPU,
-        };
-        let all_layers = spec.kv_bytes_per_token(dtype) * layers;
-        let unplaced = Unplaced {
-            spec,
-            dtype,
-            place: &self.place,
-            workload: self.workload(context, RUNNING_GPU, chunk),
-            workload_mixed: self.workload(context, RUNNING_CPU, CHUNK_CPU),
-            kv_tokens: self.kv_memory.map(|bytes| bytes / all_layers),
-            context,
-            threads: self.threads,
-            memory: &self.device_memory,
-            profiles: !self.no_profiles,
-            spare: self.movable || self.balance.is_some(),
-        };
+        let unplaced = self.unplaced(spec, dtype, context)?;
         match &self.cuts {
             Some(layout) => unplaced.cuts(layout),
             None => unplaced.stages(self.stages, self.split),
         }
     }
 
+    /// What is known of the model and of what it is for, before there is a layout.
+    pub(super) fn unplaced<'a>(
+        &'a self,
+        spec: &'a ModelSpec,
+        dtype: DType,
+        context: usize,
+    ) -> Result<Unplaced<'a>> {
+        let chunk = match self.stages {
+            Some(Count::Of(n)) => chunk_gpu(n),
+            Some(Count::Auto) | None => CHUNK_GPU,
+        };
+        let all_layers = spec.kv_bytes_per_token(dtype) * spec.layers.len();
+        let images = self.sight(spec, dtype)?;
+        let of_images = images.map_or(0, |images| images.load.prompt_tokens());
+        Ok(Unplaced {
+            spec,
+            dtype,
+            place: &self.place,
+            workload: self.workload((context, of_images), RUNNING_GPU, chunk),
+            workload_mixed: self.workload((context, of_images), RUNNING_CPU, CHUNK_CPU),
+            kv_tokens: self.kv_memory.map(|bytes| bytes / all_layers),
+            context,
+            threads: self.threads,
+            memory: &self.device_memory,
+            profiles: !self.no_profiles,
+            spare: self.movable || self.balance.is_some(),
+            images,
+        })
+    }
+
     /// What a layout is planned for, with what runs at once by default.
-    fn workload(&self, context: usize, running: usize, chunk: usize) -> Workload {
+    fn workload(&self, (context, of_images): (usize, usize), running: usize, chunk: usize) -> Workload {
         let usual = Workload::default();
         let running = self.running.unwrap_or(running);
         // Sequences with a third of them new, as usual, where contexts are short.
-        let short = (usual.prompt.min(context * 2 / 3), usual.new.min(context / 3).max(1));
+        let short = ((usual.prompt + of_images).min(context * 2 / 3), usual.new.min(context / 3).max(1));
         let (prompt, new) = self.expected.unwrap_or(short);
         let chunk = self.chunk.unwrap_or(chunk).min(context.saturating_mul(running));
         Workload { running, prompt, new, chunk }

@@ -7,24 +7,22 @@ use crate::{
     backend::DType,
     engine::{
         images::{Images, Room},
-        vision::VisionConfig,
+        meter::Meter,
+        place::Sight,
+        vision::{Extent, VisionConfig},
     },
-    error::Result,
-    layout::{Device, Layout, VisionStage},
+    error::{Error, Result},
+    layout::{Device, ImageLoad, Layout, VisionStage, tower::PATCHES_TOGETHER},
     model::{spec::ModelSpec, weights::Weights},
     schedule::ImageConfig,
+    vision::Size,
 };
 
-/// Patches of a pass of the vision tower: a single image, or a video, may have so many.
-const PATCHES_MAX: usize = 32_768;
-/// The same, for several images: more of them gain nothing, and the first would wait for the last.
-const PATCHES_TOGETHER: usize = 8192;
-/// Rows of the image store, and the fewest that an image of all patches needs.
-const IMAGE_ROWS: usize = 16_384;
 const PATCHES_FLAG_MAX: usize = 1 << 20;
 const IMAGE_ROWS_FLAG_MAX: usize = 1 << 24;
-/// Passes that have room at each boundary of the tower.
-const PASSES_AT_BOUNDARY: usize = 2;
+
+/// Puts the vision tower into layouts.
+pub(in crate::engine) type Towers = dyn Fn(&Layout) -> Result<Layout> + Send + Sync;
 
 impl EngineBuilder {
     /// How many pixels an image, or a frame of a video, may have once it is resized: at least, and at most. Default: what the
@@ -47,6 +45,13 @@ impl EngineBuilder {
         self
     }
 
+    /// Images of a usual request, and their pixels across and down: the vision tower is put where they, and the tokens that
+    /// [`expect`](Self::expect) says, keep all GPUs equally busy. Default: one of 1024x1024.
+    pub fn expect_images(mut self, images: usize, width: u32, height: u32) -> Self {
+        self.expected_images = Some((images, Size { width, height }));
+        self
+    }
+
     pub(super) fn check_image_room(&self) -> Result<()> {
         within("--image-patches", self.image_patches, PATCHES_FLAG_MAX)?;
         within("--image-rows", self.image_rows, IMAGE_ROWS_FLAG_MAX)
@@ -57,7 +62,7 @@ impl EngineBuilder {
         &self,
         layout: &Layout,
         spec: &ModelSpec,
-        (weights, dtype): (&Arc<Weights>, DType),
+        (weights, dtype, meter): (&Arc<Weights>, DType, &Arc<Meter>),
     ) -> Result<Option<VisionConfig>> {
         let (Some(tower), Some(read)) = (&spec.vision, self.open_images(spec)?) else { return Ok(None) };
         let stages = layout.tower(Some(tower.full.len()))?;
@@ -65,7 +70,6 @@ impl EngineBuilder {
         Ok(Some(VisionConfig {
             // A pass for each stage, and one whose patches are cut, or whose tokens are on their way.
             passes: stages.len() + 1,
-            depth: PASSES_AT_BOUNDARY,
             metrics: stages.iter().map(|_| Arc::default()).collect(),
             stages,
             spec: tower.clone(),
@@ -74,6 +78,7 @@ impl EngineBuilder {
             patches_max: room.patches.next_multiple_of(tower.cell_rows()),
             rows: room.rows,
             preprocessor: read.preprocessor,
+            meter: meter.clone(),
         }))
     }
 
@@ -86,28 +91,44 @@ impl EngineBuilder {
     }
 
     fn image_room(&self) -> Room {
+        let usual = Room::default();
         Room {
-            patches: self.image_patches.unwrap_or(PATCHES_MAX),
-            rows: self.image_rows.unwrap_or(IMAGE_ROWS),
+            patches: self.image_patches.unwrap_or(usual.patches),
+            rows: self.image_rows.unwrap_or(usual.rows),
         }
     }
-}
 
-/// The layout with the tower's stages. Where nothing is said it goes where the embedding is, or in equal parts over the
-/// GPUs, which are equally busy without it.
-pub(in crate::engine) fn place_tower(layout: Layout, spec: &ModelSpec) -> Result<Layout> {
-    let depth = spec.vision.as_ref().map(|vision| vision.full.len());
-    let gpus: BTreeSet<usize> = layout.stages().iter().filter_map(|stage| gpu(stage.device)).collect();
-    let stages = match depth {
-        Some(depth) if layout.vision().is_empty() && gpus.len() > 1 => {
-            let cuts = Layout::even(gpus.len().min(depth), depth, Device::Cpu)?;
-            let on = gpus.into_iter().map(Device::Cuda);
-            on.zip(cuts.stages()).map(|(device, cut)| (device, cut.layers.clone())).collect()
-        }
-        _ => layout.tower(depth)?,
-    };
-    let stage = |(device, blocks)| VisionStage { device, blocks: Some(blocks) };
-    layout.with_vision(stages.into_iter().map(stage).collect())
+    /// What plans have to know of a tower; `None` for a model that reads no images.
+    pub(super) fn sight(&self, spec: &ModelSpec, dtype: DType) -> Result<Option<Sight>> {
+        let (Some(tower), Some(read)) = (&spec.vision, self.open_images(spec)?) else { return Ok(None) };
+        let Room { patches, rows } = self.image_room();
+        let extent = Extent { dtype, patches: patches.next_multiple_of(tower.cell_rows()), rows };
+        let load = match self.expected_images {
+            None => ImageLoad::usual(tower),
+            Some((images, size)) => {
+                let grid = read.preprocessor.image.grid(size).map_err(Error::Request)?;
+                ImageLoad::new(tower, images, grid)
+            }
+        };
+        Ok(Some(Sight { load, extent }))
+    }
+
+    /// How this engine's layouts get the tower: where nothing is said it goes where the embedding is, or, over several
+    /// devices, where it makes the slowest of them as fast as can be.
+    pub(super) fn towers(&self, spec: &Arc<ModelSpec>, dtype: DType, context: usize) -> Result<Arc<Towers>> {
+        // What is wrong with what was asked for is said now.
+        self.sight(spec, dtype)?;
+        let (builder, spec) = (self.clone(), spec.clone());
+        Ok(Arc::new(move |layout| {
+            let depth = spec.vision.as_ref().map(|tower| tower.full.len());
+            let devices: BTreeSet<Device> = layout.stages().iter().map(|stage| stage.device).collect();
+            if depth.is_some() && layout.vision().is_empty() && devices.len() > 1 {
+                return builder.unplaced(&spec, dtype, context)?.tower(layout);
+            }
+            let stage = |(device, blocks)| VisionStage { device, blocks: Some(blocks) };
+            layout.clone().with_vision(layout.tower(depth)?.into_iter().map(stage).collect())
+        }))
+    }
 }
 
 impl VisionConfig {
@@ -123,12 +144,5 @@ impl VisionConfig {
     pub(in crate::engine) fn scheduling(&self) -> ImageConfig {
         let patches = self.patches_max.min(PATCHES_TOGETHER);
         ImageConfig { rows: self.rows, patches, passes: self.passes }
-    }
-}
-
-fn gpu(device: Device) -> Option<usize> {
-    match device {
-        Device::Cpu => None,
-        Device::Cuda(i) => Some(i),
     }
 }

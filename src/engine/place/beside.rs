@@ -1,12 +1,12 @@
 //! Room for another layout beside the one that runs.
 
-use super::{Room, Scratch, Unplaced, units_of};
+use super::{Room, Scratch, TowerScratch, Unplaced, units_of};
 use crate::{
     backend::cuda,
     batch::KV_BLOCK,
     error::{Error, Result},
     layout::{Device, Layout},
-    model::units::Unit,
+    model::{units::Unit, vision::VisionUnit},
 };
 
 /// Of a GPU's free memory, what is left for the driver while stages are made ready beside those that run: their recorded
@@ -19,18 +19,25 @@ pub(in crate::engine) type Free = fn(usize) -> Result<usize>;
 impl Unplaced<'_> {
     /// What stages take with room for a layer more, and for their buffers once more.
     pub(super) fn with_spare(&self, scratch: Scratch) -> Scratch {
-        let Scratch { stage, head, layer } = scratch;
+        let Scratch { stage, head, layer, tower } = scratch;
         let (one, tokens) = (Unit::Layer(0), self.kv_tokens.unwrap_or_default());
         let pages = tokens.saturating_mul(one.kv_bytes_per_token(self.spec, self.dtype));
         let more = one.weight_bytes(self.spec, self.dtype).saturating_add(pages);
-        Scratch { stage: (2 * stage + layer).saturating_add(more), head: 2 * head, layer }
+        // The tower comes as a whole before the one that runs goes.
+        let block = match &self.spec.vision {
+            Some(spec) => VisionUnit::Block(0).weight_bytes(spec, self.dtype),
+            None => 0,
+        };
+        let tower =
+            TowerScratch { stage: 2 * tower.stage, block: 2 * tower.block + block, store: 2 * tower.store };
+        Scratch { stage: (2 * stage + layer).saturating_add(more), head: 2 * head, layer, tower }
     }
 }
 
 impl Room<'_> {
     /// Of the vision tower and the image store.
-    pub(super) fn vision_bytes(&self, gpu: usize) -> usize {
-        self.vision.as_ref().and_then(|vision| vision.get(&gpu)).copied().unwrap_or(0)
+    pub(super) fn vision_bytes(&self, device: Device) -> usize {
+        self.vision.get(&device).copied().unwrap_or(0)
     }
 
     /// What a GPU keeps for a relayout: the buffers of these stages once more, those of the vision tower, and a layer's
@@ -39,7 +46,7 @@ impl Room<'_> {
         let layer = Unit::Layer(0).tensor_sizes(self.spec, self.dtype);
         let layer: usize = layer.into_iter().map(cuda::allocated).sum();
         let working: usize = stages.iter().map(|&i| self.working(i)).sum();
-        working + self.vision_bytes(gpu) + layer + cuda::kv_waste(1)
+        working + self.vision_bytes(Device::Cuda(gpu)) + layer + cuda::kv_waste(1)
     }
 
     /// An error if stages of this layout have no room beside those of `now`, whose units stay where they are on the same
@@ -55,8 +62,10 @@ impl Room<'_> {
                 sizes.map(cuda::allocated).sum::<usize>() + pages
             };
             let working: usize = stages.iter().map(|&i| self.working(i)).sum();
-            let need =
-                working + self.vision_bytes(gpu) + come.iter().map(bytes).sum::<usize>() + RESERVE_BYTES;
+            let need = working
+                + self.vision_bytes(Device::Cuda(gpu))
+                + come.iter().map(bytes).sum::<usize>()
+                + RESERVE_BYTES;
             let limit = self.memory.of(Device::Cuda(gpu), usize::MAX);
             let free = free(gpu)?.min(limit.saturating_sub(now.taken(gpu, layer_kv)));
             if need > free {
@@ -85,6 +94,6 @@ impl Room<'_> {
         let by_device = self.by_device();
         let Some(stages) = by_device.get(&Some(gpu)) else { return 0 };
         let of = |&i: &usize| self.bytes(i) + self.layout.stages()[i].layers.len() * layer_kv;
-        stages.iter().map(of).sum::<usize>() + self.vision_bytes(gpu)
+        stages.iter().map(of).sum::<usize>() + self.vision_bytes(Device::Cuda(gpu))
     }
 }

@@ -1,34 +1,37 @@
 //! A stage of the tower on its thread, and the one that brings tokens to the store.
 
 use std::{
-    collections::VecDeque,
     sync::{Arc, PoisonError},
-    thread::JoinHandle,
-    time::Instant,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use crossbeam_channel as channel;
 
-use super::{Arrived, Cut, VisionConfig, guard, needs::weight_bytes, packet, spawn};
+use super::{Arrived, Cut, VisionConfig, Work, guard, needs::weight_bytes, packet, spans::Spans, spawn};
 use crate::{
     backend::vision::{RowRun, VisionOps},
+    engine::{
+        images::{Tables, grid},
+        meter::Meter,
+    },
     error::{Error, Result},
     grid::Grid,
     model::{
         decoder::ImageStore,
-        vision::{Tower, TowerConfig},
+        vision::{Tower, TowerConfig, VisionPass},
     },
     pipeline::StageMetrics,
     transport::{Closed, Receiver, Sender},
 };
 
-/// Rows of a pass that stages on GPUs have tried before they say that they are loaded, at most.
-const WARM_ROWS: usize = 16_384;
+/// How often it is looked whether tokens have come to the store. Whoever waits on the device would keep other threads from it.
+const LOOK: Duration = Duration::from_micros(50);
 
 /// Where a stage's images come from.
 pub(super) enum Feed<B: VisionOps> {
-    /// Patches, on the host.
-    Patches(channel::Receiver<(Arc<Cut>, Vec<f32>)>),
+    /// Pixels, on the host.
+    Pixels(channel::Receiver<Work>),
     /// The stage before, and what it has sent.
     Packets(Box<dyn Receiver<B>>, channel::Receiver<Arc<Cut>>),
 }
@@ -38,6 +41,9 @@ pub(super) struct Part<B: VisionOps> {
     pub(super) index: usize,
     pub(super) backend: Arc<B>,
     pub(super) tower: TowerConfig,
+    pub(super) tables: Tables,
+    /// Closes when the device may be tried.
+    pub(super) opens: channel::Receiver<()>,
     pub(super) input: Feed<B>,
     pub(super) output: Box<dyn Sender<B>>,
     /// What has been sent, to the stage after.
@@ -45,6 +51,7 @@ pub(super) struct Part<B: VisionOps> {
     /// For what goes wrong.
     pub(super) results: channel::Sender<Arrived>,
     pub(super) metrics: Arc<StageMetrics>,
+    pub(super) meter: Arc<Meter>,
 }
 
 /// Brings tokens to the store.
@@ -66,7 +73,9 @@ impl<B: VisionOps> Part<B> {
             let _ = loaded.send(tower.as_ref().map(|_| weight_bytes(&self.tower)).map_err(Error::clone));
             let Ok(tower) = tower else { return };
             let results = self.results.clone();
-            let mut running = Running { part: self, tower, passes: VecDeque::new(), since: Instant::now() };
+            let spans =
+                Spans::new(self.index, self.backend.clone(), (self.metrics.clone(), self.meter.clone()));
+            let mut running = Running { part: self, tower, spans, since: Instant::now() };
             loop {
                 match guard(&name, || running.serve()) {
                     Ok(true) => (),
@@ -82,24 +91,18 @@ impl<B: VisionOps> Part<B> {
     }
 
     fn load(&self) -> Result<Tower<B>> {
-        let mut tower = Tower::load(&*self.backend, &self.tower)?;
+        let backend = &*self.backend;
+        let mut tower = Tower::load(backend, &self.tower)?;
+        backend.loaded()?;
         if B::ASYNC {
-            self.warm_up(&mut tower)?;
+            let _ = self.opens.recv();
         }
+        let began = Instant::now();
+        tower.warm_up(backend, self.tower.rows_max)?;
+        backend.loaded()?;
+        let (stage, device, ms) = (self.index, backend.name(), began.elapsed().as_millis() as u64);
+        tracing::info!(stage, device, ms, "the vision stage is warmed up");
         Ok(tower)
-    }
-
-    /// What the device compiles or chooses when it first sees a number of rows.
-    fn warm_up(&self, tower: &mut Tower<B>) -> Result<()> {
-        let side = self.tower.spec.merge as u32;
-        let (mut grid, mut down) = (Grid { t: 1, h: side, w: side }, false);
-        while grid.patches() <= self.tower.rows_max.min(WARM_ROWS) {
-            tower.set(&*self.backend, &[grid])?;
-            tower.forward(&*self.backend)?;
-            *(if down { &mut grid.h } else { &mut grid.w }) *= 2;
-            down = !down;
-        }
-        self.backend.loaded()
     }
 }
 
@@ -107,62 +110,56 @@ impl<B: VisionOps> Part<B> {
 struct Running<B: VisionOps> {
     tower: Tower<B>,
     part: Part<B>,
-    /// Passes whose times have not been read: when they began and ended.
-    passes: VecDeque<(B::Mark, B::Mark)>,
+    spans: Spans<B>,
     since: Instant,
 }
 
 impl<B: VisionOps> Running<B> {
     /// One pass; false when there are no more.
     fn serve(&mut self) -> Result<bool> {
-        let Part { backend, tower: config, input, output, works, metrics, .. } = &mut self.part;
-        let spec = &config.spec;
-        let (backend, tower) = (&**backend, &mut self.tower);
-        let (work, patches) = match input {
-            Feed::Patches(patches) => match patches.recv() {
-                Ok((work, patches)) => (work, Some(patches)),
-                Err(_) => return Ok(false),
-            },
-            Feed::Packets(packets, works) => match (packets.wait(), works.recv()) {
-                (Ok(_), Ok(work)) => (work, None),
-                _ => return Ok(false),
-            },
-        };
-        let waited = self.since.elapsed();
-        tower.set(backend, &work.grids)?;
-        let began = match (patches, &mut *input) {
-            (Some(patches), _) => {
+        let Part { backend, tower: config, tables, input, output, works, metrics, .. } = &mut self.part;
+        let (backend, tower, spec) = (&**backend, &mut self.tower, &config.spec);
+        let (work, began) = match input {
+            Feed::Pixels(coming) => {
+                let Some(Work { pass, images, rows }) = self.spans.wait(coming)? else { return Ok(false) };
+                let grid = |media| grid(spec, media).expect("an image has been checked; this is a bug");
+                let grids: Vec<Grid> = images.iter().map(grid).collect();
+                let of = images.iter().zip(&grids);
+                let pixels: Vec<_> = of.map(|(media, grid)| tables.pixels(media, *grid)).collect();
+                tower.set(backend, &grids)?;
                 let began = backend.mark()?;
-                tower.write_patches(backend, &patches)?;
-                began
+                tower.write_pixels(backend, &pixels)?;
+                let cost = VisionPass::new(spec, &grids);
+                (Arc::new(Cut { pass, grids, rows, cost }), began)
             }
-            (None, Feed::Packets(packets, _)) => {
+            Feed::Packets(packets, coming) => {
+                let Some(work) = self.spans.wait(coming)? else { return Ok(false) };
+                if packets.wait().is_err() {
+                    return Ok(false);
+                }
+                tower.set(backend, &work.grids)?;
                 packets.arrive()?;
                 let began = backend.mark()?;
                 packets.take(tower.hidden())?;
-                began
+                (work, began)
             }
-            (None, Feed::Patches(_)) => unreachable!("a pass of nothing; this is a bug"),
         };
+        let waited = self.since.elapsed();
         tower.forward(backend)?;
-        self.passes.push_back((began, backend.mark()?));
+        self.spans.add(work.clone(), [began, backend.mark()?]);
         if let Feed::Packets(packets, _) = input {
             packets.give_back()?;
         }
         let gone = |Closed| Error::Engine("the next vision stage is gone".into());
         output.wait_for_room().map_err(gone)?;
-        let rows: usize = work.grids.iter().map(|grid| grid.patches()).sum();
+        let rows = work.cost.rows;
         // The packet's company first: who has the packet looks for it.
         let _ = works.send(work.clone());
         match config.blocks.end == spec.full.len() {
             true => output.send(packet(work.pass), tower.tokens(), rows / spec.cell_rows() * spec.out)?,
             false => output.send(packet(work.pass), tower.hidden(), rows * spec.dim)?,
         }
-        while let Some((began, ended)) = self.passes.front() {
-            let Some(busy) = backend.between(began, ended)? else { break };
-            metrics.add_pass(busy);
-            self.passes.pop_front();
-        }
+        self.spans.read()?;
         metrics.add_waited(waited, rows);
         self.since = Instant::now();
         Ok(true)
@@ -204,8 +201,11 @@ impl<B: VisionOps> Keeper<B> {
             from += rows;
         }
         self.packets.give_back()?;
-        // In the order of the device this is read behind the copies.
-        backend.read(&mut [0.0], landing)?;
+        // In the order of the device this is behind the copies.
+        let there = backend.mark()?;
+        while backend.between(&there, &there)?.is_none() {
+            thread::sleep(LOOK);
+        }
         Ok(Some(work.pass))
     }
 }

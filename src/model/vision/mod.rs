@@ -12,7 +12,7 @@ use super::weights::Weights;
 use crate::{
     backend::{
         self, DType, NormShape, Tensor,
-        vision::{Places, Reach, SegmentAttention, VisionOps},
+        vision::{Pixels, Places, Reach, SegmentAttention, VisionOps},
     },
     error::Result,
     grid::Grid,
@@ -47,6 +47,7 @@ pub struct Tower<B: VisionOps> {
 struct Embed<B: VisionOps> {
     matrix: B::Matrix, // [dim, patch_dim]
     patches: B::Buf,   // [rows, patch_dim]
+    cutter: B::Cutter,
 }
 
 struct Block<B: VisionOps> {
@@ -85,7 +86,7 @@ impl<B: VisionOps> Tower<B> {
         let loader = Loader { backend, weights, prefix: prefix(weights), dtype: config.dtype };
         let rows = backend.rows_room(config.rows_max);
         let embed = match config.blocks.start {
-            0 => Some(loader.embed(&spec, rows)?),
+            0 => Some(loader.embed(&spec, (rows, config.rows_max))?),
             _ => None,
         };
         let blocks = config.blocks.clone().map(|i| loader.block(&spec, i)).collect::<Result<_>>()?;
@@ -114,7 +115,14 @@ impl<B: VisionOps> Tower<B> {
         backend.set_images(&mut self.images, &self.places)
     }
 
-    /// Brings the patches of all images, in their own order; for the part with the embedding.
+    /// Brings the pixels of all images, which are cut there; for the part with the embedding.
+    pub fn write_pixels(&mut self, backend: &B, pixels: &[Pixels<'_>]) -> Result<()> {
+        let Embed { patches, cutter, .. } =
+            self.embed.as_mut().expect("pixels come to the first part; this is a bug");
+        backend.cut(patches, cutter, &self.images, pixels)
+    }
+
+    /// Brings patches that have been cut already, in the images' own order.
     pub fn write_patches(&mut self, backend: &B, patches: &[f32]) -> Result<()> {
         let embed = self.embed.as_mut().expect("patches come to the first part; this is a bug");
         let cell = self.spec.cell_rows() * self.spec.patch_dim();
@@ -134,16 +142,42 @@ impl<B: VisionOps> Tower<B> {
 
     /// Runs the part.
     pub fn forward(&mut self, backend: &B) -> Result<()> {
+        let all: Vec<usize> = (0..self.blocks.len()).collect();
+        self.run(backend, &all)
+    }
+
+    /// Runs some of its blocks, with what is before and behind them.
+    fn run(&mut self, backend: &B, blocks: &[usize]) -> Result<()> {
         // What pads the rows may be anything: no row takes from it.
         let rows = backend.rows_room(self.places.rows.len());
         if let Some(embed) = &self.embed {
             backend.linear(&mut self.scratch.hidden, &embed.patches, &embed.matrix, rows)?;
         }
-        for block in &self.blocks {
-            block.forward(backend, &self.spec, &self.images, &mut self.scratch, rows)?;
+        for &block in blocks {
+            self.blocks[block].forward(backend, &self.spec, &self.images, &mut self.scratch, rows)?;
         }
         if let Some(merger) = &mut self.merger {
             merger.forward(backend, &self.spec, &self.images, &mut self.scratch, rows)?;
+        }
+        Ok(())
+    }
+
+    /// Lets the device try what passes will ask for, so that no image waits for it.
+    pub fn warm_up(&mut self, backend: &B, rows_max: usize) -> Result<()> {
+        let (merge, cell) = (self.spec.merge as u32, self.spec.cell_rows());
+        for rows in backend.rows_tried(rows_max) {
+            let cells = (rows / cell).max(1) as u32;
+            let grid = Grid { t: 1, h: merge, w: cells * merge };
+            self.set(backend, &[grid])?;
+            if cells == 1 && self.embed.is_some() {
+                let side = self.spec.patch;
+                let frames = [vec![0; 3 * side * side * cell]];
+                self.write_pixels(backend, &[Pixels { grid, frames: &frames, levels: &[[0.0; 256]; 3] }])?;
+            }
+            // All blocks of a reach want the same.
+            let of = |reach| self.blocks.iter().position(|block| block.reach == reach);
+            let blocks: Vec<usize> = [of(Reach::Window), of(Reach::Frame)].into_iter().flatten().collect();
+            self.run(backend, &blocks)?;
         }
         Ok(())
     }
@@ -215,13 +249,14 @@ struct Loader<'a, B: VisionOps> {
 }
 
 impl<B: VisionOps> Loader<'_, B> {
-    fn embed(&self, spec: &VisionSpec, rows: usize) -> Result<Embed<B>> {
+    fn embed(&self, spec: &VisionSpec, (rows, rows_max): (usize, usize)) -> Result<Embed<B>> {
         let shape = [spec.dim, VisionSpec::COLORS, spec.frames, spec.patch, spec.patch];
         let mut tensor = self.tensor("patch_embed.proj.weight", &shape)?.to_dtype(self.dtype)?;
         // A convolution whose steps are as long as it is: a row of pixels is a patch.
         tensor.shape = vec![spec.dim, spec.patch_dim()];
         let matrix = self.backend.matrix(&[tensor], &[])?;
-        Ok(Embed { matrix, patches: self.backend.working_buf(rows * spec.patch_dim())? })
+        let patches = self.backend.working_buf(rows * spec.patch_dim())?;
+        Ok(Embed { matrix, patches, cutter: self.backend.cutter(rows_max, spec.patch_shape())? })
     }
 
     fn block(&self, spec: &VisionSpec, i: usize) -> Result<Block<B>> {

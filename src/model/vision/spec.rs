@@ -1,7 +1,7 @@
 //! What a vision tower is, as config.json has it.
 
 use crate::{
-    backend::HeadShape,
+    backend::{HeadShape, vision::PatchShape},
     error::{Result, shown},
     model::config::Config,
 };
@@ -88,6 +88,11 @@ impl VisionSpec {
     /// Numbers of a patch's pixels.
     pub fn patch_dim(&self) -> usize {
         Self::COLORS * self.frames * self.patch * self.patch
+    }
+
+    /// How large patches and cells are.
+    pub fn patch_shape(&self) -> PatchShape {
+        PatchShape { side: self.patch, frames: self.frames, merge: self.merge }
     }
 
     /// Patches of a cell.

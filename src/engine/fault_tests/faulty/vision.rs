@@ -5,7 +5,7 @@ use crate::{
     backend::{
         HeadShape, Norm,
         cpu::Cpu,
-        vision::{Places, RowRun, SegmentAttention, VisionOps},
+        vision::{PatchShape, Pixels, Places, RowRun, SegmentAttention, VisionOps},
     },
     error::Result,
     pipeline::Point,
@@ -13,6 +13,7 @@ use crate::{
 
 impl<const ASYNC: bool> VisionOps for Faulty<ASYNC> {
     type Images = <Cpu as VisionOps>::Images;
+    type Cutter = <Cpu as VisionOps>::Cutter;
 
     fn images(&self, rows_max: usize, inv_freq: &[f32]) -> Result<Self::Images> {
         self.at(Point::Load)?;
@@ -21,6 +22,24 @@ impl<const ASYNC: bool> VisionOps for Faulty<ASYNC> {
 
     fn set_images(&self, images: &mut Self::Images, from: &Places) -> Result<()> {
         self.cpu.set_images(images, from)
+    }
+
+    fn cutter(&self, rows_max: usize, shape: PatchShape) -> Result<Self::Cutter> {
+        self.cpu.cutter(rows_max, shape)
+    }
+
+    fn cut(
+        &self,
+        out: &mut Self::Buf,
+        cutter: &mut Self::Cutter,
+        images: &Self::Images,
+        from: &[Pixels<'_>],
+    ) -> Result<()> {
+        self.cpu.cut(out, cutter, images, from)
+    }
+
+    fn rows_tried(&self, rows_max: usize) -> Vec<usize> {
+        self.cpu.rows_tried(rows_max)
     }
 
     fn row_width(&self, len: usize) -> usize {
