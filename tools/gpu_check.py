@@ -82,7 +82,9 @@ class Check:
     """A program to run, with a time limit; `judge` makes an outcome of how it ended."""
 
     def __init__(self, name, command, limit, env=None, judge=None, log=None):
-        self.name, self.command, self.limit, self.env, self.judge = name, command, limit, env or {}, judge or judge_tests
+        # Of a bench that fails or hangs it should be known how far it came.
+        told = {"RUST_LOG": "info"} if log == "benches" else {}
+        self.name, self.command, self.limit, self.env, self.judge = name, command, limit, env or told, judge or judge_tests
         self.log_name = log or name
         self.outcome, self.seconds, self.failed = "", 0.0, False
 
@@ -98,6 +100,8 @@ class Check:
         try:
             code = self.process.wait(max(1.0, self.began + self.limit - time.time()))
         except subprocess.TimeoutExpired:
+            with open(self.log, "a") as log:
+                log.write(what_it_does(self.process.pid))
             os.killpg(self.process.pid, signal.SIGKILL)  # a sanitizer's child too
             self.process.wait()
             code = None
@@ -112,6 +116,28 @@ class Check:
 
     def text(self):
         return self.log.read_bytes()[self.log_start:].decode(errors="replace")
+
+
+def what_it_does(pid):
+    """The threads of a process that has not ended in time, what its GPUs do, and, where there is a debugger, their kernels."""
+    told = [f"--- process {pid} has not ended: its threads with their state and processor time"]
+    for task in sorted(pathlib.Path(f"/proc/{pid}/task").glob("*")):
+        try:
+            name, fields = (task / "comm").read_text().strip(), (task / "stat").read_text().rpartition(")")[2].split()
+            told.append(f"{name}: {fields[0]} {(int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK'):.1f} s")
+        except OSError:
+            pass  # it has just ended
+    asked = [["nvidia-smi", "--query-gpu=index,utilization.gpu,power.draw,memory.used", "--format=csv"]]
+    debugger = shutil.which("cuda-gdb") or "/usr/local/cuda/bin/cuda-gdb"
+    if pathlib.Path(debugger).exists():
+        asked.append([debugger, "-p", str(pid), "-batch", "-ex", "info cuda kernels", "-ex", "thread apply all bt 12"])
+    for command in asked:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+            told.append(done.stdout[-6000:] + done.stderr[-500:])
+        except (OSError, subprocess.TimeoutExpired) as error:
+            told.append(f"{command[0]}: {error}")
+    return "\n".join(told) + "\n"
 
 
 def judge_tests(code, text):
