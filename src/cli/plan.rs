@@ -22,7 +22,7 @@ use crate::{
     layout::{
         DeviceSpec, Given, ImageLoad, Layout, MemoryLimits, Planner, Prediction, Workload, planner::Scratch,
     },
-    model::{config::Config, hub, open_model, shapes, spec::ModelSpec},
+    model::{hub, open_model, shapes, spec::ModelSpec},
     vision::{Preprocessor, Recipe, Size},
 };
 
@@ -151,6 +151,9 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     if args.stages == Some(Stages::Of(0)) {
         return Err(Error::usage("--stages", "it must be at least 1"));
     }
+    if args.any_order && args.split == Some(Cut::Even) {
+        return Err(Error::usage("--any-order", "--split even takes the devices in their order"));
+    }
     let given = args.layout.as_deref().map(Given::from_arg).transpose()?;
     let devices = args.devices()?;
     let known = args.model()?;
@@ -220,6 +223,10 @@ impl PlanArgs {
 
     fn model(&self) -> Result<Known> {
         if let Some(spec) = shapes::find(&self.model) {
+            if self.weights == Source::Real {
+                let why = format!("{} is a shape by name, which has none: name a folder", self.model);
+                return Err(Error::usage("--weights real", why));
+            }
             let recipe = Preprocessor::usual().with_pixels(Some(PIXELS.0), Some(PIXELS.1))?.image;
             return Ok(Known { spec: spec?, dtype: DType::BF16, recipe });
         }
@@ -231,9 +238,7 @@ impl PlanArgs {
             return Err(Error::usage(format!("--model {}", self.model), why));
         }
         let dir = hub::resolve(&self.model)?;
-        // A model whose type nobody states is opened as dummy weights are: in f32.
-        let dummy = self.weights == Source::Dummy && Config::read(&dir)?.dtype()?.is_some();
-        let model = open_model(&dir, dummy || self.weights == Source::Dummy)?;
+        let model = open_model(&dir, self.weights == Source::Dummy)?;
         let recipe = Preprocessor::read_or_usual(&dir)?.image;
         Ok(Known { spec: model.spec, dtype: model.dtype, recipe })
     }

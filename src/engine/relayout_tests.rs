@@ -11,7 +11,7 @@ use super::{
     balance::Pace,
     builder::Wire,
     fault_tests::faulty::Faulty,
-    wire::{Either, On, Ways, wire_on},
+    wire::{Either, On, VisionOn, Ways, wire_on},
 };
 use crate::{
     backend::mix,
@@ -19,7 +19,7 @@ use crate::{
     layout::{Device, Layout},
     model::units::Unit,
     pipeline::{Fault, Kind, Plan, Point},
-    request::{Event, Prompt, Request},
+    request::{Event, Media, Prompt, Request},
     transport::Host,
 };
 
@@ -35,6 +35,27 @@ const LAYOUTS: [&str; 7] = [
     "0-3@cuda:3",
 ];
 
+/// The same with stages of two kinds beside each other: each has its neighbours, and the ends, of either kind.
+const MIXED: [&str; 8] = [
+    "0-3@cpu",
+    "0@cpu,1-3@cuda:0",
+    "0-1@cuda:0,2-3@cpu",
+    "0@cpu,1-2@cuda:1,3@cpu",
+    "0@cuda:0,1-2@cpu,3@cuda:1",
+    "0@cpu,1@cpu,2@cuda:0,3@cuda:0",
+    "0-2@cuda:1,3@cuda:0",
+    "0@cuda:1,1@cpu,2@cuda:0,3@cpu",
+];
+/// Of a model that reads images: three layers, and a tower of three blocks.
+const TOWERS: [&str; 6] = [
+    "0-2@cpu",
+    "v0@cpu,v1-2@cuda:0,0@cpu,1-2@cuda:1",
+    "v0-1@cuda:1,v2@cpu,0-1@cuda:0,2@cpu",
+    "vision@cuda:2,0-2@cpu",
+    "vision@cpu,0@cuda:0,1-2@cuda:1",
+    "v0@cuda:0,v1@cuda:1,v2@cuda:2,0-2@cuda:0",
+];
+
 /// Stages on devices of the numbers that the layout says, of which each stage fails as planned.
 fn wire(ahead: bool, plan: Arc<Plan>) -> Arc<Wire> {
     Arc::new(move |layout, config, shared, progress| {
@@ -48,14 +69,44 @@ fn wire(ahead: bool, plan: Arc<Plan>) -> Arc<Wire> {
     })
 }
 
+/// Ops of stages on what is called a GPU return before they are done, and those on the processor do not. First come the
+/// decoder's stages, then the tower's, then whoever brings images to the store.
+fn mixed(plan: Arc<Plan>) -> Arc<Wire> {
+    Arc::new(move |layout, config, shared, progress| {
+        let tower = shared.vision.iter().flat_map(|vision| &vision.stages).map(|(device, _)| *device);
+        let mut devices: Vec<Device> = layout.stages().iter().map(|stage| stage.device).collect();
+        devices.extend(tower.chain([layout.stages()[0].device]));
+        let ones = Faulty::<false>::pipeline(devices.len(), &plan);
+        let kinds = ones.into_iter().zip(Faulty::<true>::pipeline(devices.len(), &plan));
+        let kind = |(device, (one, two))| match device {
+            Device::Cpu => Either::One(one),
+            Device::Cuda(_) => Either::Two(two),
+        };
+        let mut backends: Vec<_> = devices.into_iter().zip(kinds).map(kind).collect();
+        let keeper = backends.pop().expect("one was added");
+        let towers = backends.split_off(layout.stages().len());
+        let vision = shared.vision.is_some().then_some(VisionOn { backends: towers, keeper });
+        let ways = Ways { ones: &Host, twos: &Host, one_to_two: &Host, two_to_one: &Host };
+        let on = On { backends, ways, lost: || false, vision };
+        wire_on(on, layout, config, shared, progress)
+    })
+}
+
+fn data(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
 fn builder() -> EngineBuilder {
-    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat-llama");
+    builder_of("chat-llama")
+}
+
+fn builder_of(model: &str) -> EngineBuilder {
     let free = |gpu| match gpu {
         9 => Err(Error::Device { device: "cuda:9".into(), why: "there is no such GPU: 9 found".into() }),
         8 => Ok(1 << 20),
         _ => Ok(usize::MAX),
     };
-    let builder = Engine::builder().model(dir).device(Device::Cpu).max_context(128).threads(1);
+    let builder = Engine::builder().model(data(model)).device(Device::Cpu).max_context(128).threads(1);
     builder.running(6).chunk(16).free_when_moving(free)
 }
 
@@ -109,34 +160,77 @@ fn expected() -> &'static [Vec<Vec<u32>>] {
 #[test]
 fn keys_and_values_follow_layers_to_other_devices_and_back() {
     for ahead in [false, true] {
-        let engine = engine(ahead, Vec::new());
-        let open: Vec<Events> = (0..REQUESTS).map(|i| engine.submit(request(i)).unwrap()).collect();
-        let mut copied = 0;
-        for i in 0..30 {
-            let to = layout(LAYOUTS[mix(i) as usize % LAYOUTS.len()]);
-            let before = engine.layout();
-            let report = engine.relayout(to.clone()).unwrap();
-            assert_eq!((&report.from, &report.to, &engine.layout()), (&before, &to, &to));
-            let device = |layout: &Layout, layer: usize| {
-                layout.stages().iter().find(|stage| stage.layers.contains(&layer)).unwrap().device
-            };
-            let layers = (0..4).filter(|&layer| device(&before, layer) != device(&to, layer)).count();
-            let moved = report.moved.iter().filter(|moved| matches!(moved.unit, Unit::Layer(_)));
-            assert_eq!(moved.count(), layers, "{report:?}");
-            assert_eq!(report.weight_bytes > 0, !report.moved.is_empty());
-            assert!(report.kv_bytes == 0 || layers > 0);
-            copied += report.kv_bytes;
-            let stages: Vec<String> =
-                engine.stats().stages.iter().map(|stage| stage.device.clone()).collect();
-            assert_eq!(stages, to.stages().iter().map(|s| s.device.to_string()).collect::<Vec<_>>());
-        }
-        assert!(copied > 0);
-        for (events, want) in open.into_iter().zip(expected()) {
-            assert_eq!(&ended(events).unwrap(), want, "ahead: {ahead}");
-        }
-        let stats = engine.stats();
-        assert_eq!((stats.rebuilds, stats.scheduler.running), (0, 0));
+        follow(&engine(ahead, Vec::new()), &LAYOUTS);
     }
+}
+
+#[test]
+fn keys_and_values_follow_layers_to_devices_of_another_kind() {
+    follow(&builder().build_on(None, mixed(Arc::new(Plan(Vec::new())))).unwrap(), &MIXED);
+}
+
+/// Goes from layout to layout while requests run.
+fn follow(engine: &Engine, layouts: &[&str]) {
+    let open: Vec<Events> = (0..REQUESTS).map(|i| engine.submit(request(i)).unwrap()).collect();
+    let mut copied = 0;
+    for i in 0..30 {
+        let to = layout(layouts[mix(i) as usize % layouts.len()]);
+        let before = engine.layout();
+        let report = engine.relayout(to.clone()).unwrap();
+        assert_eq!((&report.from, &report.to, &engine.layout()), (&before, &to, &to));
+        let device = |layout: &Layout, layer: usize| {
+            layout.stages().iter().find(|stage| stage.layers.contains(&layer)).unwrap().device
+        };
+        let layers = (0..4).filter(|&layer| device(&before, layer) != device(&to, layer)).count();
+        let moved = report.moved.iter().filter(|moved| matches!(moved.unit, Unit::Layer(_)));
+        assert_eq!(moved.count(), layers, "{report:?}");
+        assert_eq!(report.weight_bytes > 0, !report.moved.is_empty());
+        assert!(report.kv_bytes == 0 || layers > 0);
+        copied += report.kv_bytes;
+        let stages: Vec<String> = engine.stats().stages.iter().map(|stage| stage.device.clone()).collect();
+        assert_eq!(stages, to.stages().iter().map(|s| s.device.to_string()).collect::<Vec<_>>());
+    }
+    assert!(copied > 0);
+    for (events, want) in open.into_iter().zip(expected()) {
+        assert_eq!(&ended(events).unwrap(), want);
+    }
+    let stats = engine.stats();
+    assert_eq!((stats.rebuilds, stats.scheduler.running), (0, 0));
+}
+
+/// Images that prompts wait for are encoded where the tower is then; what has been encoded and is still needed, once more.
+#[test]
+fn images_are_encoded_wherever_the_tower_goes() {
+    let slow = |stage| Fault::new(stage, Point::Tower, Kind::Slow(Duration::from_millis(2)), 0..u64::MAX);
+    let plan = Arc::new(Plan((0..7).map(slow).collect()));
+    let builder = || builder_of("qwen2_5_vl").max_context(256);
+    let ask = |engine: &Engine, image: &Media, i: u32| {
+        let mut ids = vec![40 + i; 3];
+        (0..2).for_each(|_| ids.extend([320, 322, 321, 7 + i]));
+        let mut request = Request::new(Prompt::Ids(ids));
+        request.media.extend([image.clone(), image.clone()]);
+        request.stop.max_tokens = Some(8 + i);
+        request.stop.ignore_eos = true;
+        engine.submit(request).unwrap()
+    };
+    let plain = builder().build().unwrap();
+    let picture = |engine: &Engine| engine.image_file(&data("vision/odd.png")).unwrap();
+    let image = picture(&plain);
+    let want: Vec<_> = (0..8).map(|i| ended(ask(&plain, &image, i)).unwrap()).collect();
+    let engine = builder().build_on(None, mixed(plan)).unwrap();
+    let image = picture(&engine);
+    for round in 0..8 {
+        let open: Vec<Events> = (0..8).map(|i| ask(&engine, &image, i)).collect();
+        for i in 0..3 {
+            engine.relayout(layout(TOWERS[mix(8 * round + i) as usize % TOWERS.len()])).unwrap();
+        }
+        for (events, want) in open.into_iter().zip(&want) {
+            assert_eq!(&ended(events).unwrap(), want, "round {round}, {}", engine.layout());
+        }
+    }
+    let stats = engine.stats();
+    let images = stats.scheduler.images.unwrap();
+    assert!(images.encoded > 8 && images.in_flight == 0 && stats.relayouts > 12, "{stats:?}");
 }
 
 #[test]

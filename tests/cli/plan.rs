@@ -174,6 +174,16 @@ fn what_cannot_be_planned_is_one_line() {
         (&["--model", "7b", "--devices", "l4", "--layout", "0-5@cuda:0"], 2, "layers 6-27 are in no stage"),
         (&["--model", "7b", "--devices", "l4", "--kv-tokens", "0"], 2, "--kv-tokens"),
         (&["--model", "7b", "--devices", "l4", "--split", "odd"], 2, "odd"),
+        (
+            &["--model", "7b", "--devices", "2xl4", "--split", "even", "--any-order"],
+            2,
+            "--any-order: --split even",
+        ),
+        (
+            &["--model", "7b", "--devices", "l4", "--weights", "real"],
+            2,
+            "--weights real: 7b is a shape by name",
+        ),
         (&["--devices", "l4"], 2, "--model"),
     ];
     for (args, code, needle) in cases {
