@@ -238,3 +238,30 @@ fn runs_take_layouts_from_files_and_splits() {
         );
     }
 }
+
+/// What README.md shows of commands that measure nothing is what they print, but for what it leaves out.
+#[test]
+fn examples_are_as_they_are_printed() {
+    let cache = tempfile::tempdir().unwrap();
+    let readme = include_str!("../../README.md");
+    let mut count = 0;
+    for block in readme.split("```").skip(1).step_by(2) {
+        let Some((command, shown)) = block.trim_start().split_once('\n') else { continue };
+        let Some(args) = command.strip_prefix("$ pipeline-infer ") else { continue };
+        if !args.starts_with("plan ") && !args.starts_with("bench simulate ") {
+            continue;
+        }
+        let args: Vec<&str> = args.split_whitespace().collect();
+        let output = program(&args).env("XDG_CACHE_HOME", cache.path()).output().unwrap();
+        let text = stdout(&output) + &stderr(&output);
+        let mut printed = text.lines();
+        for line in shown.lines().filter(|line| !matches!(*line, "" | "…")) {
+            assert!(
+                printed.any(|printed| printed == line),
+                "{command}: {line}\nis not, or not there, in\n{text}"
+            );
+        }
+        count += 1;
+    }
+    assert_eq!(count, 5);
+}
