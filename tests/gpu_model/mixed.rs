@@ -183,6 +183,33 @@ fn engines_of_mixed_stages_give_transformers_tokens() {
     }
 }
 
+/// Layers go from one kind of device to the other while requests run, and keys and values with them.
+#[test]
+fn layers_move_between_kinds_of_devices() {
+    if gpus() == 0 {
+        return;
+    }
+    for dir in checkpoints() {
+        let golden = golden(&dir);
+        let layouts = mixes(open_model(&dir, false).unwrap().spec.layers.len());
+        let builder = Engine::builder().model(&dir).dtype(DType::F32).layout(layouts[0].clone()).threads(2);
+        // Room for the stages that take over.
+        let engine = builder.kv_memory(64 << 20).build().unwrap();
+        let brought = std::thread::scope(|scope| {
+            let mover = scope.spawn(|| -> usize {
+                let next = layouts.iter().rev().cycle().take(12);
+                next.map(|layout| engine.relayout(layout.clone()).unwrap().kv_bytes).sum()
+            });
+            while !mover.is_finished() {
+                greedy_tokens_agree(&engine, &golden, &format!("{}, moved", dir.display()));
+            }
+            mover.join().unwrap()
+        });
+        let stats = engine.stats();
+        assert!(brought > 0 && stats.rebuilds == 0 && stats.relayouts > 1, "{}: {stats:?}", dir.display());
+    }
+}
+
 /// Layers on the same kinds of devices give the same bits, in however many stages.
 #[test]
 fn cuts_within_a_kind_of_device_change_no_bit() {
