@@ -284,13 +284,14 @@ impl Engine {
     /// A layout that is not possible is refused, as is a second one meanwhile, and the engine goes on as before. If it
     /// fails later, that is a fault like any other.
     ///
-    /// ```no_run
-    /// # fn main() -> pipeline_infer::Result<()> {
-    /// let engine = pipeline_infer::Engine::builder().model("model").stages(2).movable(true).build()?;
-    /// let report = engine.relayout("0-5@cuda:0,6-27@cuda:1".parse()?)?;
-    /// println!("{} units moved; requests waited {:?}", report.moved.len(), report.stall);
-    /// # Ok(())
-    /// # }
+    /// ```
+    /// # use pipeline_infer::{Engine, layout::Device};
+    /// let builder = Engine::builder().model("tests/data/chat-llama").device(Device::Cpu);
+    /// let engine = builder.stages(2).build()?;
+    /// let report = engine.relayout("0@cpu,1-3@cpu".parse()?)?;
+    /// // All units are on the device that they were on.
+    /// assert_eq!((&report.to, report.moved.len()), (&engine.layout(), 0));
+    /// # Ok::<(), pipeline_infer::Error>(())
     /// ```
     pub fn relayout(&self, layout: Layout) -> Result<Relayout> {
         let (reply, outcome) = channel::bounded(1);

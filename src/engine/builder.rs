@@ -59,6 +59,22 @@ pub enum WeightSource {
 }
 
 /// What an engine is made from. Every value but the model has a default.
+///
+/// What cannot be served is said when it is submitted:
+///
+/// ```
+/// # use pipeline_infer::{Engine, Prompt, Request};
+/// let builder = Engine::builder().model("tests/data/chat-llama").max_context(64).running(8);
+/// let engine = builder.waiting(100).waiting_tokens(40).build()?;
+/// let told = |tokens: usize| match engine.submit(Request::new(Prompt::Ids(vec![7; tokens]))) {
+///     Ok(_) => "taken".to_owned(),
+///     Err(error) => error.to_string(),
+/// };
+/// assert_eq!(told(40), "taken");
+/// assert_eq!(told(41), "request: the prompt has 41 tokens; all that wait may have 40 together");
+/// assert_eq!(told(64), "request: the prompt has 64 tokens; prompt and answer together have room for 64");
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 #[derive(Debug, Clone, Default)]
 pub struct EngineBuilder {
     model: PathBuf,
@@ -189,9 +205,13 @@ impl EngineBuilder {
     /// How much of devices' memory may be taken: layouts are planned, and the KV cache is made, as if no more were free.
     /// Default: what is free.
     ///
-    /// ```no_run
-    /// # use pipeline_infer::Engine;
-    /// let builder = Engine::builder().model("DIR").stages(4).device_memory("cuda:1=40g".parse()?);
+    /// ```
+    /// # use pipeline_infer::{Engine, Result, layout::Device};
+    /// let builder = Engine::builder().model("tests/data/chat-llama").device(Device::Cpu);
+    /// let tokens = |limit: &str| -> Result<usize> {
+    ///     Ok(builder.clone().device_memory(limit.parse()?).build()?.kv_tokens())
+    /// };
+    /// assert!(tokens("cpu=400k")? < tokens("cpu=1g")?);
     /// # Ok::<(), pipeline_infer::Error>(())
     /// ```
     pub fn device_memory(mut self, limits: MemoryLimits) -> Self {
