@@ -50,7 +50,7 @@ fn stages_are_busy_and_four_do_more_than_twice_the_work_of_one() {
     let (one, four) = (run(1, 28), run(4, 7));
     assert!(one.bubble < 0.001 && four.bubble < 0.03, "{} {}", one.bubble, four.bubble);
     assert!(four.output_tokens_per_s > 2.4 * one.output_tokens_per_s, "{four:?}");
-    for stages in [8, 16] {
+    for stages in [8, 16, 64] {
         let bubble = run(stages, 7).bubble;
         assert!(bubble < 0.08, "{stages} stages: {bubble}");
     }

@@ -47,10 +47,12 @@ pub(super) struct Schedule {
 impl Schedule {
     pub(super) fn random(seed: u64) -> Schedule {
         let mut random = Random(seed.wrapping_mul(0xd134_2543_de82_ef95));
-        let machine = machine(&mut random);
+        // Most are small, which is quicker and fails in fewer steps.
+        let (stages_max, slots_max) = if random.chance(3) { (64, 64) } else { (8, 6) };
+        let machine = machine(&mut random, stages_max);
         let chunk = random.scale(200);
         let config = SchedulerConfig {
-            slots: random.within(1, 6),
+            slots: random.within(1, slots_max),
             chunk,
             chunk_min: random.within(1, chunk),
             prefix_reuse: random.chance(80),
@@ -96,8 +98,8 @@ impl Schedule {
     }
 }
 
-fn machine(random: &mut Random) -> Machine {
-    let stages = random.within(1, 8);
+fn machine(random: &mut Random, stages_max: usize) -> Machine {
+    let stages = random.within(1, stages_max);
     let devices = if random.chance(70) { stages } else { random.within(1, stages) };
     let even = random.chance(40);
     let mut cost = StageCost::default();
