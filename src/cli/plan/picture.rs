@@ -56,9 +56,11 @@ impl Picture {
         // Two gaps of two, and a share such as ` 100%`.
         let bars = self.width.saturating_sub(label + 4 + 6).max(20);
         let (time, memory) = (bars / 2, bars - bars / 2);
-        let key = format!("{} weights {} KV {} free memory", ink.full, ink.half, ink.none);
-        let key: String = key.chars().take(memory).collect();
-        let mut text = format!("{:label$}  {:<past$}  {key}\n", "", "time", past = time + 6);
+        let key = |free: &str| format!("{} weights {} KV {} {free}", ink.full, ink.half, ink.none);
+        let fits = |key: &String| key.chars().count() <= memory;
+        let key = ["free memory", "free"].map(key).into_iter().find(fits).unwrap_or_default();
+        let head = format!("{:label$}  {:<past$}  {key}", "", "time", past = time + 6);
+        let mut text = format!("{}\n", head.trim_end());
         for (stage, name) in plan.stages.iter().zip(&labels) {
             let name: String = name.chars().take(label).collect();
             let busy = ((stage.share * time as f64).round() as usize).min(time);
@@ -112,7 +114,11 @@ mod tests {
             let plain = drawn(Picture { width, unicode: false, colour: false });
             assert!(plain.is_ascii() && plain.lines().count() == 4, "{plain}");
             assert!(plain.lines().all(|line| line.len() <= width), "{width}:\n{plain}");
-            assert!(plain.contains("100%") && plain.contains('#') && plain.contains('='), "{plain}");
+            assert!(plain.contains("100%") && plain.contains('#') && plain.contains('.'), "{plain}");
+            // Its key is whole, or there is none.
+            let head = plain.lines().next().unwrap();
+            let key = if width < 80 { "time" } else { " free" };
+            assert!(head.ends_with(key) || head.ends_with(" free memory"), "{plain}");
             let rich = drawn(Picture { width, unicode: true, colour: false });
             assert!(rich.contains('█') && !rich.contains('\x1b'));
             assert!(rich.lines().all(|line| line.chars().count() <= width), "{width}:\n{rich}");
