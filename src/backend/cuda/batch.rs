@@ -9,6 +9,7 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use self::pack::pack;
@@ -26,9 +27,12 @@ use crate::{
     error::Result,
 };
 
-/// Micro-batches whose copies may be on their way at once, at most; as a rule as many as are in flight, so that the host
-/// waits for none.
-const STAGING_MAX: usize = 64;
+/// Micro-batches whose copies may be on their way at once, at most. So the host is at most so many passes ahead of the device:
+/// a driver takes some thousand launches, and keeps a thread that brings more spinning, with its locks. A pass through 20 layers of
+/// a prompt is 230.
+const STAGING_MAX: usize = 3;
+/// How long the host sleeps between two looks at one that it waits for: there is another one for the device to do meanwhile.
+const LOOK: Duration = Duration::from_micros(50);
 /// `counts` in batch.cuh.
 const COUNTS: usize = 8;
 
@@ -244,7 +248,9 @@ impl Batch {
         let places = Places::of(&shape, from.seqs.len(), self.sections);
         let (pinned, copied) = &mut self.staging[self.next];
         // Long ago, as a rule.
-        copied.synchronize()?;
+        while !copied.reached()? {
+            std::thread::sleep(LOOK);
+        }
         // SAFETY: the copy from it has been done.
         let bytes = unsafe { pinned.as_mut_slice() };
         let used = pack(bytes, from, &shape, &places);
