@@ -4,7 +4,7 @@ use std::{fmt::Display, io::Cursor, path::Path};
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, metadata::Orientation};
 
-use super::size::Size;
+use super::{palette, size::Size};
 use crate::error::{Error, Result, quiet_panic, shown};
 
 /// The formats that are read, by what a file begins with.
@@ -82,7 +82,11 @@ fn pixels(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<Rgb, Stri
         }
         other => other.to_string(),
     };
-    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let (bytes, palette) = match format {
+        ImageFormat::Tiff => palette::take_off(bytes),
+        _ => (bytes.into(), None),
+    };
+    let mut reader = ImageReader::with_format(Cursor::new(&*bytes), format);
     let mut inner = image::Limits::no_limits();
     inner.max_alloc = Some(limits.decoder_bytes_max);
     reader.limits(inner);
@@ -103,7 +107,11 @@ fn pixels(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<Rgb, Stri
     let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
     image.apply_orientation(orientation);
     let size = Size { width: image.width(), height: image.height() };
-    Ok(Rgb { size, data: rgb(image) })
+    let data = match (palette, image) {
+        (Some(palette), DynamicImage::ImageLuma8(numbers)) => palette::paint(&numbers, &palette),
+        (_, image) => rgb(image),
+    };
+    Ok(Rgb { size, data })
 }
 
 fn rgb(image: DynamicImage) -> Vec<u8> {

@@ -4,6 +4,7 @@
 
 mod config;
 mod decode;
+mod palette;
 mod patches;
 mod prompt;
 mod resize;
