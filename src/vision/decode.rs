@@ -4,7 +4,7 @@ use std::{fmt::Display, io::Cursor, path::Path};
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, metadata::Orientation};
 
-use super::{palette, size::Size};
+use super::{palette, size::Size, turn::Turn};
 use crate::error::{Error, Result, quiet_panic, shown};
 
 /// The formats that are read, by what a file begins with.
@@ -53,6 +53,11 @@ pub struct Rgb {
 ///
 /// Of 16 bits the upper eight are taken.
 pub fn decode(path: &Path, bytes: &[u8], limits: Limits) -> Result<Rgb> {
+    decode_in_turn(path, bytes, limits).map(|(image, _)| image)
+}
+
+/// The same, with the room that the image takes until it is resized: there may be none for a while.
+pub(super) fn decode_in_turn(path: &Path, bytes: &[u8], limits: Limits) -> Result<(Rgb, Turn<'static>)> {
     let bad = |why: &dyn Display| Error::data(path, shown(&why.to_string()));
     if bytes.len() as u64 > limits.bytes_max {
         return Err(limits.too_large(path));
@@ -74,7 +79,7 @@ pub fn decode(path: &Path, bytes: &[u8], limits: Limits) -> Result<Rgb> {
     }
 }
 
-fn pixels(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<Rgb, String> {
+fn pixels(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<(Rgb, Turn<'static>), String> {
     let broken = |e: image::ImageError| match e {
         // Its text begins with the format, which the message has already.
         image::ImageError::Decoding(e) => {
@@ -102,6 +107,8 @@ fn pixels(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<Rgb, Stri
     if decoder.total_bytes() > limits.decoder_bytes_max {
         return Err(format!("its pixels take more than {} MiB", limits.decoder_bytes_max >> 20));
     }
+    // Decoded pixels are there twice while they are turned, or become colours of eight bits.
+    let turn = Turn::wait(decoder.total_bytes() + decoder.total_bytes().max(3 * size.pixels()));
     // Damaged metadata leave the pixels as they are.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
@@ -111,7 +118,7 @@ fn pixels(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<Rgb, Stri
         (Some(palette), DynamicImage::ImageLuma8(numbers)) => palette::paint(&numbers, &palette),
         (_, image) => rgb(image),
     };
-    Ok(Rgb { size, data })
+    Ok((Rgb { size, data }, turn))
 }
 
 fn rgb(image: DynamicImage) -> Vec<u8> {
