@@ -56,7 +56,7 @@ use crate::{
     model::{config::GenerationConfig, spec::ModelSpec},
     pipeline::{StageMetrics, StageTimes},
     request::{Event, Media, Prompt, Request},
-    schedule::{Keys, SchedulerStats},
+    schedule::{Keys, PromptImages, SchedulerStats},
     text::{Template, Tokenizer},
 };
 
@@ -200,7 +200,7 @@ impl Engine {
         }
         let (prompt, images, media) = facts.prepare(&mut request)?;
         let prompt: Arc<[u32]> = prompt.into();
-        facts.check_prompt(&prompt)?;
+        facts.check_prompt(&prompt, images.as_deref())?;
         let ending = facts.ending(&request, prompt.len())?;
         let place = self.counts.wait(prompt.len())?;
         let id = self.next_request.fetch_add(1, Ordering::Relaxed);
@@ -396,7 +396,7 @@ impl Facts {
         }
     }
 
-    fn check_prompt(&self, ids: &[u32]) -> Result<()> {
+    fn check_prompt(&self, ids: &[u32], images: Option<&PromptImages>) -> Result<()> {
         if ids.is_empty() {
             return Err(Error::Request("the prompt is empty".into()));
         }
@@ -405,7 +405,8 @@ impl Facts {
             return Err(Error::Request(format!("token {i} of the prompt is {id}; the model has {vocab}")));
         }
         if ids.len() >= self.context_max {
-            return Err(Error::TooLong { tokens: ids.len(), max: self.context_max });
+            let images = images.map_or(0, PromptImages::tokens);
+            return Err(Error::TooLong { tokens: ids.len(), images, max: self.context_max });
         }
         Ok(())
     }

@@ -62,10 +62,15 @@ pub enum Error {
     #[error("request: {0}")]
     Request(String),
     /// A prompt that has no room, with one token of an answer, in the longest sequence.
-    #[error("request: the prompt has {tokens} tokens; prompt and answer together have room for {max}")]
+    #[error(
+        "request: the prompt has {tokens} tokens{}; prompt and answer together have room for {max}",
+        of_images(*images)
+    )]
     TooLong {
         /// Its tokens.
         tokens: usize,
+        /// Of them, those of images.
+        images: usize,
         /// Of the longest sequence.
         max: usize,
     },
@@ -170,6 +175,14 @@ pub(crate) fn shown(text: &str) -> String {
 }
 
 /// Messages of libraries can span lines; an error here is one line.
+/// What may make a prompt shorter.
+fn of_images(tokens: usize) -> String {
+    match tokens {
+        0 => String::new(),
+        _ => format!(", {tokens} of them of images, which --max-pixels makes smaller"),
+    }
+}
+
 fn one_line(text: String) -> String {
     if text.contains(['\n', '\r']) { text.split_whitespace().collect::<Vec<_>>().join(" ") } else { text }
 }

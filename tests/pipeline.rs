@@ -130,7 +130,7 @@ fn requests_that_cannot_be_served_are_refused_at_once() {
     assert!(refused(&[]).contains("empty"));
     assert!(refused(&[1, vocab]).contains(&format!("token 1 of the prompt is {vocab}")));
     let long = engine.submit(request(&[1; 32], 4)).err().unwrap();
-    assert_eq!(long, Error::TooLong { tokens: 32, max: 32 });
+    assert_eq!(long, Error::TooLong { tokens: 32, images: 0, max: 32 });
     assert_eq!(
         long.to_string(),
         "request: the prompt has 32 tokens; prompt and answer together have room for 32"

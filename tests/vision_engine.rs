@@ -47,14 +47,19 @@ fn media(engine: &Engine, prompt: &Value) -> Vec<Media> {
 
 /// The conversation that a golden prompt is.
 fn chat(engine: &Engine, prompt: &Value) -> Request {
-    let mut media = media(engine, prompt).into_iter();
+    let (images, videos): (Vec<Media>, Vec<Media>) =
+        media(engine, prompt).into_iter().partition(|media| media.seconds.is_none());
+    let (mut images, mut videos) = (images.into_iter(), videos.into_iter());
     let message = |message: &Value| {
         let part = |part: &Value| match text(&part["type"]) {
             "text" => Part::Text(text(&part["text"]).into()),
-            _ => Part::Media(media.next().unwrap()),
+            "image" => Part::Media(images.next().unwrap()),
+            _ => Part::Media(videos.next().unwrap()),
         };
-        let parts: Vec<Part> = message["content"].as_array().unwrap().iter().map(part).collect();
-        Message::of_parts(text(&message["role"]), parts)
+        match message["content"].as_array() {
+            Some(parts) => Message::of_parts(text(&message["role"]), parts.iter().map(part)),
+            None => Message::new(text(&message["role"]), text(&message["content"])),
+        }
     };
     let messages = prompt["messages"].as_array().unwrap().iter().map(message).collect();
     asks(Request::new(Prompt::Chat(messages)), prompt)
@@ -106,9 +111,11 @@ fn prompts_and_greedy_tokens_are_those_of_transformers() {
 #[test]
 fn the_towers_place_the_stages_and_the_company_change_no_bit() {
     let expected = all(&builder().build().unwrap());
-    for layout in ["vision,0-2", "v0,v1-2,0,1-2", "v0-1,v2,0-1,2", "v0,v1,v2,0,1,2"] {
-        let layout: Layout = layout.parse().unwrap();
-        assert!(all(&builder().layout(layout.clone()).build().unwrap()) == expected, "{layout}");
+    for tower in ["vision", "v0,v1-2", "v0-1,v2", "v0,v1,v2"] {
+        for layers in ["0-2", "0,1-2", "0-1,2", "0,1,2"] {
+            let layout: Layout = format!("{tower},{layers}").parse().unwrap();
+            assert!(all(&builder().layout(layout.clone()).build().unwrap()) == expected, "{layout}");
+        }
     }
     for chunk in [1, 7, 50] {
         let engine = builder().stages(2).chunk(chunk).slots(3).build().unwrap();
@@ -168,7 +175,8 @@ fn what_is_wrong_with_images_is_said_at_once() {
     let large = said(chat(&engine, prompt));
     assert_eq!(
         large,
-        "request: image 0: its 140 patches (196x140 pixels) are more than a pass of the tower holds, 100"
+        "request: image 0: its 140 patches (196x140 pixels) are more than a pass of the tower holds, 100; \
+         --max-pixels makes it smaller, --max-context gives it room"
     );
     let engine = builder().image_rows(20).build().unwrap();
     let said = |request: Request| engine.submit(request).map(drop).unwrap_err().to_string();
@@ -176,6 +184,14 @@ fn what_is_wrong_with_images_is_said_at_once() {
         said(chat(&engine, prompt)),
         "request: image 0: its 35 tokens are more than the store of images holds, 20"
     );
+    let engine = builder().max_context(60).build().unwrap();
+    assert_eq!(
+        engine.submit(chat(&engine, prompt)).map(drop).unwrap_err().to_string(),
+        "request: the prompt has 83 tokens, 35 of them of images, which --max-pixels makes smaller; prompt and answer \
+         together have room for 60"
+    );
+    let engine = builder().image_rows(20).build().unwrap();
+    let said = |request: Request| engine.submit(request).map(drop).unwrap_err().to_string();
     let ids = |ids: &[u32]| Request::new(Prompt::Ids(ids.into()));
     assert_eq!(said(ids(&[5, 322])), "request: images: 0 given, but the prompt has places for 1");
     let odd = engine.image_file(&data("vision/odd.png")).unwrap();

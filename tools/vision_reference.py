@@ -87,6 +87,7 @@ def write_sources():
     make(64, 45, 13).save(OUT / "lossy.webp", quality=90)
     make(44, 30, 14).save(OUT / "rgb.bmp")
     palette.save(OUT / "palette.bmp")
+    palette.save(OUT / "palette.tiff", compression="tiff_lzw")
     make(43, 59, 15).save(OUT / "lzw.tiff", compression="tiff_lzw")
     Image.fromarray(deep(30, 40, 1, 16).squeeze().astype(np.uint16)).save(OUT / "grey16.tiff")
     make(1, 1, 17).save(OUT / "one.png")

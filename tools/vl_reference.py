@@ -67,6 +67,14 @@ def cases():
             "images": ["vision/odd.png", "vision/large.png"],
         },
         {"messages": ask(VIDEO, text("How many?")), "videos": [{"frames": frames, "fps": FPS}]},
+        # A conversation that goes on, with all kinds in it.
+        {
+            "messages": ask(IMAGE, text("one, "), VIDEO, text("two"))
+            + [{"role": "assistant", "content": "Yes"}]
+            + ask(text("and "), IMAGE, text("Which one?")),
+            "images": ["vision/odd.png", "vision/thin.png"],
+            "videos": [{"frames": frames, "fps": FPS}],
+        },
     ]
 
 
@@ -220,7 +228,7 @@ def prepared(case, tokenizer, ids):
         frames = [np.asarray(Image.open(reference.DATA / path)) for path in case["videos"][0]["frames"]]
         tensor = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
         made = Qwen2VLVideoProcessor(**PIXELS, cap_pixels_per_frame=True)(videos=[tensor], return_tensors="pt", do_sample_frames=False)
-        pixels = {"pixel_values_videos": made["pixel_values_videos"], "video_grid_thw": made["video_grid_thw"]}
+        pixels |= {"pixel_values_videos": made["pixel_values_videos"], "video_grid_thw": made["video_grid_thw"]}
         grids["videos"] = made["video_grid_thw"].tolist()
     full = []
     queues = {ids[pads[kind]]: list(of) for kind, of in grids.items()}

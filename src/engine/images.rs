@@ -13,7 +13,7 @@ use crate::{
     model::{spec::ModelSpec, vision::VisionSpec},
     request::{Media, Prompt, Request},
     schedule::{ImageId, PromptImage, PromptImages},
-    vision::{self as pixels, Cut, Pads, Placed, Preprocessor, Rgb, Size},
+    vision::{self as pixels, Cut, Pads, Placed, Preprocessor, Recipe, Rgb, Size},
 };
 
 /// What an engine does with images.
@@ -22,10 +22,7 @@ pub(super) struct Images {
     spec: Arc<VisionSpec>,
     pads: Pads,
     hashes: Hashes,
-    /// Patches of an image at most.
-    patches_max: usize,
-    /// Rows of the store.
-    rows: usize,
+    pub(super) room: Room,
 }
 
 /// Makes ids of pixels. They are keyed hashes of 128 bits, with random numbers of this process: nobody outside can make
@@ -40,9 +37,9 @@ struct Hashes {
 pub(super) type Prepared = (Vec<u32>, Option<Arc<PromptImages>>, Vec<Media>);
 
 /// How large images may be.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Room {
-    /// Patches of a pass.
+    /// Patches of a pass, which a single image may have.
     pub(super) patches: usize,
     /// Rows of the store.
     pub(super) rows: usize,
@@ -55,9 +52,20 @@ impl Default for Room {
     }
 }
 
+impl Room {
+    /// For the largest image that there can be: what the model's folder allows, and a sequence of `context` tokens has room
+    /// for, is not refused.
+    pub(super) fn of(recipe: &Recipe, context: usize) -> Room {
+        let (usual, Cut { patch, merge, .. }) = (Room::default(), recipe.cut);
+        let (cell, largest) = ((merge * merge) as usize, recipe.bounds.max / u64::from(patch).pow(2));
+        let patches = usize::try_from(largest).unwrap_or(usize::MAX).min(context.saturating_mul(cell));
+        Room { patches: patches.max(usual.patches), rows: patches.div_ceil(cell).max(usual.rows) }
+    }
+}
+
 impl Images {
     /// What the model's folder says about pixels; `None` for a model that reads none.
-    pub(super) fn open(dir: &Path, spec: &ModelSpec, room: Room) -> Result<Option<Images>> {
+    pub(super) fn open(dir: &Path, spec: &ModelSpec) -> Result<Option<Images>> {
         let (Some(vision), Some(pads)) = (&spec.vision, spec.pads) else { return Ok(None) };
         let preprocessor = Preprocessor::read_or_usual(dir)?;
         for recipe in [preprocessor.image, preprocessor.video] {
@@ -75,8 +83,7 @@ impl Images {
             spec: vision.clone(),
             pads: Pads { image: pads.image, video: pads.video },
             hashes: Hashes::default(),
-            patches_max: room.patches,
-            rows: room.rows,
+            room: Room::default(),
         }))
     }
 
@@ -134,7 +141,8 @@ impl Images {
 
     /// How an image is cut. An error if it is not made for this model, or too large.
     fn grid(&self, i: usize, media: &Media) -> Result<Grid> {
-        let wrong = |why: String| Err(Error::Request(format!("image {i}: {why}")));
+        let kind = if media.seconds.is_some() { "video" } else { "image" };
+        let wrong = |why: String| Err(Error::Request(format!("{kind} {i}: {why}")));
         let Media { width, height, frames, .. } = media;
         let factor = (self.spec.patch * self.spec.merge) as u32;
         let bytes = 3 * *width as usize * *height as usize;
@@ -146,10 +154,15 @@ impl Images {
         }
         let Some(grid) = grid(&self.spec, media) else { return wrong("it has too many frames".into()) };
         let (patches, tokens) = (grid.patches(), grid.tokens(self.spec.merge as u32));
-        let (patches_max, rows) = (self.patches_max, self.rows);
+        let Room { patches: patches_max, rows } = self.room;
         if patches > patches_max {
+            let (of, way) = match frames.len() {
+                1 => (String::new(), "smaller, --max-context gives it room"),
+                n => (format!("{n} frames of "), "smaller"),
+            };
             return wrong(format!(
-                "its {patches} patches ({width}x{height} pixels) are more than a pass of the tower holds, {patches_max}"
+                "its {patches} patches ({of}{width}x{height} pixels) are more than a pass of the tower holds, {patches_max}; \
+                 --max-pixels makes it {way}"
             ));
         }
         if tokens > rows {
@@ -210,5 +223,25 @@ impl Hashes {
             u128::from(hasher.finish())
         };
         ImageId(hash(&self.low) | hash(&self.high) << 64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_model_allows_has_room_where_the_context_has() {
+        let room = |max: u64, context: usize| {
+            let recipes = Preprocessor::usual().with_pixels(None, Some(max)).unwrap();
+            let Room { patches, rows } = Room::of(&recipes.image, context);
+            (patches, rows)
+        };
+        let (usual, hub) = ((32_768, 16_384), 12_845_056);
+        assert_eq!(room(1_003_520, 128_000), usual);
+        assert_eq!(room(hub, 8192), usual);
+        assert_eq!(room(hub, 12_000), (48_000, 16_384));
+        assert_eq!(room(hub, 128_000), (65_536, 16_384));
+        assert_eq!(room(1 << 26, 128_000), (342_392, 85_598));
     }
 }

@@ -82,6 +82,11 @@ pub struct ImageStats {
 }
 
 impl PromptImages {
+    /// Tokens of all images.
+    pub fn tokens(&self) -> usize {
+        self.images.iter().map(|image| image.tokens.len()).sum()
+    }
+
     /// The turns of a token, whether it is in the prompt or after it.
     pub fn turn(&self, place: usize) -> [u32; 3] {
         let after = || [(place as i64 + self.delta) as u32; 3];

@@ -4,7 +4,7 @@ use std::{fmt::Display, io::Cursor, path::Path};
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, metadata::Orientation};
 
-use super::size::Size;
+use super::{palette, size::Size, turn::Turn};
 use crate::error::{Error, Result, quiet_panic, shown};
 
 /// The formats that are read, by what a file begins with.
@@ -53,6 +53,11 @@ pub struct Rgb {
 ///
 /// Of 16 bits the upper eight are taken.
 pub fn decode(path: &Path, bytes: &[u8], limits: Limits) -> Result<Rgb> {
+    decode_in_turn(path, bytes, limits).map(|(image, _)| image)
+}
+
+/// The same, with the room that the image takes until it is resized: there may be none for a while.
+pub(super) fn decode_in_turn(path: &Path, bytes: &[u8], limits: Limits) -> Result<(Rgb, Turn<'static>)> {
     let bad = |why: &dyn Display| Error::data(path, shown(&why.to_string()));
     if bytes.len() as u64 > limits.bytes_max {
         return Err(limits.too_large(path));
@@ -74,7 +79,7 @@ pub fn decode(path: &Path, bytes: &[u8], limits: Limits) -> Result<Rgb> {
     }
 }
 
-fn pixels(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<Rgb, String> {
+fn pixels(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<(Rgb, Turn<'static>), String> {
     let broken = |e: image::ImageError| match e {
         // Its text begins with the format, which the message has already.
         image::ImageError::Decoding(e) => {
@@ -82,7 +87,11 @@ fn pixels(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<Rgb, Stri
         }
         other => other.to_string(),
     };
-    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let (bytes, palette) = match format {
+        ImageFormat::Tiff => palette::take_off(bytes),
+        _ => (bytes.into(), None),
+    };
+    let mut reader = ImageReader::with_format(Cursor::new(&*bytes), format);
     let mut inner = image::Limits::no_limits();
     inner.max_alloc = Some(limits.decoder_bytes_max);
     reader.limits(inner);
@@ -98,12 +107,18 @@ fn pixels(bytes: &[u8], format: ImageFormat, limits: Limits) -> Result<Rgb, Stri
     if decoder.total_bytes() > limits.decoder_bytes_max {
         return Err(format!("its pixels take more than {} MiB", limits.decoder_bytes_max >> 20));
     }
+    // Decoded pixels are there twice while they are turned, or become colours of eight bits.
+    let turn = Turn::wait(decoder.total_bytes() + decoder.total_bytes().max(3 * size.pixels()));
     // Damaged metadata leave the pixels as they are.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let mut image = DynamicImage::from_decoder(decoder).map_err(broken)?;
     image.apply_orientation(orientation);
     let size = Size { width: image.width(), height: image.height() };
-    Ok(Rgb { size, data: rgb(image) })
+    let data = match (palette, image) {
+        (Some(palette), DynamicImage::ImageLuma8(numbers)) => palette::paint(&numbers, &palette),
+        (_, image) => rgb(image),
+    };
+    Ok((Rgb { size, data }, turn))
 }
 
 fn rgb(image: DynamicImage) -> Vec<u8> {

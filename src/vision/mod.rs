@@ -1,13 +1,15 @@
 //! Images and videos to rows of floats: decoding, resizing, patches. No weights, no device.
 //!
-//! Everything here is a function of its arguments; callers choose the threads.
+//! Everything here is a function of its arguments; callers choose the threads, and large images wait for each other.
 
 mod config;
 mod decode;
+mod palette;
 mod patches;
 mod prompt;
 mod resize;
 mod size;
+mod turn;
 
 pub use config::Recipe;
 pub use decode::{Limits, Rgb, decode};
@@ -15,6 +17,8 @@ pub use patches::{Cut, Patches};
 pub use prompt::{Media, Pads, Placed, place};
 pub use resize::resize;
 pub use size::{Bounds, Size, smart_resize};
+
+use self::decode::decode_in_turn;
 
 use std::{
     fs::{self, File},
@@ -106,7 +110,7 @@ impl Preprocessor {
 
     /// The same, before it is cut.
     pub fn image_pixels(&self, path: &Path, bytes: &[u8]) -> Result<Rgb> {
-        let image = decode(path, bytes, self.limits)?;
+        let (image, _turn) = decode_in_turn(path, bytes, self.limits)?;
         let Recipe { bounds, cut } = self.image;
         let size = smart_resize(image.size, cut.factor(), bounds).map_err(|why| Error::data(path, why))?;
         Ok(resize(image, size))
@@ -139,7 +143,7 @@ impl Preprocessor {
         let bounds = share(bounds, cut, frames.len() as u64);
         let (mut of_first, mut resized) = (None, Vec::with_capacity(frames.len()));
         for path in frames {
-            let frame = decode(path, &read(path, self.limits)?, self.limits)?;
+            let (frame, _turn) = decode_in_turn(path, &read(path, self.limits)?, self.limits)?;
             let of_first = *of_first.get_or_insert(frame.size);
             if frame.size != of_first {
                 let [a, b] = [frame.size, of_first].map(|s| format!("{}x{}", s.width, s.height));

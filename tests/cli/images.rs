@@ -69,14 +69,18 @@ fn lines_of_a_file_bring_their_images() {
     let url = format!("file://{}", place.path().join("large.png").display());
     content[3] = serde_json::json!({"type": "image_url", "image_url": url});
     let missing = serde_json::json!({"prompt": "a", "image": "no.png"});
+    // A conversation that goes on, with images and a video.
+    let last = &golden["seen"][3];
+    let long = serde_json::json!({"messages": last["messages"], "images": [data("vision/odd.png"), data("vision/thin.png")],
+        "videos": [{"frames": data("qwen2_5_vl/frames"), "fps": 1}]});
     let file = place.path().join("prompts.jsonl");
-    fs::write(&file, format!("{beside}\n{missing}\n{within}\n")).unwrap();
+    fs::write(&file, format!("{beside}\n{missing}\n{within}\n{long}\n")).unwrap();
     let output =
         see(&[&["--prompt-file", file.to_str().unwrap(), "--max-tokens", "8", "--ignore-eos"], &JSON[..]]
             .concat());
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     let lines = lines(&output);
-    for line in [&lines[0], &lines[2]] {
+    for (line, want) in [(&lines[0], want), (&lines[2], want), (&lines[3], last)] {
         assert_eq!((&line["prompt_ids"], &line["token_ids"]), (&want["ids"], &want["greedy"]));
     }
     assert!(lines[1]["error"].as_str().unwrap().contains("no.png: No such file"), "{}", lines[1]);

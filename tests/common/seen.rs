@@ -13,7 +13,7 @@ use pipeline_infer::{
         vision::{RowRun, VisionOps},
     },
     batch::{IMAGE_ROW, KV_BLOCK, MicroBatch, OutputRow, SeqId, SeqRows},
-    grid::{self, Grid, Spacing},
+    grid::{self, Grid, Spacing, Span},
     model::{
         Model,
         decoder::{Decoder, DecoderConfig, ImageStore},
@@ -67,7 +67,7 @@ pub(crate) struct Seen {
     pub(crate) pads: Vec<u32>,
     pub(crate) ids: Vec<u32>,
     pub(crate) positions: grid::Positions,
-    /// Of its images or of its video.
+    /// Of its images and videos, in its order.
     pub(crate) patches: Vec<Patches>,
     pub(crate) store: Range<usize>,
 }
@@ -106,7 +106,14 @@ pub(crate) fn seen(model: &Model, prompt: &SeenPrompt, first: usize) -> Seen {
         false => *id,
     };
     let ids = placed.ids.iter().map(taken).collect();
-    let patches = images.into_iter().chain(videos.into_iter().map(|v| v.patches)).collect();
+    // In the prompt's order, as its rows are.
+    let (mut images, mut videos) = (images.into_iter(), videos.into_iter().map(|v| v.patches));
+    let of = |span: &Span| match span {
+        Span::Text(_) => None,
+        Span::Image(_) => images.next(),
+        Span::Video { .. } => videos.next(),
+    };
+    let patches = placed.spans.iter().filter_map(of).collect();
     Seen { pads: placed.ids, ids, positions, patches, store: first..row }
 }
 

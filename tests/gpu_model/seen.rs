@@ -16,7 +16,7 @@ use crate::{
     device::{Cuda, gpu},
 };
 
-const STORE_ROWS: usize = 120;
+const STORE_ROWS: usize = 160;
 /// Of three blocks, and of three layers.
 const ALL: Range<usize> = 0..3;
 const WHOLE: &[Range<usize>] = &[ALL];
@@ -85,7 +85,7 @@ fn stages_and_parts_of_the_tower_have_the_bits_of_the_whole() {
         let rows = prompts.iter().map(|p| p.ids.len()).sum();
         let run = |tower: &[Range<usize>], layers: &[Range<usize>]| -> Vec<u32> {
             let store = encode(&gpu, &model, dtype, (tower, STORE_ROWS), &all);
-            let mut stages = Stages::new(&gpu, &model, dtype, (layers, rows, 3), &store);
+            let mut stages = Stages::new(&gpu, &model, dtype, (layers, rows, all.len()), &store);
             let parts: Vec<_> =
                 prompts.iter().enumerate().map(|(i, p)| (i, &*p.ids, &*p.positions.rows)).collect();
             stages.pass(&parts).into_iter().map(f32::to_bits).collect()

@@ -11,7 +11,7 @@ use pipeline_infer::vision::{Limits, decode};
 use super::{data, preprocessor};
 
 /// One of each format, small.
-const SMALL: [&str; 8] = [
+const SMALL: [&str; 9] = [
     "grey-alpha.png",
     "turned.jpg",
     "progressive.jpg",
@@ -20,6 +20,7 @@ const SMALL: [&str; 8] = [
     "frames.gif",
     "rgb.bmp",
     "lzw.tiff",
+    "palette.tiff",
 ];
 
 fn error(path: &Path, bytes: &[u8]) -> Option<String> {

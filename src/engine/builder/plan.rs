@@ -219,7 +219,7 @@ impl EngineBuilder {
         Ok((context.min(room), blocks))
     }
 
-    fn plan_context(&self, spec: &ModelSpec) -> Result<usize> {
+    pub(super) fn plan_context(&self, spec: &ModelSpec) -> Result<usize> {
         let made_for = spec.context_max;
         match self.max_context {
             None => Ok(made_for.min(CONTEXT_DEFAULT)),

@@ -32,14 +32,15 @@ impl EngineBuilder {
         self
     }
 
-    /// Patches of an image or a video at most, which buffers of the vision tower are made for. Default: 32,768.
+    /// Patches of an image or a video at most, which buffers of the vision tower are made for. Default: as many as the largest
+    /// image has that the context has room for, and 32,768 at least.
     pub fn image_patches(mut self, patches: usize) -> Self {
         self.image_patches = Some(patches);
         self
     }
 
     /// Tokens of images that are kept beside the embedding, for prompts that wait and for images that come again.
-    /// Default: 16,384.
+    /// Default: as many as the largest image has that the context has room for, and 16,384 at least.
     pub fn image_rows(mut self, rows: usize) -> Self {
         self.image_rows = Some(rows);
         self
@@ -65,8 +66,7 @@ impl EngineBuilder {
         (weights, dtype, meter): (&Arc<Weights>, DType, &Arc<Meter>),
     ) -> Result<Option<VisionConfig>> {
         let (Some(tower), Some(read)) = (&spec.vision, self.open_images(spec)?) else { return Ok(None) };
-        let stages = layout.tower(Some(tower.full.len()))?;
-        let room = self.image_room();
+        let (stages, room) = (layout.tower(Some(tower.full.len()))?, read.room);
         Ok(Some(VisionConfig {
             // A pass for each stage, and one whose patches are cut, or whose tokens are on their way.
             passes: stages.len() + 1,
@@ -84,24 +84,21 @@ impl EngineBuilder {
 
     /// What is to be known of images in requests; `None` for a model that reads none.
     pub(super) fn open_images(&self, spec: &ModelSpec) -> Result<Option<Images>> {
-        let Some(mut read) = Images::open(&self.model, spec, self.image_room())? else { return Ok(None) };
+        let Some(mut read) = Images::open(&self.model, spec)? else { return Ok(None) };
         let (min, max) = self.pixels;
         read.preprocessor = read.preprocessor.with_pixels(min, max)?;
-        Ok(Some(read))
-    }
-
-    fn image_room(&self) -> Room {
-        let usual = Room::default();
-        Room {
+        let usual = Room::of(&read.preprocessor.image, self.plan_context(spec)?);
+        read.room = Room {
             patches: self.image_patches.unwrap_or(usual.patches),
             rows: self.image_rows.unwrap_or(usual.rows),
-        }
+        };
+        Ok(Some(read))
     }
 
     /// What plans have to know of a tower; `None` for a model that reads no images.
     pub(super) fn sight(&self, spec: &ModelSpec, dtype: DType) -> Result<Option<Sight>> {
         let (Some(tower), Some(read)) = (&spec.vision, self.open_images(spec)?) else { return Ok(None) };
-        let Room { patches, rows } = self.image_room();
+        let Room { patches, rows } = read.room;
         let extent = Extent { dtype, patches: patches.next_multiple_of(tower.cell_rows()), rows };
         let load = match self.expected_images {
             None => ImageLoad::usual(tower),
