@@ -242,9 +242,7 @@ impl Worker {
 
     /// Whether stages have something to do.
     fn works(&self) -> bool {
-        let stats = self.scheduler.stats();
-        let images = stats.images.map_or(0, |images| images.in_flight);
-        matches!(self.stages, Stages::Up(_)) && stats.in_flight + images > 0
+        matches!(self.stages, Stages::Up(_)) && self.scheduler.in_flight() > 0
     }
 
     /// Gives the stages what they have room for.

@@ -180,12 +180,17 @@ impl Images {
 
     pub(super) fn stats(&self) -> ImageStats {
         let rows_used = self.by_row.iter().map(|(&row, entry)| (entry.end - row) as usize).sum();
-        ImageStats { rows_used, in_flight: self.in_flight.len(), ..self.stats }
+        ImageStats { rows_used, in_flight: self.in_flight(), ..self.stats }
+    }
+
+    /// Passes planned and not applied.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.len()
     }
 
     /// Whether another pass may be planned.
     pub(super) fn has_room(&self) -> bool {
-        self.in_flight.len() < self.config.passes
+        self.in_flight() < self.config.passes
     }
 
     /// The first row of an image that can be read.

@@ -329,6 +329,11 @@ impl Scheduler {
         self.config.running_max - self.seats.len()
     }
 
+    /// Steps, and passes of images, that have been planned and not applied.
+    pub fn in_flight(&self) -> usize {
+        self.steps.len() + self.images.as_ref().map_or(0, Images::in_flight)
+    }
+
     /// What it has and has done.
     pub fn stats(&self) -> SchedulerStats {
         SchedulerStats {

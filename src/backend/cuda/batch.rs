@@ -9,7 +9,6 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
-    time::Duration,
 };
 
 use self::pack::pack;
@@ -31,8 +30,6 @@ use crate::{
 /// a driver takes some thousand launches, and keeps a thread that brings more spinning, with its locks. A pass through 20 layers of
 /// a prompt is 230.
 const STAGING_MAX: usize = 3;
-/// How long the host sleeps between two looks at one that it waits for: there is another one for the device to do meanwhile.
-const LOOK: Duration = Duration::from_micros(50);
 /// `counts` in batch.cuh.
 const COUNTS: usize = 8;
 
@@ -248,9 +245,7 @@ impl Batch {
         let places = Places::of(&shape, from.seqs.len(), self.sections);
         let (pinned, copied) = &mut self.staging[self.next];
         // Long ago, as a rule.
-        while !copied.reached()? {
-            std::thread::sleep(LOOK);
-        }
+        cuda.tokens.until(copied)?;
         // SAFETY: the copy from it has been done.
         let bytes = unsafe { pinned.as_mut_slice() };
         let used = pack(bytes, from, &shape, &places);

@@ -170,18 +170,13 @@ impl Stream {
 
     /// An error if something in it has failed, or anything else on its GPU in a way that ends the context.
     pub(super) fn check(&self) -> Result<()> {
-        self.context.enter()?;
-        let _beside = beside_no_recording();
-        // SAFETY: the stream lives.
-        match unsafe { sys::cuStreamQuery(self.raw) }.result() {
-            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NOT_READY => Ok(()),
-            outcome => self.context.check("running", outcome),
-        }
+        self.is_idle().map(drop)
     }
 
-    /// Whether all that was put into it has been done.
+    /// Whether all that was put into it has been done; an error as from `check`.
     pub(super) fn is_idle(&self) -> Result<bool> {
         self.context.enter()?;
+        let _beside = beside_no_recording();
         // SAFETY: the stream lives.
         match unsafe { sys::cuStreamQuery(self.raw) }.result() {
             Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
