@@ -148,7 +148,7 @@ fn expected() -> &'static [Vec<u32>] {
 }
 
 /// Nothing is running, and nothing is held.
-fn rests(engine: &Engine) {
+pub(super) fn rests(engine: &Engine) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let stats = engine.stats();

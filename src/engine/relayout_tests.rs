@@ -10,7 +10,7 @@ use super::{
     Engine, EngineBuilder, Events,
     balance::Pace,
     builder::Wire,
-    fault_tests::faulty::Faulty,
+    fault_tests::{faulty::Faulty, rests},
     wire::{Either, On, VisionOn, Ways, wire_on},
 };
 use crate::{
@@ -194,15 +194,17 @@ fn follow(engine: &Engine, layouts: &[&str]) {
     for (events, want) in open.into_iter().zip(expected()) {
         assert_eq!(&ended(events).unwrap(), want);
     }
-    let stats = engine.stats();
-    assert_eq!((stats.rebuilds, stats.scheduler.running), (0, 0));
+    rests(engine);
+    assert_eq!(engine.stats().rebuilds, 0);
 }
 
 /// Images that prompts wait for are encoded where the tower is then; what has been encoded and is still needed, once more.
 #[test]
 fn images_are_encoded_wherever_the_tower_goes() {
-    let slow = |stage| Fault::new(stage, Point::Tower, Kind::Slow(Duration::from_millis(2)), 0..u64::MAX);
-    let plan = Arc::new(Plan((0..7).map(slow).collect()));
+    // Slow enough that layouts change while prompts still need their images.
+    let slow = |(stage, point)| Fault::new(stage, point, Kind::Slow(Duration::from_millis(1)), 0..u64::MAX);
+    let points = (0..7).flat_map(|stage| [(stage, Point::Tower), (stage, Point::SetBatch)]);
+    let plan = Arc::new(Plan(points.map(slow).collect()));
     let builder = || builder_of("qwen2_5_vl").max_context(256);
     let ask = |engine: &Engine, image: &Media, i: u32| {
         let mut ids = vec![40 + i; 3];
@@ -228,6 +230,7 @@ fn images_are_encoded_wherever_the_tower_goes() {
             assert_eq!(&ended(events).unwrap(), want, "round {round}, {}", engine.layout());
         }
     }
+    rests(&engine);
     let stats = engine.stats();
     let images = stats.scheduler.images.unwrap();
     assert!(images.encoded > 8 && images.in_flight == 0 && stats.relayouts > 12, "{stats:?}");
