@@ -14,6 +14,7 @@
 constexpr int D = HEAD_DIM;
 constexpr int GROUPS = 2;                 // of warps that compute
 constexpr int GROUP = 128;                // threads
+constexpr int READERS = GROUPS * GROUP / 32; // warps that read what is brought
 constexpr int BLOCK_M = GROUPS * 64, BLOCK_N = 128;
 constexpr int STAGES = 2;                 // tiles of keys, of values and of queries
 constexpr int SLABS = D / 64;
@@ -60,7 +61,9 @@ struct Items {
     }
 };
 
-// Barriers: "full" is passed when what is in a stage has come, "free" when nobody reads it any more.
+// Barriers: "full" is passed when what is in a stage has come, "free" when no warp reads it any more. Each warp speaks for itself: a
+// warp that has not seen a round before the next two have passed could not tell them apart, and would wait for ever. Where a group has
+// no rows, nothing else keeps its warps together.
 struct Barriers {
     u64 q_full[STAGES], q_free[STAGES], k_full[STAGES], k_free[STAGES], v_full[STAGES], v_free[STAGES];
 };
@@ -267,10 +270,11 @@ DEVICE void write_out(const Sums& sums, const Attention& a, const Work& w, u32 g
 struct Reader {
     Barriers& b;
     Turn q, k, v;
-    bool one; // this thread speaks for the group
+    bool one; // this thread speaks for its warp
 
     DEVICE void await(const u64 (&full)[STAGES], Turn turn) { barrier_wait(&full[turn.stage()], turn.parity()); }
     DEVICE void done(const u64 (&free)[STAGES], Turn& turn) {
+        __syncwarp(); // all lanes have seen that it was full
         if (one) barrier_arrive(&free[turn.stage()]);
         turn.count++;
     }
@@ -328,7 +332,7 @@ DEVICE void attend(Sums& sums, const Attention& a, Reader& r, u32 first, u32 beg
 
 DEVICE void compute(const Attention& a, const Batch& batch, Items items, Barriers& b, u32 queries, u32 keys, u32 values) {
     const u32 group = threadIdx.x / GROUP;
-    Reader r = {b, {0}, {0}, {0}, threadIdx.x % GROUP == 0};
+    Reader r = {b, {0}, {0}, {0}, threadIdx.x % 32 == 0};
     u32 item;
     while (items.next(item)) {
         if (item >= items.count) continue;
@@ -367,9 +371,9 @@ attention_prefill_wgmma(T* out, const T* qkv, const T* keys, const T* values, Ba
     const u32 q = (shared_address(shared) + 1023) / 1024 * 1024, k = q + STAGES * TILE_BYTES, v = k + STAGES * TILE_BYTES;
     if (threadIdx.x < STAGES) {
         const u32 i = threadIdx.x;
-        barrier_init(&barriers.q_full[i], BRINGERS), barrier_init(&barriers.q_free[i], GROUPS);
-        barrier_init(&barriers.k_full[i], BRINGERS), barrier_init(&barriers.k_free[i], GROUPS);
-        barrier_init(&barriers.v_full[i], BRINGERS), barrier_init(&barriers.v_free[i], GROUPS);
+        barrier_init(&barriers.q_full[i], BRINGERS), barrier_init(&barriers.q_free[i], READERS);
+        barrier_init(&barriers.k_full[i], BRINGERS), barrier_init(&barriers.k_free[i], READERS);
+        barrier_init(&barriers.v_full[i], BRINGERS), barrier_init(&barriers.v_free[i], READERS);
         barriers_ready();
     }
     __syncthreads();
