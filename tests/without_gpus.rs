@@ -1,0 +1,233 @@
+//! The CUDA backend on a driver without GPUs (tests/driver): what the host does for GPUs, in order and to the end. Kernels leave
+//! memory as it is there, so tokens are whatever zeros lead to.
+#![cfg(target_os = "linux")]
+
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// A place for the driver's libraries, for what the program keeps, and for configs.
+struct Place {
+    folder: TempDir,
+}
+
+/// What a program has said, and whether it was content.
+struct Said {
+    ok: bool,
+    out: String,
+    err: String,
+}
+
+impl Place {
+    fn new() -> Place {
+        // Cargo builds it beside this test.
+        let _ = pipeline_infer_driver::VERSION;
+        let here = std::env::current_exe().unwrap();
+        let library = here.parent().unwrap().join("libpipeline_infer_driver.so");
+        let folder = TempDir::new().unwrap();
+        std::fs::create_dir(folder.path().join("lib")).unwrap();
+        for name in ["libcuda.so", "libnvrtc.so", "libcublasLt.so"] {
+            std::os::unix::fs::symlink(&library, folder.path().join("lib").join(name)).unwrap();
+        }
+        Place { folder }
+    }
+
+    /// A folder with a config of so many layers, whose passes are as long as those of a large model.
+    fn model(&self, layers: usize) -> String {
+        let folder = self.folder.path().join(format!("model-{layers}"));
+        std::fs::create_dir_all(&folder).unwrap();
+        let config = json!({
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "dtype": "bfloat16",
+            "vocab_size": 32_000, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "tie_word_embeddings": false,
+            "use_sliding_window": false, "bos_token_id": 1, "eos_token_id": 2, "rope_theta": 1e6, "hidden_size": 8192,
+            "num_hidden_layers": layers, "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 29_568
+        });
+        std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        folder.to_str().unwrap().to_owned()
+    }
+
+    /// Runs the program with these flags and settings of the driver.
+    fn run(&self, args: &[&str], settings: &[(&str, &str)]) -> Said {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pipeline-infer"));
+        command.args(args).env_remove("RUST_LOG").envs(settings.iter().copied());
+        command
+            .env("XDG_CACHE_HOME", self.folder.path())
+            .env("LD_LIBRARY_PATH", self.folder.path().join("lib"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut pipes = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let all = |pipe: &mut dyn Read| {
+            let mut text = String::new();
+            pipe.read_to_string(&mut text).map(|_| text).unwrap()
+        };
+        std::thread::scope(|scope| {
+            let err = scope.spawn(move || all(&mut pipes.1));
+            let ended = scope.spawn(move || {
+                let deadline = Instant::now() + PATIENCE;
+                loop {
+                    match child.try_wait().unwrap() {
+                        Some(status) => return Some(status),
+                        None if Instant::now() > deadline => break,
+                        None => std::thread::sleep(Duration::from_millis(5)),
+                    }
+                }
+                child.kill().unwrap();
+                child.wait().unwrap();
+                None
+            });
+            let out = all(&mut pipes.0);
+            let (err, ended) = (err.join().unwrap(), ended.join().unwrap());
+            let ended = ended.unwrap_or_else(|| panic!("{args:?} does not end: {out}{err}"));
+            assert!(!err.contains("DRIVER MISUSED"), "{args:?}: {err}");
+            Said { ok: ended.success(), out, err }
+        })
+    }
+
+    /// The JSON that it prints.
+    fn json(&self, args: &[&str], settings: &[(&str, &str)]) -> Value {
+        let said = self.run(args, settings);
+        assert!(said.ok, "{args:?}: {}{}", said.out, said.err);
+        serde_json::from_str(&said.out).unwrap()
+    }
+}
+
+fn data(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+const FAST: (&str, &str) = ("DRIVER_SPEED", "20");
+
+/// `bench throughput` with dummy weights, and what it says of itself.
+fn bench(place: &Place, layers: usize, stages: &str, load: [usize; 3], settings: &[(&str, &str)]) -> Value {
+    let [requests, input, output] = load.map(|n| n.to_string());
+    let model = place.model(layers);
+    let mut args = vec!["bench", "throughput", "--model", &model, "--weights", "dummy", "--repeat", "1"];
+    args.extend([
+        "--stages",
+        stages,
+        "--requests",
+        &requests,
+        "--input-len",
+        &input,
+        "--output-len",
+        &output,
+    ]);
+    args.extend(["--format", "json"]);
+    place.json(&args, settings)
+}
+
+#[test]
+fn gpus_are_listed_and_their_absence_is_said() {
+    let place = Place::new();
+    let found = place.json(&["devices", "--no-measure", "--format", "json"], &[("DRIVER_GPUS", "3")]);
+    let gpus = found["gpus"].as_array().unwrap();
+    assert_eq!(gpus.len(), 3, "{found}");
+    assert!(gpus.iter().all(|gpu| gpu["arch"] == "sm_90a"), "{found}");
+    let none = place
+        .run(&["--model", &place.model(2), "--weights", "dummy", "--prompt", "x"], &[("DRIVER_GPUS", "0")]);
+    assert!(!none.ok && none.err.contains("the driver sees no GPU"), "{}", none.err);
+}
+
+/// Prompts beside single steps, with far more launches than a stream takes: whoever brings more waits, and keeps a lock that
+/// all others need, for as long as another GPU takes. Nobody may wait for what comes after that.
+#[test]
+fn full_launch_queues_hold_nobody_up_for_ever() {
+    let place = Place::new();
+    for (stages, queue, lock) in [("4", "40", "process"), ("2", "100", "gpu")] {
+        let settings = [FAST, ("DRIVER_QUEUE", queue), ("DRIVER_LOCK", lock)];
+        let said = bench(&place, 16, stages, [96, 300, 24], &settings);
+        assert_eq!(said["kv_tokens"].as_u64().unwrap(), 96 * 336, "{said}");
+        let rows: u64 = said["stages"][0]["rows"].as_u64().unwrap();
+        // The last token of each is not fed again.
+        assert_eq!(rows, 96 * (300 + 24 - 1), "{said}");
+        assert_eq!(said["dropped_measurements"], 0);
+    }
+}
+
+/// Several stages on a GPU, and a stage on the processor beside GPUs.
+#[test]
+fn layouts_of_all_kinds_come_to_their_end() {
+    let place = Place::new();
+    let model = data("chat-llama");
+    let model = model.to_str().unwrap();
+    for layout in [
+        "0@cuda:0,1@cuda:0,2@cuda:1,3@cuda:1",
+        "0@cuda:0,1@cpu,2-3@cuda:1",
+        "0-1@cpu,2-3@cuda:0",
+        "0-3@cuda:3",
+    ] {
+        let args =
+            ["--model", model, "--layout", layout, "--prompt", "a b c", "--max-tokens", "40", "--ignore-eos"];
+        let said = place.run(&args, &[FAST]);
+        assert!(said.ok, "{layout}: {}", said.err);
+    }
+}
+
+/// A vision tower on other GPUs than the layers, on the processor, and the other way round.
+#[test]
+fn images_come_to_wherever_the_layers_are() {
+    let place = Place::new();
+    let [model, image] =
+        [data("qwen2_5_vl"), data("vision/odd.png")].map(|path| path.to_str().unwrap().to_owned());
+    for layout in
+        ["v0@cuda:0,v1-2@cuda:1,0@cuda:2,1-2@cuda:0", "vision@cpu,0-2@cuda:0", "vision@cuda:1,0-2@cpu"]
+    {
+        let mut args = vec!["--model", &model, "--layout", layout, "--max-context", "400", "--image", &image];
+        args.extend(["--prompt", "a b c", "--max-tokens", "9", "--ignore-eos"]);
+        let said = place.run(&args, &[FAST]);
+        assert!(said.ok, "{layout}: {}", said.err);
+    }
+}
+
+/// Keys and values go from GPU to GPU while requests run, again and again.
+#[test]
+fn a_layer_moves_while_requests_run() {
+    let place = Place::new();
+    let model = place.model(8);
+    let mut args = vec!["bench", "relayout", "--model", &model, "--weights", "dummy", "--stages", "4"];
+    args.extend(["--to", "0-2@cuda:0,3@cuda:1,4-5@cuda:2,6-7@cuda:3"]);
+    args.extend(["--requests", "24", "--input-len", "100", "--output-len", "900", "--format", "json"]);
+    let said = place.json(&args, &[FAST]);
+    let runs = said["runs"].as_array().unwrap();
+    let moved = runs.iter().filter(|run| run["relayout"]["kv_bytes"].as_u64().is_some_and(|bytes| bytes > 0));
+    assert!(moved.count() > 1 && runs.iter().all(|run| run["requests_different"] == 0), "{said}");
+}
+
+#[test]
+fn what_does_not_fit_is_one_line_with_what_there_is() {
+    let place = Place::new();
+    let model = place.model(16);
+    let args = ["--model", &model, "--weights", "dummy", "--stages", "2", "--prompt", "x"];
+    let said = place.run(&args, &[FAST, ("DRIVER_GIB", "5")]);
+    assert!(
+        !said.ok && said.err.lines().count() == 1 && said.err.contains("there is room for"),
+        "{}",
+        said.err
+    );
+}
+
+/// A GPU that is lost, at different moments: the others wait for it for ever, and nobody for them.
+#[test]
+fn a_lost_gpu_ends_what_runs_with_its_name() {
+    let place = Place::new();
+    let model = place.model(8);
+    for fails in ["1:10", "1:30", "0:1500", "2:2500"] {
+        let mut args = vec!["bench", "throughput", "--model", &model, "--weights", "dummy", "--repeat", "1"];
+        args.extend(["--stages", "3", "--requests", "64", "--input-len", "200", "--output-len", "60"]);
+        let said = place.run(&args, &[FAST, ("DRIVER_FAILS", fails)]);
+        let gpu = format!("cuda:{}", &fails[..1]);
+        assert!(
+            !said.ok && said.err.contains(&gpu) && said.err.contains("launch failure"),
+            "{fails}: {}",
+            said.err
+        );
+    }
+}
