@@ -214,6 +214,32 @@ fn what_does_not_fit_is_one_line_with_what_there_is() {
     );
 }
 
+/// Stages want the same kernels at the same time; what is on the disk is used again, unless it is damaged.
+#[test]
+fn a_kernel_is_compiled_once_whoever_wants_it() {
+    let place = Place::new();
+    let model = data("chat-llama");
+    let args = ["--model", model.to_str().unwrap(), "--stages", "4", "--prompt", "a", "--max-tokens", "2"];
+    let compiled = || {
+        let said = place.run(&args, &[FAST, ("RUST_LOG", "pipeline_infer=debug")]);
+        assert!(said.ok, "{}", said.err);
+        let lines = said.err.lines().filter_map(|line| line.split_once(" compiled "));
+        let mut all: Vec<String> =
+            lines.map(|(_, what)| what.split(" ms=").next().unwrap().to_owned()).collect();
+        all.sort();
+        all
+    };
+    let first = compiled();
+    assert!(first.len() > 10 && first.windows(2).all(|pair| pair[0] != pair[1]), "{first:#?}");
+    assert_eq!(compiled(), Vec::<String>::new());
+    let folder = place.folder.path().join("pipeline-infer");
+    let rope = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let rope = rope.into_iter().find(|path| path.to_str().unwrap().contains("rope.cu")).unwrap();
+    std::fs::write(&rope, &std::fs::read(&rope).unwrap()[..100]).unwrap();
+    let again = compiled();
+    assert!(again.len() == 1 && again[0].contains("rope.cu"), "{again:?}");
+}
+
 /// A GPU that is lost, at different moments: the others wait for it for ever, and nobody for them.
 #[test]
 fn a_lost_gpu_ends_what_runs_with_its_name() {

@@ -3,7 +3,7 @@
 
 use super::{
     Batch, Buf, Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Kv, Loading, Module, Stream, batch::BatchView,
-    launch::args, memory::DeviceBuf,
+    joined, launch::args, memory::DeviceBuf,
 };
 use crate::{
     backend::{AttentionShape, DType},
@@ -164,11 +164,14 @@ fn decode_ring(facts: &DeviceFacts, head_dim: usize, head_tiles: usize) -> Optio
 
 impl Fast {
     fn load(load: &Loading, tokens: usize) -> Result<Fast> {
-        let head_dim = load.of.head_dim;
-        let prefill = Prefill::load(load, tokens)?;
         // Two tiles of long heads would not fit into the registers: larger groups are taken in several goes.
-        let head_tiles = if head_dim <= 128 { 1..=2 } else { 1..=1 };
-        let decode = head_tiles.map(|tiles| Decode::load(load, tiles)).collect::<Result<_>>()?;
+        let head_tiles = if load.of.head_dim <= 128 { 1..=2 } else { 1..=1 };
+        let (prefill, decode) = std::thread::scope(|scope| {
+            let decode: Vec<_> =
+                head_tiles.map(|tiles| scope.spawn(move || Decode::load(load, tiles))).collect();
+            (Prefill::load(load, tokens), decode.into_iter().map(joined).collect::<Result<_>>())
+        });
+        let (prefill, decode) = (prefill?, decode?);
         Ok(Fast { prefill, decode })
     }
 }
@@ -176,12 +179,16 @@ impl Fast {
 impl Prefill {
     fn load(load: &Loading, tokens: usize) -> Result<Prefill> {
         let head_dim = load.of.head_dim;
-        let kernel = Prefill::module(load, tokens)?.kernel("attention_prefill")?;
-        let shared = prefill_shared(head_dim, tokens);
-        kernel.allow_shared(shared)?;
         // A warp has 32 rows, or 16 where a head is long.
         let threads = if head_dim <= 128 { PREFILL_ROWS } else { 2 * PREFILL_ROWS } as u32;
-        let (wide, shares) = (Wide::load(load)?, Shares::load(load, threads)?);
+        let (module, wide, shares) = std::thread::scope(|scope| {
+            let wide = scope.spawn(|| Wide::load(load));
+            let shares = scope.spawn(|| Shares::load(load, threads));
+            (Prefill::module(load, tokens), joined(wide), joined(shares))
+        });
+        let (kernel, wide, shares) = (module?.kernel("attention_prefill")?, wide?, shares?);
+        let shared = prefill_shared(head_dim, tokens);
+        kernel.allow_shared(shared)?;
         Ok(Prefill { kernel, threads, shared, wide, shares })
     }
 

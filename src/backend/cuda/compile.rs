@@ -5,10 +5,14 @@
 #![allow(unsafe_code)]
 
 use std::{
+    collections::BTreeMap,
     ffi::{CString, c_char},
     fs,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use cudarc::nvrtc::sys;
@@ -65,7 +69,14 @@ pub(super) fn cubin(file: &'static str, defines: &[(&str, u32)], arch: &str) -> 
     options.extend(defines.iter().map(|(name, value)| format!("-D{name}={value}")));
     let key = key(source, &options);
     let cached = cache_folder().map(|folder| folder.join(format!("{file}-{arch}-{key:032x}.cubin")));
-    if let Some(found) = cached.as_deref().and_then(|path| read_entry(path, key)) {
+    let find = || cached.as_deref().and_then(|path| read_entry(path, key));
+    if let Some(found) = find() {
+        return Ok(found);
+    }
+    // Stages want the same files at the same time: the first one compiles, and the others find it.
+    let turn = turn(key);
+    let _alone = turn.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(found) = find() {
         return Ok(found);
     }
     let start = std::time::Instant::now();
@@ -77,6 +88,12 @@ pub(super) fn cubin(file: &'static str, defines: &[(&str, u32)], arch: &str) -> 
         tracing::debug!(path = %path.display(), %error, "compiled code is not kept");
     }
     Ok(compiled)
+}
+
+/// Is held by whoever compiles what has this key.
+fn turn(key: u128) -> Arc<Mutex<()>> {
+    static TURNS: Mutex<BTreeMap<u128, Arc<Mutex<()>>>> = Mutex::new(BTreeMap::new());
+    TURNS.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().clone()
 }
 
 /// Where things are kept that can be made again; `None` if the environment names no place.

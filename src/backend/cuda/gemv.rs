@@ -1,7 +1,7 @@
 //! Matrix products for up to eight rows, with what is around them: kernels/gemv.cu, and kernels/gemv_any.cu for what
 //! that one cannot take.
 //!
-//! Variants are compiled when they are first used: a model needs few of them. That is never while a pass is recorded,
+//! Variants are compiled when one of their kind is first used: a model needs few of them. That is never while a pass is recorded,
 //! since a pass is recorded only after it has run.
 #![allow(unsafe_code)]
 
@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::{Buf, Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Loading, Matrix, launch::args};
+use super::{Buf, Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Loading, Matrix, joined, launch::args};
 use crate::{
     backend::{DType, Norm},
     error::Result,
@@ -243,18 +243,26 @@ impl Compiled {
 }
 
 impl Kernels {
-    pub(super) fn load(load: &Loading) -> Result<Kernels> {
-        Ok(Kernels { load: load.clone(), compiled: Mutex::default() })
+    pub(super) fn load(load: &Loading) -> Kernels {
+        Kernels { load: load.clone(), compiled: Mutex::default() }
     }
 
+    /// A variant. Whoever needs the first one of its kind will soon need the others, for other numbers of rows: they are compiled
+    /// side by side.
     fn compiled(&self, variant: Variant) -> Result<Arc<Compiled>> {
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = compiled.get(&variant) {
             return Ok(found.clone());
         }
-        let made = Arc::new(self.compile(variant)?);
-        compiled.insert(variant, made.clone());
-        Ok(made)
+        let rows: &[u32] = if variant.piece.is_some() { &[1, 2, 4, 8] } else { &[1, 8] };
+        std::thread::scope(|scope| {
+            let compile = |&rows| (rows, scope.spawn(move || self.compile(Variant { rows, ..variant })));
+            let all: Vec<_> = rows.iter().map(compile).collect();
+            for (rows, made) in all {
+                compiled.insert(Variant { rows, ..variant }, Arc::new(joined(made)?));
+            }
+            Ok(compiled[&variant].clone())
+        })
     }
 
     fn compile(&self, Variant { rows, piece }: Variant) -> Result<Compiled> {

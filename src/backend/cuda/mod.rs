@@ -38,9 +38,12 @@ mod tokens;
 mod tune;
 mod warm_up;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
+    thread::ScopedJoinHandle,
 };
 
 pub use account::{
@@ -113,6 +116,32 @@ struct Kernels {
     sample: sample::Kernels,
 }
 
+impl Kernels {
+    /// Side by side, where it takes long: NVRTC needs a second for some files, if they have not been compiled before.
+    fn load(load: &Loading) -> Result<Kernels> {
+        std::thread::scope(|scope| {
+            let attention = scope.spawn(|| attention::Kernels::load(load));
+            let sample = scope.spawn(|| sample::Kernels::load(load));
+            Ok(Kernels {
+                act: act::Kernels::load(load)?,
+                copy: copy::Kernels::load(load)?,
+                dummy: dummy::Kernels::load(load)?,
+                embed: embed::Kernels::load(load)?,
+                gemv: gemv::Kernels::load(load),
+                norm: norm::Kernels::load(load)?,
+                rope: rope::Kernels::load(load)?,
+                attention: joined(attention)?,
+                sample: joined(sample)?,
+            })
+        })
+    }
+}
+
+/// What a thread has come to.
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
 /// What the backends of a pipeline have in common.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PipelineFacts {
@@ -157,18 +186,7 @@ impl Cuda {
         let of = shared.of;
         let context = Context::of(ordinal)?;
         let facts = &devices()?[ordinal];
-        let load = Loading { context, facts, of };
-        let kernels = Kernels {
-            act: act::Kernels::load(&load)?,
-            attention: attention::Kernels::load(&load)?,
-            copy: copy::Kernels::load(&load)?,
-            dummy: dummy::Kernels::load(&load)?,
-            embed: embed::Kernels::load(&load)?,
-            gemv: gemv::Kernels::load(&load)?,
-            norm: norm::Kernels::load(&load)?,
-            rope: rope::Kernels::load(&load)?,
-            sample: sample::Kernels::load(&load)?,
-        };
+        let kernels = Kernels::load(&Loading { context, facts, of })?;
         let blas = Blas::new(context, facts)?;
         let taken = kernels.attention.scratch_bytes() + blas.workspace_bytes();
         let stream = Arc::new(Stream::new(context)?);

@@ -1,4 +1,4 @@
-//! NVRTC: code is the source, with its length before it.
+//! NVRTC: code is the source, with its length before it. What the real NVRTC makes is taken too.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -6,27 +6,30 @@ use crate::state::{SUCCESS, Status, put};
 
 const MAGIC: &[u8; 8] = b"NOTCODE1";
 
-/// What a compiled file holds.
-pub struct Code(String);
+/// What a compiled file holds; nothing is known of real code.
+pub struct Code(Option<String>);
 
 impl Code {
-    /// SAFETY: `at` is where bytes begin that this compiler has written.
+    /// SAFETY: `at` is where bytes begin that this compiler has written, or another one.
     pub unsafe fn read(at: *const u8) -> Option<Code> {
         // SAFETY: the caller's.
         let head = unsafe { std::slice::from_raw_parts(at, 16) };
+        if head.starts_with(b"\x7fELF") {
+            return Some(Code(None));
+        }
         if &head[..8] != MAGIC {
             return None;
         }
         let len = u64::from_le_bytes(head[8..].try_into().ok()?) as usize;
         // SAFETY: the caller's.
         let text = unsafe { std::slice::from_raw_parts(at.add(16), len) };
-        String::from_utf8(text.to_vec()).ok().map(Code)
+        String::from_utf8(text.to_vec()).ok().map(|text| Code(Some(text)))
     }
 
     /// Whether it has such a kernel: by its name, or as a part of the names that a macro makes.
     pub fn has(&self, name: &str) -> bool {
         let stem = name.split('_').next().unwrap_or(name);
-        self.0.contains(name) || self.0.contains(stem)
+        self.0.as_ref().is_none_or(|text| text.contains(name) || text.contains(stem))
     }
 }
 
