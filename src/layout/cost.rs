@@ -65,12 +65,13 @@ impl Costs<'_> {
         roofline(self.device, self.dtype, &padded(self.device, unit.work(self.spec, self.dtype, pass)))
     }
 
-    /// Seconds of a unit of the vision tower in a pass, predicted. 0 for a model without one.
+    /// Seconds of a unit of the vision tower in a pass. 0 for a model without one.
     pub fn vision(&self, unit: VisionUnit, pass: VisionPass) -> f64 {
         let Some(tower) = &self.spec.vision else { return 0.0 };
         let mut work = unit.work(tower, self.dtype, pass);
         work.attention.flops /= TOWER_ATTENTION;
-        roofline(self.device, self.dtype, &work)
+        let factor = self.profile.map_or(1.0, |profile| profile.tower_factor(self, pass));
+        roofline(self.device, self.dtype, &work) * factor
     }
 
     /// Seconds of a pass, beside its units.
