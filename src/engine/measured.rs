@@ -73,7 +73,11 @@ impl Engine {
             let older = device.and_then(|device| Profile::open(&folder, spec, dtype, device));
             profile.store(&folder, older.as_ref())
         };
-        Profile::of_run(spec, dtype, &self.layout(), &stages, &measured.times()).iter().map(keep).collect()
+        let layout = self.layout();
+        let profiles = Profile::of_run(spec, dtype, &layout, &stages, &measured.times());
+        let tower = measured.vision_times();
+        let profiles = Profile::with_tower(profiles, (spec, dtype), (&layout, devices), &tower);
+        profiles.iter().map(keep).collect()
     }
 
     /// Begins to gather what the stages' passes take.

@@ -1,5 +1,7 @@
 //! What units took where they ran: kept on disk for a model's shape, a device and a type, and believed before predictions.
 
+mod tower;
+
 use std::{
     fs::{self, File},
     io::{self, Read},
@@ -9,6 +11,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+pub use self::tower::TowerPoint;
 use super::{Device, DeviceSpec, Layout, StageTime, cost::Costs, measured::size};
 use crate::{
     backend::{DType, cuda},
@@ -72,6 +75,9 @@ pub struct Profile {
     pub dtype: String,
     /// What was measured.
     pub points: Vec<Point>,
+    /// The same of vision towers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tower: Vec<TowerPoint>,
 }
 
 /// A measured time.
@@ -143,7 +149,11 @@ impl Profile {
         let old = older.into_iter().flat_map(|older| &older.points);
         points.extend(old.filter(|old| self.points.iter().all(|new| kind(new) != kind(old))));
         points.truncate(POINTS_MAX);
-        let text = serde_json::to_vec_pretty(&Profile { points, ..self.clone() });
+        let mut tower = self.tower.clone();
+        let old = older.into_iter().flat_map(|older| &older.tower);
+        tower.extend(old.filter(|old| !self.tower.iter().any(|new| new.is_of_kind(old))).cloned());
+        tower.truncate(POINTS_MAX);
+        let text = serde_json::to_vec_pretty(&Profile { points, tower, ..self.clone() });
         let text = text.expect("plain data becomes JSON; this is a bug");
         cuda::write_aside(&path, &text).map_err(|e| Error::io(&path, e))?;
         Ok(path)
@@ -154,7 +164,8 @@ impl Profile {
             let (rows, outputs) = (p.pass.rows(), p.pass.outputs());
             SECONDS.contains(&p.seconds) && (1..=ROWS_MAX).contains(&rows) && outputs <= rows
         };
-        self.points.len() <= POINTS_MAX && self.points.iter().all(usable)
+        let points = self.points.len() <= POINTS_MAX && self.points.iter().all(usable);
+        points && self.tower.len() <= POINTS_MAX && self.tower.iter().all(TowerPoint::is_usable)
     }
 
     /// What a run's stage times say about units: a profile for each kind of device. `devices` are the stages', in order.
@@ -190,9 +201,8 @@ impl Profile {
             let points: Vec<Point> =
                 passes.iter().flat_map(|&pass| points(&costs, (layout, devices), &own, pass)).collect();
             let (shape, device) = (shape_of(spec), device.name.clone());
-            let profile =
-                Profile { version: VERSION.clone(), shape, device, dtype: dtype.name().into(), points };
-            profiles.push(profile);
+            let (version, dtype, tower) = (VERSION.clone(), dtype.name().into(), Vec::new());
+            profiles.push(Profile { version, shape, device, dtype, points, tower });
         }
         profiles.retain(|profile| !profile.points.is_empty());
         profiles
@@ -368,7 +378,7 @@ mod tests {
     fn profile(points: Vec<Point>) -> Profile {
         let [version, shape, device, dtype] =
             [VERSION.clone(), shape_of(&spec()), "h200-141g".into(), "bf16".into()];
-        Profile { version, shape, device, dtype, points }
+        Profile { version, shape, device, dtype, points, tower: Vec::new() }
     }
 
     const POINT: Point =

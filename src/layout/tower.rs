@@ -226,7 +226,7 @@ impl Pipeline<'_> {
 }
 
 /// Bytes that leave such a run: rows, or the tokens that they have become.
-fn leaving(tower: &VisionSpec, blocks: &Range<usize>, pass: VisionPass) -> f64 {
+pub(super) fn leaving(tower: &VisionSpec, blocks: &Range<usize>, pass: VisionPass) -> f64 {
     let numbers = match blocks.end == tower.full.len() {
         true => pass.rows / tower.cell_rows() * tower.out,
         false => pass.rows * tower.dim,

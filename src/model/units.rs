@@ -60,6 +60,17 @@ pub struct Demand {
     pub flops: f64,
 }
 
+/// Attention of several rows of a sequence at once, which multiplies rather than reads.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Prompts {
+    /// Rows.
+    pub rows: usize,
+    /// Pairs of a row and a token that it attends to.
+    pub pairs: f64,
+    /// Multiplications and additions of a pair.
+    pub flops: f64,
+}
+
 /// What a unit does in a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Work {
@@ -67,8 +78,10 @@ pub struct Work {
     pub rows: usize,
     /// Its matrix products.
     pub products: Demand,
-    /// Attention to cached keys and values.
+    /// Attention to cached keys and values, of rows that are alone in their sequences.
     pub attention: Demand,
+    /// The same of rows of prompts, and all that is not cached.
+    pub prompts: Prompts,
     /// Bytes that everything else reads and writes: norms, rotations, activations, logits.
     pub other_bytes: f64,
     /// Kernels whose start nothing hides.
@@ -77,7 +90,11 @@ pub struct Work {
 
 /// Up to so many rows, products are made by kernels of which each starts while the one before it runs, and which make the
 /// norms and sums beside them.
-const FEW_ROWS: usize = 8;
+pub const FEW_ROWS: usize = 8;
+/// A layer's kernels with more rows; and those of attention to prompts beside them, which is two, in passes that are not
+/// recorded.
+const KERNELS: usize = 7;
+const PROMPT_KERNELS: usize = 3;
 
 /// The units of a stage with these layers, in order.
 ///
@@ -147,6 +164,26 @@ impl Pass {
                 grown + full
             }
             Pass::Batch(shape) => (shape.attended as f64).min(shape.rows as f64 * window as f64),
+        }
+    }
+
+    /// Rows of prompts.
+    pub fn prompt_rows(self) -> usize {
+        match self {
+            Pass::Decode { .. } => 0,
+            Pass::Chunk { rows, .. } => rows,
+            // A prompt's last row has logits as well: one of thousands.
+            Pass::Batch(shape) if shape.read > 0 => (shape.rows - shape.outputs.min(shape.rows)).max(1),
+            Pass::Batch(shape) => shape.rows,
+        }
+    }
+
+    /// Of the pairs, those of rows that are alone in their sequences.
+    fn attended_alone(self, window: Option<usize>) -> f64 {
+        match self {
+            Pass::Decode { .. } => self.attended(window),
+            Pass::Chunk { .. } => 0.0,
+            Pass::Batch(shape) => (shape.read as f64).min(self.attended(window)),
         }
     }
 
@@ -224,6 +261,8 @@ impl Unit {
                 Work { other_bytes: (pass.rows() * row) as f64, kernels: 1, ..Work::default() }
             }
             Unit::Layer(i) => layer_work(spec, dtype, pass, spec.layers[i].window),
+            // Nobody wants logits.
+            Unit::Head if pass.outputs() == 0 => Work::default(),
             Unit::Head => {
                 let (rows, numbers) = (pass.outputs(), (spec.vocab * spec.dim) as f64);
                 let weights = self.weight_bytes(spec, dtype) as f64;
@@ -248,12 +287,19 @@ fn layer_work(spec: &ModelSpec, dtype: DType, pass: Pass, window: Option<usize>)
     let kv = pass.cached(window) * spec.kv_bytes_per_token(dtype) as f64;
     // Two norms from wide rows to narrow ones; the rotation in place; gates and ups to one.
     let other = 2 * spec.dim * (wide + dtype.size()) + (2 * heads.qkv_dim() + 3 * spec.ffn) * dtype.size();
+    let (pair, alone) = (4.0 * heads.q_dim() as f64, pass.attended_alone(window));
+    let (prompt_rows, pairs) = (pass.prompt_rows(), pass.attended(window) - alone);
     Work {
         rows,
         products: Demand { bytes: weights, flops: 2.0 * rows as f64 * per_row as f64 },
-        attention: Demand { bytes: kv, flops: 4.0 * pass.attended(window) * heads.q_dim() as f64 },
+        attention: Demand { bytes: kv, flops: alone * pair },
+        prompts: Prompts { rows: prompt_rows, pairs, flops: pair },
         other_bytes: if rows <= FEW_ROWS { 0.0 } else { (rows * other) as f64 },
-        kernels: if rows <= FEW_ROWS { 1 } else { 7 },
+        kernels: match rows {
+            ..=FEW_ROWS => 1,
+            _ if prompt_rows > 0 => KERNELS + PROMPT_KERNELS,
+            _ => KERNELS,
+        },
     }
 }
 

@@ -17,7 +17,8 @@ const WORK: [&str; 8] =
 #[test]
 fn images_are_prepared_encoded_and_counted() {
     let flags = ["--images", "2", "--layout", "v0-1,v2,0-1,2", "--format", "json"];
-    let figures = json(&throughput(&[&WORK[..], &flags].concat()));
+    let limits = ["--limits", "cpu:mem=8g,bw=10g,bf16=100g"];
+    let figures = json(&throughput(&[&WORK[..], &flags, &limits].concat()));
     let number = |value: &Value| value.as_f64().unwrap();
     let (workload, images) = (&figures["workload"]["images"], &figures["images"]);
     // 100x60 becomes 112x56, patches of 14 pixels in fours.
@@ -37,7 +38,14 @@ fn images_are_prepared_encoded_and_counted() {
             (0.0..1.0).contains(&number(&stage["busy"])) && number(&stage["ms_per_image"]) > 0.0,
             "{stage}"
         );
+        assert!(number(&stage["of_limits"]["matmul"]) > 0.0, "{stage}");
     }
+    // One device, whose time is all stages', of which the tower has its part.
+    let shares = |stages: &Value| -> f64 {
+        stages.as_array().unwrap().iter().map(|stage| number(&stage["of_limits"]["roofline"])).sum()
+    };
+    let (tower, layers) = (shares(&images["stages"]), shares(&figures["stages"]));
+    assert!((number(&figures["limit_share"]) / (tower + layers) - 1.0).abs() < 1e-9, "{tower} {layers}");
     assert!(number(&images["prepare_ms"]) > 0.0 && number(&images["tower_images_per_s"]) > 0.0, "{images}");
     let text = good(&throughput(&[&WORK[..], &["--images", "1", "--prepared"]].concat()));
     for start in ["images/s ", "vision  device", "images encoded", "preparing, images/s"] {

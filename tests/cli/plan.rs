@@ -13,8 +13,11 @@ fn described_devices_are_planned_for() {
     assert_eq!(stderr(&output), "");
     for start in [
         "7b: 28 layers, bf16; 4 devices, predicted",
+        "256 requests at once of 512 prompt and 256 new tokens",
         "stage  device",
         "0      cuda:0  h200-141g   embed, 0-",
+        "stage   1 row  32 rows  256 rows  chunk of 2048",
+        "3      ",
         "layout  ",
         "KV tokens  ",
         "bubble of the slowest  ",
@@ -24,7 +27,7 @@ fn described_devices_are_planned_for() {
         assert!(text.lines().any(|line| line.starts_with(start)), "{start}\n{text}");
     }
     assert!(text.is_ascii() && !text.contains('\x1b'), "what is no terminal gets ASCII without colours");
-    assert!(text.lines().all(|line| line.len() <= 120 && line == line.trim_end()), "{text}");
+    assert!(text.lines().all(|line| line.len() <= 80 && line == line.trim_end()), "{text}");
 }
 
 #[test]
@@ -116,6 +119,9 @@ fn the_tower_of_a_model_that_reads_images_is_planned_with_the_layers() {
         assert!(text.lines().any(|line| line.starts_with(start)), "{start}\n{text}");
     }
     assert!(text.contains("  patches, v0-") && text.contains(", merger  "), "{text}");
+    // A layout is one word, to be passed on.
+    let wide = |line: &&str| line.len() > 80 && !line.starts_with("layout  ");
+    assert_eq!(text.lines().find(wide), None);
     let told = error(&plan(&["--model", "7b", "--devices", "l4", "--images", "1"]), 2);
     assert!(told.contains("--images: the model reads no images"), "{told}");
     let told = error(&plan(&["--model", "vl-7b", "--devices", "l4", "--image-size", "9000x9"]), 2);

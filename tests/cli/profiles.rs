@@ -109,12 +109,12 @@ fn plans_believe_what_is_kept_unless_told_not_to() {
     };
     assert!(slowest(&[]) > 4.0 * slowest(&["--no-profiles"]));
     let text = good(&run_in(cache.path(), &flags));
-    assert!(text.contains("2 devices, predicted from earlier runs;"), "{text}");
+    assert!(text.contains("2 devices, predicted from earlier runs\n"), "{text}");
     let text = good(&run_in(cache.path(), &[&flags[..], &["--no-profiles"]].concat()));
-    assert!(text.contains("2 devices, predicted from device data;"), "{text}");
+    assert!(text.contains("2 devices, predicted from device data\n"), "{text}");
     // One that is described as slower than its name says has no profile.
     let slow = [&flags[..4], &["2xl4:bw=100g", "--stages", "2"]].concat();
-    assert!(good(&run_in(cache.path(), &slow)).contains("predicted from device data;"));
+    assert!(good(&run_in(cache.path(), &slow)).contains("predicted from device data\n"));
 }
 
 #[test]

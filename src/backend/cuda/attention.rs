@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Rows of a tile of a sequence of several rows: `BLOCK_M` in attention_prefill.cu.
-pub(super) const PREFILL_ROWS: usize = 128;
+pub const PREFILL_ROWS: usize = 128;
 
 /// The largest head.
 const HEAD_DIM_MAX: usize = 256;

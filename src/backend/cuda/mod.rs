@@ -50,6 +50,7 @@ pub use account::{
     StageNeeds, allocated, cutter_bytes, free_bytes, kv_waste, row_width, rows_room, stage_bytes,
     tower_bytes, view_bytes,
 };
+pub use attention::PREFILL_ROWS;
 pub use batch::Batch;
 pub use compile::{cache_folder, kernels_key, write_aside};
 pub use driver::{DeviceFacts, devices, driver_present};
@@ -319,7 +320,7 @@ impl Loading {
 }
 
 /// Rows that ops go over for so many: few different numbers, since algorithms are chosen and passes recorded for each.
-fn pad_rows(rows: usize) -> usize {
+pub fn pad_rows(rows: usize) -> usize {
     let step = match rows {
         0..=2 => 1,
         3..=8 => 4,

@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::{
     goodput::{Goodput, Limit, per_token_ms},
     late::LatePrompt,
-    limits::{self, Done},
+    limits::{self, AllDone},
     phases::Phase,
     record::{Gap, Queues, Record},
     results::Point,
@@ -178,6 +178,9 @@ impl Figures {
         let workload = subject.workload.clone();
         let requests = workload.requests as usize;
         let done = done(runs);
+        let images = workload.images.map_or(0, |images| images.per_request as usize);
+        let least_s = session.demands.least_s(&done, (requests, images));
+        let limits = |i| session.demands.vision_shares(i, &done, totals.seconds);
         Figures {
             bench: subject.bench,
             id: id(subject, &engine.layout()),
@@ -191,7 +194,7 @@ impl Figures {
             prompt_tokens_per_s: Rate::of(totals.input, runs),
             total_tokens_per_s: Rate::of(totals.input + totals.output, runs),
             requests_per_s: Rate::of(totals.requests, runs),
-            images: workload.images.map(|of| ImageFigures::of(&of, workload.requests, measured)),
+            images: workload.images.map(|of| ImageFigures::of(&of, workload.requests, (measured, &limits))),
             goodput: Goodput::of(subject.good, usages(), totals.seconds),
             ttft_ms: some(usages().map(|usage| 1e3 * usage.first_token_s)),
             tpot_ms: Spread::of(usages().filter_map(per_token_ms)),
@@ -201,7 +204,7 @@ impl Figures {
             gap_max_over_median: itl_ms.map(|spread| spread.max / spread.median),
             late_prompt: workload.then_input_len.map(|input_len| late_prompt(input_len, runs)),
             pipeline: Pipeline::of(runs, after.stages.len(), decodes),
-            limit_share: session.demands.least_s(&done, requests).map(|least| least / totals.seconds),
+            limit_share: least_s.map(|least| least / totals.seconds),
             kv_use: KvUse::of(runs),
             energy: Energy::of(runs, &totals),
             host_cpu: HostCpu::of(runs, totals.seconds),
@@ -268,16 +271,13 @@ fn devices(engine: &Engine) -> Vec<Named> {
 }
 
 /// What each stage had to do in all runs.
-fn done(runs: &[Run]) -> Vec<Done> {
-    let mut sums: Vec<Done> = Vec::new();
-    for run in runs {
-        sums.resize(run.record.done.len().max(sums.len()), Done::default());
-        run.record.done.iter().zip(&mut sums).for_each(|(done, sum)| *sum += *done);
-    }
+fn done(runs: &[Run]) -> AllDone {
+    let mut sums = AllDone::default();
+    runs.iter().for_each(|run| sums += &run.record.done);
     sums
 }
 
-fn stages(session: &Session, measured: &Measured, done: &[Done], seconds: f64) -> Vec<StageFigures> {
+fn stages(session: &Session, measured: &Measured, done: &AllDone, seconds: f64) -> Vec<StageFigures> {
     let cores = HostCpu::of(&measured.runs, seconds).threads;
     let stage = |(i, (was, is)): (usize, (&StageStats, &StageStats))| StageFigures {
         device: is.device.clone(),
@@ -289,7 +289,7 @@ fn stages(session: &Session, measured: &Measured, done: &[Done], seconds: f64) -
         shares: Shares::between(&was.times, &is.times).unwrap_or_default(),
         batches: is.times.batches - was.times.batches,
         rows: is.times.rows - was.times.rows,
-        of_limits: done.get(i).and_then(|done| session.demands.shares(i, done, seconds)),
+        of_limits: session.demands.shares(i, done, seconds),
         host_cores: cores.get(&format!("stage {i}")).copied(),
     };
     measured.before.stages.iter().zip(&measured.after.stages).enumerate().map(stage).collect()

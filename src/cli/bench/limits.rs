@@ -1,5 +1,7 @@
 //! What devices allow: the bytes that passes must move and the operations that they must do, at the devices' rates.
 
+use std::{ops::Range, sync::Arc};
+
 use serde::Serialize;
 
 use crate::{
@@ -11,6 +13,7 @@ use crate::{
     model::{
         spec::ModelSpec,
         units::{Pass, Unit, units_of},
+        vision::{VisionPass, VisionSpec, vision_units},
     },
 };
 
@@ -18,6 +21,19 @@ use crate::{
 #[derive(Debug, Clone, Default)]
 pub(super) struct Demands {
     stages: Vec<Demand>,
+    /// Of the vision tower.
+    vision: Vec<VisionDemand>,
+}
+
+/// What a stage of the vision tower has to do.
+#[derive(Debug, Clone)]
+struct VisionDemand {
+    /// Where it runs.
+    device: Option<DeviceSpec>,
+    dtype_rate: f64,
+    dtype: DType,
+    tower: Arc<VisionSpec>,
+    blocks: Range<usize>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -54,6 +70,14 @@ pub(super) struct Done {
     pub(super) least_s: f64,
 }
 
+/// The same of all stages.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) struct AllDone {
+    pub(super) stages: Vec<Done>,
+    /// Of the vision tower.
+    pub(super) vision: Vec<Done>,
+}
+
 /// Shares of what devices allow, in a time.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(super) struct Shares {
@@ -68,53 +92,128 @@ pub(super) struct Shares {
 impl Demands {
     /// Of an engine's stages. `described` are devices as `plan --devices` describes them; else those that are known.
     pub(super) fn of(engine: &Engine, described: Option<&[DeviceSpec]>) -> Result<Demands> {
-        let layout = engine.layout();
+        let (layout, spec, dtype) = (engine.layout(), engine.spec(), engine.dtype());
+        let tower = layout.tower(spec.vision.as_ref().map(|tower| tower.full.len()))?;
+        let devices = layout.stages().iter().map(|stage| stage.device);
         let known = match described {
             Some(described) => described.to_vec(),
-            None if layout.stages().iter().all(|stage| stage.device == Device::Cpu) => Vec::new(),
+            None if devices.chain(tower.iter().map(|(device, _)| *device)).all(|d| d == Device::Cpu) => {
+                Vec::new()
+            }
             None => crate::engine::gpus()?,
         };
-        let demand = |stage: &crate::layout::Stage| {
-            let device = known.iter().find(|spec| spec.device == stage.device).cloned();
-            Demand::of(engine.spec(), engine.dtype(), &stage.layers, device)
+        let on = |device: Device| known.iter().find(|spec| spec.device == device).cloned();
+        let stages = layout.stages().iter();
+        let vision = tower.into_iter().zip(spec.vision.iter().cycle());
+        let of_tower = |((device, blocks), tower): ((Device, Range<usize>), &Arc<VisionSpec>)| {
+            VisionDemand::of(tower, dtype, blocks, on(device))
         };
-        Ok(Demands { stages: layout.stages().iter().map(demand).collect() })
+        Ok(Demands {
+            stages: stages.map(|s| Demand::of(spec, dtype, &s.layers, on(s.device))).collect(),
+            vision: vision.map(of_tower).collect(),
+        })
     }
 
     /// Adds a pass to what each stage has done.
-    pub(super) fn add(&self, batch: &MicroBatch, done: &mut Vec<Done>) {
-        done.resize(self.stages.len(), Done::default());
-        for (demand, done) in self.stages.iter().zip(done) {
+    pub(super) fn add(&self, batch: &MicroBatch, done: &mut AllDone) {
+        done.stages.resize(self.stages.len(), Done::default());
+        for (demand, done) in self.stages.iter().zip(&mut done.stages) {
             demand.add(batch, done);
         }
     }
 
+    /// Adds a pass to what a stage of the vision tower has done.
+    pub(super) fn add_vision(&self, stage: usize, pass: VisionPass, done: &mut AllDone) {
+        done.vision.resize(self.vision.len(), Done::default());
+        if let (Some(demand), Some(done)) = (self.vision.get(stage), done.vision.get_mut(stage)) {
+            demand.add(pass, done);
+        }
+    }
+
     /// A stage's shares in so many seconds; none where its device is not known.
-    pub(super) fn shares(&self, stage: usize, done: &Done, seconds: f64) -> Option<Shares> {
+    pub(super) fn shares(&self, stage: usize, done: &AllDone, seconds: f64) -> Option<Shares> {
         let demand = self.stages.get(stage)?;
-        let device = demand.device.as_ref()?;
-        Some(Shares {
-            bandwidth: done.bytes / device.bandwidth / seconds,
-            matmul: done.flops / demand.dtype_rate / seconds,
-            roofline: done.least_s / seconds,
-        })
+        Some(done.stages.get(stage)?.shares(demand.device.as_ref()?, demand.dtype_rate, seconds))
+    }
+
+    /// The same of a stage of the vision tower.
+    pub(super) fn vision_shares(&self, stage: usize, done: &AllDone, seconds: f64) -> Option<Shares> {
+        let demand = self.vision.get(stage)?;
+        Some(done.vision.get(stage)?.shares(demand.device.as_ref()?, demand.dtype_rate, seconds))
     }
 
     /// Seconds that the passes of all stages need at least: those of the slowest device; and no more stages work at once than
-    /// there are requests. None where a device is not known.
-    pub(super) fn least_s(&self, done: &[Done], requests: usize) -> Option<f64> {
+    /// there are requests, or images of theirs (`images` each). None where a device that did something is not known.
+    pub(super) fn least_s(&self, done: &AllDone, (requests, images): (usize, usize)) -> Option<f64> {
         let mut devices: Vec<(Device, f64)> = Vec::new();
-        for (demand, done) in self.stages.iter().zip(done) {
-            let device = demand.device.as_ref()?.device;
+        let mut add = |device: Option<&DeviceSpec>, done: &Done| {
+            let device = device?.device;
             match devices.iter_mut().find(|(of, _)| *of == device) {
                 Some((_, sum)) => *sum += done.least_s,
                 None => devices.push((device, done.least_s)),
             }
+            Some(done.least_s)
+        };
+        let mut layers = 0.0;
+        for (demand, done) in self.stages.iter().zip(&done.stages) {
+            layers += add(demand.device.as_ref(), done)?;
         }
-        let all: f64 = devices.iter().map(|(_, sum)| sum).sum();
+        let mut all = layers;
+        for (demand, done) in self.vision.iter().zip(&done.vision).filter(|(_, done)| done.flops > 0.0) {
+            all += add(demand.device.as_ref(), done)?;
+        }
+        let mut of_layers: Vec<Device> =
+            self.stages.iter().filter_map(|s| Some(s.device.as_ref()?.device)).collect();
+        of_layers.sort_unstable();
+        of_layers.dedup();
         let slowest = devices.iter().map(|(_, sum)| *sum).fold(0.0, f64::max);
-        let at_once = devices.len().min(requests).max(1);
-        (all > 0.0).then(|| slowest.max(all / at_once as f64))
+        let in_turns = |sum: f64, devices: usize, most: usize| sum / devices.min(most).max(1) as f64;
+        let layers = in_turns(layers, of_layers.len(), requests);
+        let all_of_it = in_turns(all, devices.len(), requests * images.max(1));
+        (all > 0.0).then(|| slowest.max(layers).max(all_of_it))
+    }
+}
+
+/// Operations a second; 0 of a device that is not known.
+fn rate_of(device: Option<&DeviceSpec>, dtype: DType) -> f64 {
+    device.map_or(0.0, |device| device.rates.of(dtype))
+}
+
+impl VisionDemand {
+    fn of(
+        tower: &Arc<VisionSpec>,
+        dtype: DType,
+        blocks: Range<usize>,
+        device: Option<DeviceSpec>,
+    ) -> VisionDemand {
+        let dtype_rate = rate_of(device.as_ref(), dtype);
+        VisionDemand { device, dtype_rate, dtype, tower: tower.clone(), blocks }
+    }
+
+    /// Of the weights and the operations; what its rows are is little beside them.
+    fn add(&self, pass: VisionPass, done: &mut Done) {
+        let units = vision_units(&self.tower, &self.blocks);
+        let works = units.into_iter().map(|unit| unit.work(&self.tower, self.dtype, pass));
+        let (bytes, flops) = works.fold((0.0, 0.0), |(bytes, flops), work| {
+            (bytes + work.products.bytes, flops + work.products.flops + work.attention.flops)
+        });
+        done.add(bytes, flops, self.device.as_ref(), self.dtype_rate);
+    }
+}
+
+impl Done {
+    /// A pass on a device, if it is known.
+    fn add(&mut self, bytes: f64, flops: f64, device: Option<&DeviceSpec>, rate: f64) {
+        let least = |device: &DeviceSpec| (bytes / device.bandwidth).max(flops / rate);
+        *self += Done { bytes, flops, least_s: device.map_or(0.0, least) };
+    }
+
+    fn shares(&self, device: &DeviceSpec, rate: f64, seconds: f64) -> Shares {
+        Shares {
+            bandwidth: self.bytes / device.bandwidth / seconds,
+            matmul: self.flops / rate / seconds,
+            roofline: self.least_s / seconds,
+        }
     }
 }
 
@@ -125,7 +224,7 @@ impl Demand {
         layers: &std::ops::Range<usize>,
         device: Option<DeviceSpec>,
     ) -> Demand {
-        let dtype_rate = device.as_ref().map_or(0.0, |device| device.rates.of(dtype));
+        let dtype_rate = rate_of(device.as_ref(), dtype);
         let mut demand = Demand { device, dtype_rate, ..Demand::default() };
         for unit in units_of(spec, layers) {
             let work = unit.work(spec, dtype, Pass::Decode { rows: 1, context: 1 });
@@ -167,11 +266,18 @@ impl Demand {
                 flops += pass.attended(attention.window) * attention.flops;
             }
         }
-        done.bytes += bytes;
-        done.flops += flops;
-        if let Some(device) = &self.device {
-            done.least_s += (bytes / device.bandwidth).max(flops / self.dtype_rate);
-        }
+        done.add(bytes, flops, self.device.as_ref(), self.dtype_rate);
+    }
+}
+
+impl std::ops::AddAssign<&AllDone> for AllDone {
+    fn add_assign(&mut self, more: &AllDone) {
+        let add = |sums: &mut Vec<Done>, more: &[Done]| {
+            sums.resize(more.len().max(sums.len()), Done::default());
+            sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += *more);
+        };
+        add(&mut self.stages, &more.stages);
+        add(&mut self.vision, &more.vision);
     }
 }
 
@@ -188,6 +294,7 @@ mod tests {
     use super::*;
     use crate::{
         batch::{OutputRow, SeqId, SeqRows},
+        grid::Grid,
         model::shapes,
     };
 
@@ -217,36 +324,67 @@ mod tests {
         let stage = |(i, device): (usize, DeviceSpec)| {
             Demand::of(&spec, DType::BF16, &(i * each..(i + 1) * each), Some(device))
         };
-        Demands { stages: devices.into_iter().take(stages).enumerate().map(stage).collect() }
+        Demands {
+            stages: devices.into_iter().take(stages).enumerate().map(stage).collect(),
+            vision: Vec::new(),
+        }
     }
 
     #[test]
     fn one_row_reads_all_weights_and_many_rows_compute() {
         let one = demands(1);
-        let mut done = Vec::new();
+        let mut done = AllDone::default();
         one.add(&batch(1, 1, 0), &mut done);
         // 28 layers of 466 MB, and a head of 1.09 GB.
-        assert!((done[0].bytes / 14.14e9 - 1.0).abs() < 0.01, "{done:?}");
-        assert_eq!(done[0].least_s, done[0].bytes / 4e12);
-        let shares = one.shares(0, &done[0], 2.0 * done[0].least_s).unwrap();
+        assert!((done.stages[0].bytes / 14.14e9 - 1.0).abs() < 0.01, "{done:?}");
+        assert_eq!(done.stages[0].least_s, done.stages[0].bytes / 4e12);
+        let shares = one.shares(0, &done, 2.0 * done.stages[0].least_s).unwrap();
         assert!((shares.bandwidth - 0.5).abs() < 1e-9 && shares.roofline == shares.bandwidth, "{shares:?}");
-        let mut long = Vec::new();
+        let mut long = AllDone::default();
         one.add(&batch(1, 4096, 0), &mut long);
-        assert_eq!(long[0].least_s, long[0].flops / 700e12);
+        assert_eq!(long.stages[0].least_s, long.stages[0].flops / 700e12);
         // Twice the layers' 6.5e9 numbers for each row, and attention.
-        assert!(long[0].flops > 4096.0 * 13e9 && long[0].flops < 4096.0 * 15e9, "{long:?}");
+        assert!(long.stages[0].flops > 4096.0 * 13e9 && long.stages[0].flops < 4096.0 * 15e9, "{long:?}");
     }
 
     #[test]
     fn no_more_stages_work_at_once_than_there_are_requests() {
         let four = demands(4);
-        let mut done = Vec::new();
+        let mut done = AllDone::default();
         four.add(&batch(1, 1, 10), &mut done);
-        let all: f64 = done.iter().map(|d| d.least_s).sum();
-        assert!((four.least_s(&done, 1).unwrap() / all - 1.0).abs() < 1e-12);
+        let all: f64 = done.stages.iter().map(|d| d.least_s).sum();
+        assert!((four.least_s(&done, (1, 0)).unwrap() / all - 1.0).abs() < 1e-12);
         // The last one has the head.
-        assert_eq!(four.least_s(&done, 64), Some(done[3].least_s));
-        let unknown = Demands { stages: vec![Demand { device: None, ..four.stages[0].clone() }] };
-        assert_eq!((unknown.least_s(&done, 1), unknown.shares(0, &done[0], 1.0)), (None, None));
+        assert_eq!(four.least_s(&done, (64, 0)), Some(done.stages[3].least_s));
+        let stages = vec![Demand { device: None, ..four.stages[0].clone() }];
+        let unknown = Demands { stages, ..Demands::default() };
+        assert_eq!((unknown.least_s(&done, (1, 0)), unknown.shares(0, &done, 1.0)), (None, None));
+    }
+
+    #[test]
+    fn images_are_what_devices_do_as_well() {
+        let spec = shapes::find("vl-7b").unwrap().unwrap();
+        let tower = spec.vision.as_ref().unwrap();
+        let device = demands(1).stages[0].device.clone().unwrap();
+        let on = |device| vec![VisionDemand::of(tower, DType::BF16, 0..32, device)];
+        let mut both = Demands { vision: on(Some(device)), ..demands(1) };
+        let mut done = AllDone::default();
+        both.add(&batch(1, 1, 0), &mut done);
+        let text = both.least_s(&done, (1, 1)).unwrap();
+        // 1024x1024 pixels, resized to 1036x1036: 7.7e12 operations, and a GB of weights that take less.
+        both.add_vision(0, VisionPass::new(tower, &[Grid { t: 1, h: 74, w: 74 }]), &mut done);
+        let image = done.vision[0].least_s;
+        assert!((image * 700e12 / 7.68e12 - 1.0).abs() < 0.01, "{done:?}");
+        assert!((both.least_s(&done, (1, 1)).unwrap() / (text + image) - 1.0).abs() < 1e-12);
+        assert!((both.vision_shares(0, &done, 2.0 * image).unwrap().matmul - 0.5).abs() < 1e-9);
+        // On another device they wait for each other if there is one request with one image, or else not.
+        both.vision[0].device.as_mut().unwrap().device = Device::Cuda(1);
+        assert!((both.least_s(&done, (1, 1)).unwrap() / (text + image) - 1.0).abs() < 1e-12);
+        assert_eq!(both.least_s(&done, (2, 1)), Some(text.max(image)));
+        // Of a device that is not known nothing is said, unless it has done nothing.
+        both.vision = on(None);
+        assert_eq!(both.least_s(&done, (1, 1)), None);
+        done.vision.clear();
+        assert_eq!(both.least_s(&done, (1, 1)), Some(text));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use super::limits::{Demands, Done};
+use super::limits::{AllDone, Demands};
 use crate::{
     batch::{MicroBatch, SeqId},
     engine::{Engine, Measurement, Measurements},
@@ -49,7 +49,7 @@ pub(super) struct Record {
     pub(super) first_tokens: HashMap<SeqId, Duration>,
     pub(super) queues: Queues,
     /// What each stage had to do.
-    pub(super) done: Vec<Done>,
+    pub(super) done: AllDone,
     /// What the steps were that spans may come for.
     pub(super) shapes: HashMap<u64, PassShape>,
     /// What the stages' times are made of.
@@ -112,6 +112,7 @@ impl Recorder {
             match measurement {
                 Measurement::Span(span) => self.record.span(span),
                 Measurement::Vision(span) => {
+                    self.demands.add_vision(span.stage, span.cost, &mut self.record.done);
                     let seconds = (span.ended - span.began).as_secs_f64();
                     self.record.measured.add_vision(span.stage, span.cost, seconds);
                 }

@@ -2,6 +2,7 @@
 
 use super::{
     figures::{Figures, Named, Rate},
+    limits::Shares,
     phases::Phase,
     pictures::Pictures,
     session::Measured,
@@ -150,14 +151,20 @@ impl Figures {
     fn of_limits(&self) -> Option<Rows> {
         let head = ["of the limits", "bandwidth", "matmul", "larger", "host cores"];
         let mut rows = vec![head.map(String::from).to_vec()];
-        for (i, stage) in self.stages.iter().enumerate() {
-            let cores = stage.host_cores.map_or("-".into(), |cores| format!("{cores:.2}"));
-            let shares = stage.of_limits?;
+        let mut add = |name: String, shares: Shares, cores: Option<f64>| {
             let shares = [shares.bandwidth, shares.matmul, shares.roofline];
-            let mut row = vec![format!("stage {i}")];
+            let mut row = vec![name];
             row.extend(shares.map(|share| format!("{:.1}%", 100.0 * share)));
-            row.push(cores);
+            row.push(cores.map_or("-".into(), |cores| format!("{cores:.2}")));
             rows.push(row);
+        };
+        for (i, stage) in self.stages.iter().enumerate() {
+            add(format!("stage {i}"), stage.of_limits?, stage.host_cores);
+        }
+        for (i, stage) in self.images.iter().flat_map(|images| &images.stages).enumerate() {
+            if let Some(shares) = stage.of_limits {
+                add(format!("vision {i}"), shares, None);
+            }
         }
         Some(rows)
     }

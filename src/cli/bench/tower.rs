@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::{
     figures::Rate,
+    limits::Shares,
     pictures::{Pictures, Prepared},
     session::{Measured, Run},
 };
@@ -42,10 +43,17 @@ pub(super) struct TowerStage {
     ms_per_image: Option<f64>,
     passes: u64,
     patches: u64,
+    /// As of the decoder's stages.
+    pub(super) of_limits: Option<Shares>,
 }
 
 impl ImageFigures {
-    pub(super) fn of(pictures: &Pictures, requests: u32, measured: &Measured) -> ImageFigures {
+    /// `limits` are shares of them, by stage.
+    pub(super) fn of(
+        pictures: &Pictures,
+        requests: u32,
+        (measured, limits): (&Measured, &dyn Fn(usize) -> Option<Shares>),
+    ) -> ImageFigures {
         let Measured { runs, before, after, .. } = measured;
         let prepared = runs.iter().map(|run| run.prepared).fold(Prepared::default(), Prepared::and);
         let threads = prepared.threads / runs.len().max(1);
@@ -56,8 +64,12 @@ impl ImageFigures {
         };
         let encoded = count(|images| images.encoded);
         let seconds = runs.iter().map(|run| run.seconds).sum();
-        let stage = |(was, is)| TowerStage::of(was, is, (encoded, seconds));
-        let stages: Vec<TowerStage> = before.vision.iter().zip(&after.vision).map(stage).collect();
+        let stage = |(i, (was, is))| TowerStage {
+            of_limits: limits(i),
+            ..TowerStage::of(was, is, (encoded, seconds))
+        };
+        let stages: Vec<TowerStage> =
+            before.vision.iter().zip(&after.vision).enumerate().map(stage).collect();
         let slowest = stages.iter().filter_map(|stage| stage.ms_per_image).fold(0.0, f64::max);
         ImageFigures {
             images_per_s: Rate::of(images_of_run(pictures, requests), runs),
@@ -118,6 +130,7 @@ impl TowerStage {
             ms_per_image: (images > 0).then(|| 1e3 * busy / images as f64),
             passes: is.times.batches - was.times.batches,
             patches: is.times.rows - was.times.rows,
+            of_limits: None,
         }
     }
 }

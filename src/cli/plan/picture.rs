@@ -9,7 +9,7 @@ use super::tables::{percent, units};
 use crate::layout::{Prediction, predict::StagePrediction};
 
 /// Columns of a picture that nobody's terminal bounds, and those that any has.
-const WIDTH_DEFAULT: usize = 100;
+const WIDTH_DEFAULT: usize = 80;
 const WIDTH_MIN: usize = 60;
 const WIDTH_MAX: usize = 140;
 

@@ -7,6 +7,9 @@ use crate::{
     model::units::Pass,
 };
 
+/// Letters of a device's name that there is room for.
+const NAME_MAX: usize = 14;
+
 /// What is planned for what.
 pub(super) fn heading(told: &Told) -> String {
     let Told { model, layers, dtype, workload, devices, measured, images, .. } = told;
@@ -17,10 +20,10 @@ pub(super) fn heading(told: &Told) -> String {
     };
     let images = images.filter(|images| images.per_request > 0).map_or(String::new(), |images| {
         let (n, tokens) = (images.per_request, images.tokens);
-        format!(", {n} image{} of {tokens} tokens in each", if n == 1 { "" } else { "s" })
+        format!("\n{n} image{} of {tokens} tokens in each", if n == 1 { "" } else { "s" })
     });
     format!(
-        "{model}: {layers} layers, {}; {} device{}, {measured}; {} requests at once of {} prompt and {} new tokens{images}\n\n",
+        "{model}: {layers} layers, {}; {} device{}, {measured}\n{} requests at once of {} prompt and {} new tokens{images}\n\n",
         dtype.name(),
         devices.len(),
         if devices.len() == 1 { "" } else { "s" },
@@ -30,26 +33,24 @@ pub(super) fn heading(told: &Told) -> String {
     )
 }
 
-/// A row a stage, then what they do together.
+/// What each stage is, how long it takes, then what they do together. In 80 columns, but for a layout of many stages.
 pub(super) fn plan(plan: &Prediction, wanted: usize) -> String {
-    let mut head: Vec<String> =
-        ["stage", "device", "", "units", "weights GB", "KV tokens"].map(String::from).to_vec();
-    head.extend(plan.stages[0].times.iter().map(|time| match time.pass {
-        Pass::Decode { rows: 1, .. } => "1 row".into(),
-        Pass::Decode { rows, .. } => format!("{rows} rows"),
-        Pass::Chunk { rows, .. } => format!("chunk of {rows}"),
-        Pass::Batch(_) => time.pass.to_string(),
-    }));
-    head.push("share".into());
-    let mut rows = vec![head];
+    let head = ["stage", "device", "", "units", "weights GB", "KV tokens", "share"];
+    let mut rows = vec![head.map(String::from).to_vec()];
     for (i, stage) in plan.stages.iter().enumerate() {
         let gigabytes = stage.weight_bytes as f64 / 1e9;
         let gigabytes = if gigabytes < 0.1 { format!("{gigabytes:.4}") } else { format!("{gigabytes:.1}") };
-        let (device, name) = (stage.device.clone(), stage.name.clone());
-        let mut row = vec![i.to_string(), device, name, units(stage), gigabytes, stage.kv_tokens.to_string()];
-        row.extend(stage.times.iter().map(|time| seconds(time.seconds)));
-        row.push(percent(stage.share));
-        rows.push(row);
+        let (device, name, kv_tokens) =
+            (stage.device.clone(), name(&stage.name), stage.kv_tokens.to_string());
+        rows.push(vec![
+            i.to_string(),
+            device,
+            name,
+            units(stage),
+            gigabytes,
+            kv_tokens,
+            percent(stage.share),
+        ]);
     }
     let mut sums = vec![
         vec!["layout".into(), plan.layout.clone()],
@@ -64,7 +65,29 @@ pub(super) fn plan(plan: &Prediction, wanted: usize) -> String {
     sums.push(vec!["prompt tokens/s".into(), whole(plan.prompt_tokens_per_s)]);
     sums.push(vec!["new tokens/s, with prompts".into(), whole(plan.new_tokens_per_s)]);
     sums.extend(plan.images_per_s.map(|rate| vec!["images/s, with prompts".into(), whole(rate)]));
-    format!("{}\n{}{}\n", columns(&rows), tower(plan), pairs(&sums))
+    format!("{}\n{}\n{}{}\n", columns(&rows), times(plan), tower(plan), pairs(&sums))
+}
+
+/// How long each stage takes for each pass.
+fn times(plan: &Prediction) -> String {
+    let mut head = vec!["stage".to_owned()];
+    head.extend(plan.stages[0].times.iter().map(|time| match time.pass {
+        Pass::Decode { rows: 1, .. } => "1 row".into(),
+        Pass::Decode { rows, .. } => format!("{rows} rows"),
+        Pass::Chunk { rows, .. } => format!("chunk of {rows}"),
+        Pass::Batch(_) => time.pass.to_string(),
+    }));
+    let mut rows = vec![head];
+    for (i, stage) in plan.stages.iter().enumerate() {
+        let times = stage.times.iter().map(|time| seconds(time.seconds));
+        rows.push(std::iter::once(i.to_string()).chain(times).collect());
+    }
+    columns(&rows)
+}
+
+/// A device's name, which drivers may make long.
+fn name(name: &str) -> String {
+    name.chars().take(NAME_MAX).collect()
 }
 
 /// A row for each stage of the vision tower; empty without one.
@@ -80,7 +103,7 @@ fn tower(plan: &Prediction) -> String {
         rows.push(vec![
             i.to_string(),
             stage.device.clone(),
-            stage.name.clone(),
+            name(&stage.name),
             format!("{patches}{}{merger}", stage.blocks),
             format!("{:.2}", stage.weight_bytes as f64 / 1e9),
             seconds(stage.image_seconds),

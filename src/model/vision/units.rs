@@ -134,6 +134,7 @@ impl VisionUnit {
                     },
                     other_bytes: (pass.rows * other) as f64,
                     kernels: 9,
+                    ..Work::default()
                 }
             }
             VisionUnit::Merger => {
