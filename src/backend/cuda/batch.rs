@@ -17,8 +17,9 @@ use super::{
     attention::PREFILL_ROWS,
     copy,
     graph::Graph,
-    memory::{DeviceBuf, DevicePtr, Event, Pinned},
+    memory::{DeviceBuf, DevicePtr},
     pad_rows,
+    relay::Relay,
 };
 use crate::{
     backend::{DType, Limits, Rotation},
@@ -66,9 +67,7 @@ pub struct Batch {
     bounds: [usize; 2],
     /// Rows have turns.
     sections: bool,
-    device: DeviceBuf,
-    staging: Vec<(Pinned, Event)>,
-    next: usize,
+    relay: Relay,
     now: Shape,
     view: BatchView,
     /// KV blocks of the smallest pool that the ops have gone over: repeated passes do not ask again.
@@ -157,16 +156,12 @@ pub(super) fn device_bytes(limits: Limits, half: usize) -> [usize; 2] {
 
 impl Batch {
     pub(super) fn new(cuda: &Cuda, limits: Limits, rotation: Rotation) -> Result<Batch> {
-        let context = cuda.context;
         let Rotation { inv_freq, scale, sections } = rotation;
         let half = inv_freq.len();
         let [bytes, rotations] = device_bytes(limits, half);
         let mut frequencies = Buf { memory: cuda.take(4 * half)?.into(), dtype: DType::F32, len: half };
         copy::write(cuda, &mut frequencies, inv_freq)?;
-        let staging = (0..cuda.tokens.in_flight().clamp(1, STAGING_MAX))
-            .map(|_| Ok((Pinned::new(context, bytes)?, Event::new(context)?)))
-            .collect::<Result<_>>()?;
-        let device = cuda.take(bytes)?;
+        let relay = Relay::new(cuda, bytes, cuda.tokens.in_flight().clamp(1, STAGING_MAX))?;
         let rotations = cuda.take(rotations)?;
         let (now, null) = (Shape::default(), DevicePtr::NULL);
         let view = BatchView {
@@ -195,9 +190,7 @@ impl Batch {
             scale,
             bounds: rotation.bounds(),
             sections: sections.is_some(),
-            device,
-            staging,
-            next: 0,
+            relay,
             now,
             view,
             pool: AtomicUsize::new(usize::MAX),
@@ -243,16 +236,7 @@ impl Batch {
             .and_then(|()| from.check_turns(self.sections))
             .map_err(|why| cuda.error(format!("a micro-batch does not fit: {why}; this is a bug")))?;
         let places = Places::of(&shape, from.seqs.len(), self.sections);
-        let (pinned, copied) = &mut self.staging[self.next];
-        // Long ago, as a rule.
-        cuda.tokens.until(copied)?;
-        // SAFETY: the copy from it has been done.
-        let bytes = unsafe { pinned.as_mut_slice() };
-        let used = pack(bytes, from, &shape, &places);
-        // SAFETY: as many bytes on both sides; the staging is not touched until the event has been reached.
-        unsafe { cuda.copy(self.device.ptr(), pinned.ptr(), used)? };
-        copied.record(&cuda.stream)?;
-        self.next = (self.next + 1) % self.staging.len();
+        self.relay.bring(cuda, |bytes| (pack(bytes, from, &shape, &places), ()))?;
         self.now = shape;
         self.view = self.places_on_device(&places);
         Ok(())
@@ -260,7 +244,7 @@ impl Batch {
 
     fn places_on_device(&self, places: &Places) -> BatchView {
         let mut at = 0;
-        let base = self.device.ptr();
+        let base = self.relay.room().ptr();
         let mut take = |len: usize| {
             let here = base.add(4 * at);
             at += len;

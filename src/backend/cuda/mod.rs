@@ -31,6 +31,7 @@ mod pages;
 mod patches;
 mod peer;
 mod probe;
+mod relay;
 mod rope;
 mod sample;
 mod segments;
@@ -213,9 +214,11 @@ impl Cuda {
         self.facts
     }
 
-    /// Waits until everything in the stream has ended.
+    /// Waits until everything in the stream has ended, or a stage of the pipeline has failed: the stream may wait for it.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize()
+        let end = self.event()?;
+        self.record_event(&end)?;
+        self.wait_on_host(&end)
     }
 
     fn error(&self, why: String) -> Error {

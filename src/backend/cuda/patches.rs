@@ -1,11 +1,7 @@
 //! Pixels to patches: kernels/patches.cu. The host brings 8-bit pixels, which are a tenth of the floats that become of them.
 #![allow(unsafe_code)]
 
-use super::{
-    Buf, Cuda, Grid, Images, Kernel, Loading, PipelineFacts,
-    launch::args,
-    memory::{DeviceBuf, Event, Pinned},
-};
+use super::{Buf, Cuda, Grid, Images, Kernel, Loading, PipelineFacts, launch::args, relay::Relay};
 use crate::{
     backend::vision::{Levels, PatchShape, Pixels},
     error::Result,
@@ -18,15 +14,13 @@ const LEVELS_MAX: usize = 4;
 const LEVELS_BYTES: usize = size_of::<Levels>();
 const THREADS: u32 = 128;
 /// Passes whose pixels may be on their way at once.
-const STAGING: usize = 2;
+const PASSES: usize = 2;
 
 /// Room for the pixels of a pass, and the kernel that cuts them.
 pub struct Cutter {
     kernel: Kernel,
     shape: PatchShape,
-    room: DeviceBuf,
-    staging: [(Pinned, Event); STAGING],
-    next: usize,
+    relay: Relay,
 }
 
 /// Bytes of a pass of so many patches: pictures, levels, pixels.
@@ -42,14 +36,10 @@ impl Cutter {
         let sizes = [("SIDE", shape.side), ("FRAMES", shape.frames), ("MERGE", shape.merge)];
         let [side, frames, merge] = sizes.map(|(name, size)| (name, size as u32));
         let module = load.module("patches.cu", &[("DTYPE", load.dtype()), side, frames, merge])?;
-        let bytes = bytes_max(rows_max, shape);
-        let staging = || Ok((Pinned::new(cuda.context, bytes)?, Event::new(cuda.context)?));
         Ok(Cutter {
             kernel: module.kernel("cut_patches")?,
             shape,
-            room: cuda.take(bytes)?,
-            staging: [staging()?, staging()?],
-            next: 0,
+            relay: Relay::new(cuda, bytes_max(rows_max, shape), PASSES)?,
         })
     }
 
@@ -64,16 +54,10 @@ impl Cutter {
         let (cells, count) = images.cells();
         let rows = count * self.shape.merge * self.shape.merge;
         let out = out.expect(cuda.dtype, rows * self.shape.len());
-        let (pinned, copied) = &mut self.staging[self.next];
-        copied.synchronize()?;
-        // SAFETY: the copy from it has been done.
-        let bytes = pack(unsafe { pinned.as_mut_slice() }, self.shape, count, from);
-        // SAFETY: as many bytes on both sides; the staging is not touched until the event has been reached.
-        unsafe { cuda.copy(self.room.ptr(), pinned.ptr(), bytes)? };
-        copied.record(&cuda.stream)?;
-        self.next = (self.next + 1) % STAGING;
+        let shape = self.shape;
+        self.relay.bring(cuda, |bytes| (pack(bytes, shape, count, from), ()))?;
         let grid = Grid::row(rows as u32, THREADS);
-        let (room, pictures) = (self.room.ptr(), from.len() as u32);
+        let (room, pictures) = (self.relay.room().ptr(), from.len() as u32);
         // SAFETY: (T*, const u8*, const u32*, u32) as in patches.cu; the buffer has been checked, `pack` has checked that the
         // pictures have as many cells as there are, and that their pixels are among the bytes.
         unsafe { cuda.launch(&self.kernel, grid, &mut args![out, room, cells, pictures]) }

@@ -132,17 +132,10 @@ impl Cuda {
         unsafe { self.copy(source.ptr(), wanted.ptr(), wanted.bytes())? };
         let outcome = self.send_packets(to, ring, &source, &arrived);
         // After a failure too: what is under way uses the memory.
-        let ended = [self.end_of_stream(), to.end_of_stream()];
+        let ended = [self.synchronize(), to.synchronize()];
         outcome.and(ended.into_iter().collect::<Result<()>>())?;
         // SAFETY: both streams have ended.
         Ok(wrong_packet(unsafe { arrived.as_slice() }))
-    }
-
-    /// Waits until everything in the stream has ended, or a stage of the pipeline has failed: the stream may wait for it.
-    fn end_of_stream(&self) -> Result<()> {
-        let end = self.event()?;
-        self.record_event(&end)?;
-        self.wait_on_host(&end)
     }
 
     /// Each packet through the same place, which it may only come to when the one before it has been taken.

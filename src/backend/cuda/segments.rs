@@ -8,13 +8,8 @@ mod pack;
 
 use self::pack::{Layout, Tiles};
 use super::{
-    Buf, Cuda, DevicePtr, Grid, Kernel, Loading, Matrix, PipelineFacts, act, copy,
-    launch::args,
-    linear,
-    memory::{DeviceBuf, Event, Pinned},
-    norm,
-    patches::Cutter,
-    row_width, warm_up,
+    Buf, Cuda, DevicePtr, Grid, Kernel, Loading, Matrix, PipelineFacts, act, copy, launch::args, linear,
+    memory::DeviceBuf, norm, patches::Cutter, relay::Relay, row_width, warm_up,
 };
 use crate::{
     backend::{
@@ -43,7 +38,7 @@ const ROPE_ROWS: usize = 4;
 /// Rows of a block of segment_attention_plain: `WARPS`.
 const PLAIN_ROWS: usize = 4;
 /// Passes whose places may be on their way at once.
-const STAGING: usize = 2;
+const PASSES: usize = 2;
 
 /// The places of a pass on the GPU, and the kernels that go by them.
 pub struct Images {
@@ -52,9 +47,7 @@ pub struct Images {
     head_dim: usize,
     inv_freq: Buf,        // [head_dim / 4]
     rotations: DeviceBuf, // [rows, head_dim / 2] of (cosine, sine)
-    packed: DeviceBuf,
-    staging: [(Pinned, Event); STAGING],
-    next: usize,
+    packed: Relay,
     now: Layout,
 }
 
@@ -141,17 +134,13 @@ impl Images {
         let mut frequencies =
             Buf { memory: cuda.take(4 * inv_freq.len())?.into(), dtype: DType::F32, len: inv_freq.len() };
         copy::write(cuda, &mut frequencies, inv_freq)?;
-        let bytes = Layout::bytes_max(rows_max);
-        let staging = || Ok((Pinned::new(cuda.context, bytes)?, Event::new(cuda.context)?));
         Ok(Images {
             kernels: Kernels::load(&load)?,
             rows_max,
             head_dim,
             inv_freq: frequencies,
             rotations: cuda.take(rotations_bytes(rows_max, head_dim))?,
-            packed: cuda.take(bytes)?,
-            staging: [staging()?, staging()?],
-            next: 0,
+            packed: Relay::new(cuda, Layout::bytes_max(rows_max), PASSES)?,
             now: Layout::default(),
         })
     }
@@ -166,22 +155,16 @@ impl Images {
             Attention::Fast(_) => Some((TILE_ROWS, SHORT_ROWS)),
             Attention::Plain(_) => None,
         };
-        let (pinned, copied) = &mut self.staging[self.next];
-        // Long ago, as a rule.
-        copied.synchronize()?;
-        // SAFETY: the copy from it has been done.
-        let now = Layout::pack(unsafe { pinned.as_mut_slice() }, from, tile_rows);
-        // SAFETY: as many bytes on both sides; the staging is not touched until the event has been reached.
-        unsafe { cuda.copy(self.packed.ptr(), pinned.ptr(), now.bytes)? };
-        copied.record(&cuda.stream)?;
-        self.next = (self.next + 1) % STAGING;
-        self.now = now;
+        self.now = self.packed.bring(cuda, |bytes| {
+            let now = Layout::pack(bytes, from, tile_rows);
+            (now.bytes, now)
+        })?;
         self.rotate(cuda)
     }
 
     /// Fills the table of the pass.
     fn rotate(&self, cuda: &Cuda) -> Result<()> {
-        let (table, places) = (self.rotations.ptr(), self.packed.ptr());
+        let (table, places) = (self.rotations.ptr(), self.packed.room().ptr());
         let (inv_freq, rows) = (self.inv_freq.f32s(self.head_dim / 4), self.now.rows as u32);
         let numbers = self.now.rows * self.head_dim / 2;
         let grid = Grid::row(numbers.div_ceil(THREADS as usize) as u32, THREADS);
@@ -202,7 +185,7 @@ impl Images {
     }
 
     fn at(&self, place: usize) -> DevicePtr {
-        self.packed.ptr().add(place)
+        self.packed.room().ptr().add(place)
     }
 }
 
