@@ -54,15 +54,20 @@ impl Place {
         folder.to_str().unwrap().to_owned()
     }
 
-    /// Runs the program with these flags and settings of the driver.
-    fn run(&self, args: &[&str], settings: &[(&str, &str)]) -> Said {
+    /// The program with these flags and settings of the driver.
+    fn program(&self, args: &[&str], settings: &[(&str, &str)]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pipeline-infer"));
         command.args(args).env_remove("RUST_LOG").envs(settings.iter().copied());
         command
             .env("XDG_CACHE_HOME", self.folder.path())
             .env("LD_LIBRARY_PATH", self.folder.path().join("lib"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
+        command
+    }
+
+    /// Runs it to its end.
+    fn run(&self, args: &[&str], settings: &[(&str, &str)]) -> Said {
+        let mut child = self.program(args, settings).spawn().unwrap();
         let mut pipes = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
         let all = |pipe: &mut dyn Read| {
             let mut text = String::new();
@@ -255,5 +260,23 @@ fn a_lost_gpu_ends_what_runs_with_its_name() {
             "{fails}: {}",
             said.err
         );
+    }
+}
+
+/// Nor does a signal: neither the program nor its driver, which waits for GPUs when a process ends.
+#[test]
+fn work_that_never_ends_keeps_no_process_alive() {
+    let place = Place::new();
+    let model = place.model(8);
+    let mut args = vec!["bench", "throughput", "--model", &model, "--weights", "dummy", "--stages", "2"];
+    args.extend(["--requests", "8", "--input-len", "200", "--output-len", "4000", "--repeat", "9"]);
+    let mut child = place.program(&args, &[FAST, ("DRIVER_STUCK", "1:3000")]).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(6));
+    assert!(child.try_wait().unwrap().is_none(), "it has ended, and work has not");
+    Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while child.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "it does not end");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }

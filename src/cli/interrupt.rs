@@ -6,10 +6,15 @@ use std::{
         Arc,
         atomic::{AtomicU8, Ordering},
     },
+    thread,
+    time::Duration,
 };
 
 use super::EXIT_INTERRUPTED;
 use crate::error::{Error, Result};
+
+/// How long the end of the process may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Nobody listens: a signal ends the process.
 const DEAF: u8 = 0;
@@ -32,6 +37,7 @@ impl Interrupt {
         let heard = interrupt.clone();
         ctrlc::set_handler(move || {
             if !heard.signal() {
+                end_for_certain();
                 process::exit(EXIT_INTERRUPTED.into());
             }
         })
@@ -63,6 +69,16 @@ impl Interrupt {
     pub(super) fn signal(&self) -> bool {
         self.state.compare_exchange(LISTENING, SIGNALLED, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
+}
+
+/// The process is about to end: what its libraries do then may wait for a GPU that never ends what it does. That is not waited for.
+pub(super) fn end_for_certain() {
+    let end = || {
+        thread::sleep(PATIENCE);
+        process::abort()
+    };
+    // Without a thread it ends when it ends.
+    let _ = thread::Builder::new().name("end".into()).spawn(end);
 }
 
 #[cfg(test)]

@@ -88,7 +88,7 @@ fn numbers(command: Command) -> Command {
 static VERSION: LazyLock<String> = LazyLock::new(|| {
     let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
     format!(
-        "{} ({} {}, {profile} build; backends: cpu; oldest Rust: {})",
+        "{} ({} {}, {profile} build; backends: cpu, cuda; oldest Rust: {})",
         env!("CARGO_PKG_VERSION"),
         std::env::consts::ARCH,
         std::env::consts::OS,
@@ -107,10 +107,12 @@ pub fn main() -> ExitCode {
         Ok(matches) => matches,
         Err(e) => return ExitCode::from(answer_clap(&e)),
     };
-    ExitCode::from(dispatch(&matches).unwrap_or_else(|e| {
+    let code = dispatch(&matches).unwrap_or_else(|e| {
         complain(&e.to_string());
         e.exit_code()
-    }))
+    });
+    interrupt::end_for_certain();
+    ExitCode::from(code)
 }
 
 /// Runs the subcommand, or the first one where none is named.

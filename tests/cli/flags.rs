@@ -102,7 +102,7 @@ fn completions_and_version() {
     assert!(error(&run(&["completions", "csh"]), 2).contains("csh"));
     let version = good(&run(&["--version"]));
     assert!(version.starts_with(concat!("pipeline-infer ", env!("CARGO_PKG_VERSION"), " (")), "{version}");
-    assert!(version.contains("backends: cpu") && version.contains("oldest Rust"));
+    assert!(version.contains("backends: cpu, cuda") && version.contains("oldest Rust"));
     assert_eq!(good(&run(&["-V"])).trim(), concat!("pipeline-infer ", env!("CARGO_PKG_VERSION")));
 }
 

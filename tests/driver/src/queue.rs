@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     ffi::{c_int, c_uint, c_void},
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    sync::{Arc, Condvar, Mutex, MutexGuard, Once, OnceLock, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -19,6 +19,9 @@ const NOT_READY: Status = 600;
 const CAPTURE_UNSUPPORTED: Status = 900;
 /// A thread sleeps only for what is longer than waking it takes.
 const NAP: Duration = Duration::from_micros(150);
+
+/// What a piece of work takes that has no end: years.
+const NEVER: f64 = 1e9;
 
 /// What a piece of work leaves behind.
 #[derive(Debug, Clone, Copy)]
@@ -104,11 +107,13 @@ impl Stream {
     }
 
     /// Puts work at the end, or into what is being recorded. Who finds no room waits, and keeps the driver's lock.
-    pub fn work(&self, work: Work, doing: &str) -> Status {
+    pub fn work(&self, mut work: Work, doing: &str) -> Status {
         expect_current(self.gpu, doing);
         let _driver = driver_lock(self.gpu);
-        if let Err(failed) = count_work(self.gpu) {
-            return failed;
+        match count_work(self.gpu) {
+            Ok(true) => (),
+            Ok(false) => work.seconds = NEVER,
+            Err(failed) => return failed,
         }
         let mut inner = lock(&self.inner);
         match &mut inner.recorded {
@@ -144,7 +149,7 @@ impl Stream {
     }
 
     pub fn repeat(&self, graph: Arc<Vec<Work>>) -> Status {
-        count_work(self.gpu).map_or_else(|e| e, |()| self.put_plain(Op::Graph(graph), "a recorded pass"))
+        count_work(self.gpu).map_or_else(|e| e, |_| self.put_plain(Op::Graph(graph), "a recorded pass"))
     }
 
     pub fn begin(&self) -> Status {
@@ -253,9 +258,22 @@ impl Event {
     }
 }
 
+/// At the end of a process a driver waits for its GPUs.
+fn end_with_all_work() {
+    extern "C" fn wait() {
+        (0..settings().gpus).for_each(|gpu| _ = drain(gpu));
+    }
+    static ONCE: Once = Once::new();
+    if settings().stuck.is_some() {
+        // SAFETY: it may be called at the end: it waits, and does no more.
+        ONCE.call_once(|| _ = unsafe { libc::atexit(wait) });
+    }
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) -> Status {
     let Ok(gpu) = current() else { return INVALID_VALUE };
+    end_with_all_work();
     let made = Arc::new(Stream { gpu, inner: Mutex::default(), changed: Condvar::new() });
     let mut streams = lock(all());
     streams.retain(|stream| stream.strong_count() > 0);

@@ -34,6 +34,8 @@ pub struct Settings {
     pub speed: f64,
     /// A GPU, and the piece of work at which it fails.
     pub fails: Option<(usize, u64)>,
+    /// A GPU, and the piece of work that it never ends.
+    pub stuck: Option<(usize, u64)>,
 }
 
 pub fn settings() -> &'static Settings {
@@ -43,37 +45,41 @@ pub fn settings() -> &'static Settings {
             let given = std::env::var(name).ok();
             given.map_or(otherwise, |v| v.parse().unwrap_or_else(|_| misuse(&format!("{name}: {v}"))))
         };
+        let piece = |name: &str| {
+            let given = std::env::var(name).ok()?;
+            let parts =
+                given.split_once(':').and_then(|(gpu, at)| Some((gpu.parse().ok()?, at.parse().ok()?)));
+            Some(parts.unwrap_or_else(|| misuse(&format!("{name}: {given}"))))
+        };
         Settings {
             gpus: number("DRIVER_GPUS", 4.0) as usize,
             bytes: (number("DRIVER_GIB", 140.0) * (1u64 << 30) as f64) as usize,
             queue: number("DRIVER_QUEUE", 1024.0) as usize,
             lock_process: std::env::var("DRIVER_LOCK").is_ok_and(|v| v == "process"),
             speed: number("DRIVER_SPEED", 1.0),
-            fails: std::env::var("DRIVER_FAILS").ok().map(|text| {
-                let parts =
-                    text.split_once(':').and_then(|(gpu, at)| Some((gpu.parse().ok()?, at.parse().ok()?)));
-                parts.unwrap_or_else(|| misuse(&format!("DRIVER_FAILS: {text}")))
-            }),
+            fails: piece("DRIVER_FAILS"),
+            stuck: piece("DRIVER_STUCK"),
         }
     })
 }
 
-/// Counts a GPU's work; an error from the piece on at which it fails.
-pub fn count_work(gpu: usize) -> Result<(), Status> {
-    static WORK: AtomicU64 = AtomicU64::new(0);
-    if let Some((fails, at)) = settings().fails
-        && fails == gpu
-        && WORK.fetch_add(1, SeqCst) >= at
-    {
+/// Counts a GPU's work: whether this piece ever ends, or an error from the piece on at which the GPU fails.
+pub fn count_work(gpu: usize) -> Result<bool, Status> {
+    static WORK: [AtomicU64; GPUS_MAX] = [const { AtomicU64::new(0) }; GPUS_MAX];
+    let number = WORK[gpu].fetch_add(1, SeqCst);
+    if settings().fails.is_some_and(|(fails, at)| fails == gpu && number >= at) {
         LOST.fetch_or(1 << gpu, SeqCst);
     }
-    check(gpu)
+    check(gpu).map(|()| settings().stuck != Some((gpu, number)))
 }
 
 /// An error if the GPU has failed.
 pub fn check(gpu: usize) -> Result<(), Status> {
     if LOST.load(SeqCst) >> gpu & 1 == 1 { Err(LAUNCH_FAILED) } else { Ok(()) }
 }
+
+/// GPUs that there may be.
+const GPUS_MAX: usize = 64;
 
 /// GPUs that have failed, each a bit.
 static LOST: AtomicU64 = AtomicU64::new(0);
