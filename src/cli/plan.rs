@@ -181,7 +181,11 @@ fn run(matches: &ArgMatches) -> Result<u8> {
         dtype,
         workload: planner.workload,
         images: planner.images,
-        measured: planner.profiles.iter().map(Option::is_some).collect(),
+        measured: planner
+            .profiles
+            .iter()
+            .map(|found| found.as_ref().is_some_and(|p| p.knows_layers()))
+            .collect(),
         scratch: planner.scratch,
         plan,
         ranking,

@@ -317,7 +317,7 @@ impl Worker {
         }
         self.meter.applied(step, before - self.open.sequences.len(), &self.scheduler);
         if !tokens.is_empty() {
-            // Whoever learns that an answer has ended finds it gone.
+            // Whoever learns that an answer has come to its last token finds it gone.
             self.meter.set_queues(self.scheduler.stats());
             say(&self.text, Say::Tokens(tokens, Instant::now()));
         }

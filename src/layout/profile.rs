@@ -208,9 +208,15 @@ impl Profile {
         profiles
     }
 
+    /// Whether anything but a vision tower has been measured.
+    pub fn knows_layers(&self) -> bool {
+        !self.points.is_empty()
+    }
+
     /// What a prediction is to be multiplied with: from measured passes of the same kind with fewer and with more rows.
     pub fn factor(&self, costs: &Costs<'_>, unit: Unit, pass: Pass) -> f64 {
-        let same = |p: &&Point| p.unit == unit.into() && p.pass.decodes() == pass.decodes();
+        let tells = |p: &&Point| costs.roofline(unit, p.pass) > 0.0;
+        let same = |p: &&Point| p.unit == unit.into() && p.pass.decodes() == pass.decodes() && tells(p);
         // Rows count first, then how much they attend to.
         let distance = |p: &Point| {
             let apart = |a: f64, b: f64| ((a + 1.0) / (b + 1.0)).log2().abs();
@@ -274,7 +280,12 @@ fn points(
             let alone = expected == 0.0;
             let factor = told(if alone { seconds / all } else { measured / expected });
             let of_head = if alone { head * factor } else { seconds - (all - head) * factor };
-            vec![point(Kind::Layer, layer * factor), point(Kind::Head, of_head.max(head * FACTOR_MIN))]
+            let mut points = vec![point(Kind::Layer, layer * factor)];
+            // In a pass of which nobody wants logits it does nothing.
+            if head > 0.0 {
+                points.push(point(Kind::Head, of_head.max(head * FACTOR_MIN)));
+            }
+            points
         }
     }
 }
@@ -355,6 +366,40 @@ mod tests {
             }
             let chunk = Pass::Chunk { rows: 64, before: 0 };
             assert_eq!(costs.seconds(Unit::Layer(0), chunk), costs.roofline(Unit::Layer(0), chunk));
+        }
+    }
+
+    /// Chunks in the middle of prompts: the head does nothing, and nothing is said of it.
+    #[test]
+    fn passes_of_which_nobody_wants_logits_tell_of_layers_alone() {
+        let (spec, device) = (spec(), DeviceSpec::known("h200-141g").unwrap());
+        let shape = PassShape { rows: 2048, attended: 2048 * 1024, read: 0, outputs: 0 };
+        let pass = Pass::Batch(shape);
+        for (layout, noise) in [("0-27", 1.0), ("0-6,7-13,14-20,21-27", 1.05), ("0-6,7-13,14-20,21-27", 0.95)]
+        {
+            let layout: Layout = layout.parse().unwrap();
+            let on = |i| DeviceSpec { device: Device::Cuda(i), ..device.clone() };
+            let devices: Vec<DeviceSpec> = (0..layout.stages().len()).map(on).collect();
+            let plain = Costs { spec: &spec, dtype: DType::BF16, device: &device, profile: None };
+            let all = units_of(&spec, &layout.stages()[0].layers);
+            let seconds = all.into_iter().map(|unit| 1.2 * plain.roofline(unit, pass)).sum::<f64>();
+            let last = layout.stages().len() - 1;
+            let time = |stage| {
+                let seconds = if stage == last { seconds * noise } else { seconds };
+                StageTime { stage, pass, seconds, passes: 9 }
+            };
+            let times: Vec<StageTime> = (0..=last).map(time).collect();
+            let profiles = Profile::of_run(&spec, DType::BF16, &layout, &devices, &times);
+            let folder = tempfile::tempdir().unwrap();
+            profiles[0].store(folder.path(), None).unwrap();
+            let kept = Profile::open(folder.path(), &spec, DType::BF16, &device).expect("it is whole");
+            let costs = Costs { profile: Some(&kept), ..plain };
+            let wanted = Pass::Batch(PassShape { outputs: 4, ..shape });
+            for pass in [pass, wanted] {
+                let slower = costs.seconds(Unit::Layer(3), pass) / plain.roofline(Unit::Layer(3), pass);
+                assert!((slower / 1.2 - 1.0).abs() < 0.05, "{slower}");
+                assert_eq!(costs.seconds(Unit::Head, pass), plain.roofline(Unit::Head, pass));
+            }
         }
     }
 

@@ -91,8 +91,8 @@ pub struct Work {
 /// Up to so many rows, products are made by kernels of which each starts while the one before it runs, and which make the
 /// norms and sums beside them.
 pub const FEW_ROWS: usize = 8;
-/// A layer's kernels with more rows; and those of attention to prompts beside them, which is two, in passes that are not
-/// recorded.
+/// A layer's kernels with more rows; and what attention to prompts, of one or two kernels, costs beside them in passes that
+/// are not recorded.
 const KERNELS: usize = 7;
 const PROMPT_KERNELS: usize = 3;
 
@@ -183,8 +183,14 @@ impl Pass {
         match self {
             Pass::Decode { .. } => self.attended(window),
             Pass::Chunk { .. } => 0.0,
-            Pass::Batch(shape) => (shape.read as f64).min(self.attended(window)),
+            Pass::Batch(shape) => self.read(shape, window),
         }
+    }
+
+    /// What rows read that are alone in their sequences.
+    fn read(self, shape: PassShape, window: Option<usize>) -> f64 {
+        let alone = shape.rows.saturating_sub(self.prompt_rows()) as f64;
+        (shape.read as f64).min(alone * window.unwrap_or(usize::MAX) as f64).min(self.attended(window))
     }
 
     /// Tokens whose keys and values are read.
@@ -194,7 +200,7 @@ impl Pass {
             Pass::Decode { rows, context } => rows as f64 * context.min(window) as f64,
             Pass::Chunk { rows, before } => rows as f64 + before.min(window) as f64,
             // Rows of one prompt share what is read.
-            Pass::Batch(shape) => shape.rows as f64 + (shape.read as f64).min(self.attended(Some(window))),
+            Pass::Batch(shape) => shape.rows as f64 + self.read(shape, Some(window)),
         }
     }
 }

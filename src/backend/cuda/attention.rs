@@ -3,7 +3,7 @@
 
 use super::{
     Batch, Buf, Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Kv, Loading, Module, Stream, batch::BatchView,
-    joined, launch::args, memory::DeviceBuf,
+    beside, joined, launch::args, memory::DeviceBuf,
 };
 use crate::{
     backend::{AttentionShape, DType},
@@ -167,11 +167,11 @@ impl Fast {
         // Two tiles of long heads would not fit into the registers: larger groups are taken in several goes.
         let head_tiles = if load.of.head_dim <= 128 { 1..=2 } else { 1..=1 };
         let (prefill, decode) = std::thread::scope(|scope| {
-            let decode: Vec<_> =
-                head_tiles.map(|tiles| scope.spawn(move || Decode::load(load, tiles))).collect();
-            (Prefill::load(load, tokens), decode.into_iter().map(joined).collect::<Result<_>>())
-        });
-        let (prefill, decode) = (prefill?, decode?);
+            let decode = head_tiles.map(|tiles| beside(scope, move || Decode::load(load, tiles)));
+            let decode = decode.collect::<Result<Vec<_>>>()?;
+            let prefill = Prefill::load(load, tokens)?;
+            Ok((prefill, decode.into_iter().map(joined).collect::<Result<_>>()?))
+        })?;
         Ok(Fast { prefill, decode })
     }
 }
@@ -182,11 +182,11 @@ impl Prefill {
         // A warp has 32 rows, or 16 where a head is long.
         let threads = if head_dim <= 128 { PREFILL_ROWS } else { 2 * PREFILL_ROWS } as u32;
         let (module, wide, shares) = std::thread::scope(|scope| {
-            let wide = scope.spawn(|| Wide::load(load));
-            let shares = scope.spawn(|| Shares::load(load, threads));
-            (Prefill::module(load, tokens), joined(wide), joined(shares))
-        });
-        let (kernel, wide, shares) = (module?.kernel("attention_prefill")?, wide?, shares?);
+            let wide = beside(scope, || Wide::load(load))?;
+            let shares = beside(scope, || Shares::load(load, threads))?;
+            Ok((Prefill::module(load, tokens)?, joined(wide)?, joined(shares)?))
+        })?;
+        let kernel = module.kernel("attention_prefill")?;
         let shared = prefill_shared(head_dim, tokens);
         kernel.allow_shared(shared)?;
         Ok(Prefill { kernel, threads, shared, wide, shares })

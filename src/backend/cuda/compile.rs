@@ -59,7 +59,7 @@ const HEADERS: &[(&str, &str)] = &[
 const MAGIC: &[u8; 8] = b"PIcubin1";
 
 /// A kernel file, compiled for an architecture with these definitions.
-pub(super) fn cubin(file: &'static str, defines: &[(&str, u32)], arch: &str) -> Result<Vec<u8>> {
+pub(super) fn cubin(file: &'static str, defines: &[(&str, u32)], arch: &str) -> Result<Arc<[u8]>> {
     let (_, source) = SOURCES
         .iter()
         .find(|(name, _)| *name == file)
@@ -69,15 +69,14 @@ pub(super) fn cubin(file: &'static str, defines: &[(&str, u32)], arch: &str) -> 
     options.extend(defines.iter().map(|(name, value)| format!("-D{name}={value}")));
     let key = key(source, &options);
     let cached = cache_folder().map(|folder| folder.join(format!("{file}-{arch}-{key:032x}.cubin")));
-    let find = || cached.as_deref().and_then(|path| read_entry(path, key));
-    if let Some(found) = find() {
-        return Ok(found);
+    // Stages want the same files at the same time: the first one compiles, and the others take what it has made.
+    let entry = entry(key);
+    let mut made = entry.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(code) = &*made {
+        return Ok(code.clone());
     }
-    // Stages want the same files at the same time: the first one compiles, and the others find it.
-    let turn = turn(key);
-    let _alone = turn.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(found) = find() {
-        return Ok(found);
+    if let Some(found) = cached.as_deref().and_then(|path| read_entry(path, key)) {
+        return Ok(made.insert(found.into()).clone());
     }
     let start = std::time::Instant::now();
     let compiled = compile(file, source, &options)?;
@@ -87,13 +86,16 @@ pub(super) fn cubin(file: &'static str, defines: &[(&str, u32)], arch: &str) -> 
     {
         tracing::debug!(path = %path.display(), %error, "compiled code is not kept");
     }
-    Ok(compiled)
+    Ok(made.insert(compiled.into()).clone())
 }
 
-/// Is held by whoever compiles what has this key.
-fn turn(key: u128) -> Arc<Mutex<()>> {
-    static TURNS: Mutex<BTreeMap<u128, Arc<Mutex<()>>>> = Mutex::new(BTreeMap::new());
-    TURNS.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().clone()
+/// Machine code, once there is some.
+type Entry = Arc<Mutex<Option<Arc<[u8]>>>>;
+
+/// What has been compiled or found in this process: some megabytes for a model. It is held by whoever compiles.
+fn entry(key: u128) -> Entry {
+    static ENTRIES: Mutex<BTreeMap<u128, Entry>> = Mutex::new(BTreeMap::new());
+    ENTRIES.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().clone()
 }
 
 /// Where things are kept that can be made again; `None` if the environment names no place.

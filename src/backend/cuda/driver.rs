@@ -193,6 +193,11 @@ pub(super) fn alone<T>(record: impl FnOnce() -> T) -> T {
     record()
 }
 
+/// Whether this thread is recording a pass.
+pub(super) fn recording() -> bool {
+    RECORDS.get()
+}
+
 /// Held around a single call that must not meet a recording of another thread. Never two at a time by one thread.
 pub(super) fn beside_no_recording() -> Option<RwLockReadGuard<'static, ()>> {
     (!RECORDS.get()).then(|| RECORDING.read().unwrap_or_else(PoisonError::into_inner))

@@ -10,7 +10,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::{Buf, Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Loading, Matrix, joined, launch::args};
+use super::{
+    Buf, Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Loading, Matrix, beside, driver::recording, joined,
+    launch::args,
+};
 use crate::{
     backend::{DType, Norm},
     error::Result,
@@ -138,7 +141,8 @@ impl Product<'_> {
             return Ok(());
         }
         let plan = Plan::of(cuda.facts, w.dtype, op, rows, w.k);
-        let compiled = cuda.kernels.gemv.compiled(plan.variant)?;
+        let of = |rows| Plan::of(cuda.facts, w.dtype, op, rows, w.k).variant;
+        let compiled = cuda.kernels.gemv.compiled(plan.variant, of)?;
         let kernel = compiled.kernel(op);
         let n = if op == Op::NormSilu { w.n / 2 } else { w.n };
         let weights = w.weights();
@@ -247,21 +251,29 @@ impl Kernels {
         Kernels { load: load.clone(), compiled: Mutex::default() }
     }
 
-    /// A variant. Whoever needs the first one of its kind will soon need the others, for other numbers of rows: they are compiled
-    /// side by side.
-    fn compiled(&self, variant: Variant) -> Result<Arc<Compiled>> {
+    /// The variant for so many rows. Passes of other numbers of rows will soon need others: they are compiled side by side.
+    fn compiled(&self, wanted: Variant, of: impl Fn(usize) -> Variant) -> Result<Arc<Compiled>> {
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = compiled.get(&variant) {
+        if let Some(found) = compiled.get(&wanted) {
             return Ok(found.clone());
         }
-        let rows: &[u32] = if variant.piece.is_some() { &[1, 2, 4, 8] } else { &[1, 8] };
+        let mut others: Vec<Variant> = [1, 2, 4, 8].map(of).into();
+        others.retain(|other| *other != wanted && !compiled.contains_key(other));
+        others.dedup();
         std::thread::scope(|scope| {
-            let compile = |&rows| (rows, scope.spawn(move || self.compile(Variant { rows, ..variant })));
-            let all: Vec<_> = rows.iter().map(compile).collect();
-            for (rows, made) in all {
-                compiled.insert(Variant { rows, ..variant }, Arc::new(joined(made)?));
+            let others: Vec<_> = match recording() {
+                // Nobody else may load code now.
+                true => Vec::new(),
+                false => others.into_iter().map(|v| (v, beside(scope, move || self.compile(v)))).collect(),
+            };
+            let found = compiled.entry(wanted).insert_entry(Arc::new(self.compile(wanted)?)).get().clone();
+            for (variant, thread) in others {
+                // What is wrong is said to whoever wants it.
+                if let Ok(made) = thread.and_then(joined) {
+                    compiled.insert(variant, Arc::new(made));
+                }
             }
-            Ok(compiled[&variant].clone())
+            Ok(found)
         })
     }
 

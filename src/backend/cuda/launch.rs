@@ -4,7 +4,7 @@
 use std::{
     ffi::{CString, c_void},
     marker::PhantomData,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use cudarc::driver::{
@@ -71,7 +71,7 @@ impl Module {
         context: Context,
         file: &'static str,
         defines: &[(&'static str, u32)],
-        cubin: impl FnOnce() -> Result<Vec<u8>>,
+        cubin: impl FnOnce() -> Result<Arc<[u8]>>,
     ) -> Result<Module> {
         let key = (context.ordinal, file, defines.to_vec());
         let loaded = || LOADED.lock().unwrap_or_else(PoisonError::into_inner);

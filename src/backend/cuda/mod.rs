@@ -44,7 +44,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
-    thread::ScopedJoinHandle,
+    thread::{Scope, ScopedJoinHandle},
 };
 
 pub use account::{
@@ -122,8 +122,8 @@ impl Kernels {
     /// Side by side, where it takes long: NVRTC needs a second for some files, if they have not been compiled before.
     fn load(load: &Loading) -> Result<Kernels> {
         std::thread::scope(|scope| {
-            let attention = scope.spawn(|| attention::Kernels::load(load));
-            let sample = scope.spawn(|| sample::Kernels::load(load));
+            let attention = beside(scope, || attention::Kernels::load(load))?;
+            let sample = beside(scope, || sample::Kernels::load(load))?;
             Ok(Kernels {
                 act: act::Kernels::load(load)?,
                 copy: copy::Kernels::load(load)?,
@@ -137,6 +137,15 @@ impl Kernels {
             })
         })
     }
+}
+
+/// Does something on a thread of its own.
+fn beside<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    what: impl FnOnce() -> T + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, T>> {
+    let thread = std::thread::Builder::new().name("kernels".into()).spawn_scoped(scope, what);
+    thread.map_err(|e| Error::Engine(format!("no thread: {e}")))
 }
 
 /// What a thread has come to.
@@ -216,9 +225,18 @@ impl Cuda {
 
     /// Waits until everything in the stream has ended, or a stage of the pipeline has failed: the stream may wait for it.
     pub fn synchronize(&self) -> Result<()> {
-        let end = self.event()?;
-        self.record_event(&end)?;
-        self.wait_on_host(&end)
+        self.after_kernel.store(false, Relaxed);
+        self.end_of(&self.stream)
+    }
+
+    /// The same of another stream, which is among those that are looked after.
+    fn end_of(&self, stream: &Stream) -> Result<()> {
+        let recorded = Event::new(stream.context).and_then(|end| end.record(stream).map(|()| end));
+        match recorded {
+            Ok(end) => self.wait_on_host(&end),
+            // Memory that it uses may go when this returns.
+            Err(error) => stream.synchronize().and(Err(error)),
+        }
     }
 
     fn error(&self, why: String) -> Error {

@@ -6,11 +6,11 @@
 
 use std::{
     ops::Range,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use super::{
-    Cuda, DevicePtr, Kv,
+    Cuda, DevicePtr, Kv, lost,
     memory::{DeviceBuf, Event, Pinned, Stream},
     peer::{TEST_BYTES_ALL, fill_packets, wrong_packet},
 };
@@ -47,6 +47,8 @@ pub(super) fn find_way(cuda: &Cuda, from: &Cuda) -> Result<()> {
     if cuda.ways.from(ordinal).is_some() {
         return Ok(());
     }
+    // One may wait for the other, in whatever pipelines they are.
+    lost::work_together(&[ordinal, cuda.context.ordinal]);
     let why = match (ordinal == cuda.context.ordinal, cuda.reaches(from)?) {
         (true, _) => None,
         (_, true) => read_test(cuda, from)?,
@@ -121,7 +123,7 @@ pub(super) fn fetch(cuda: &Cuda, to: &mut Kv, from: (&Cuda, &Kv), runs: &[Range<
 /// Two parts of pinned memory: one is filled while the other is emptied.
 struct Through<'a> {
     cuda: &'a Cuda,
-    there: Stream,
+    there: Arc<Stream>,
     parts: [Part; 2],
     next: usize,
 }
@@ -143,7 +145,9 @@ impl<'a> Through<'a> {
                 used: false,
             })
         };
-        Ok(Through { cuda, there: Stream::new(from.context)?, parts: [part()?, part()?], next: 0 })
+        let there = Arc::new(Stream::new(from.context)?);
+        cuda.tokens.depend_on(&there);
+        Ok(Through { cuda, there, parts: [part()?, part()?], next: 0 })
     }
 
     /// Both sides have as many bytes, and live until `end` has returned.
@@ -167,14 +171,20 @@ impl<'a> Through<'a> {
 
     /// Waits for all of it.
     fn end(self) -> Result<()> {
-        self.there.synchronize().and(self.cuda.synchronize())
+        self.wait()
+    }
+
+    /// Each may wait for the other: if one fails, nobody waits on.
+    fn wait(&self) -> Result<()> {
+        let ends = [self.cuda.end_of(&self.there), self.cuda.synchronize()];
+        ends.into_iter().collect()
     }
 }
 
 impl Drop for Through<'_> {
     fn drop(&mut self) {
         // After a failure copies may be under way.
-        let _ = (self.there.synchronize(), self.cuda.synchronize());
+        let _ = self.wait();
     }
 }
 

@@ -14,7 +14,8 @@ use std::{
 
 use self::slot::{LOGPROBS_WORDS, START_WORDS, Slot, Staging};
 use super::{
-    Buf, Cuda, DevicePtr, Grid, Kernel, Loading, Tokens, allocated, joined, launch::args, memory::DeviceBuf,
+    Buf, Cuda, DevicePtr, Grid, Kernel, Loading, Tokens, allocated, beside, joined, launch::args,
+    memory::DeviceBuf,
 };
 use crate::{
     backend::DType,
@@ -46,10 +47,9 @@ pub(super) struct Kernels {
 impl Kernels {
     pub(super) fn load(load: &Loading) -> Result<Kernels> {
         let (sample, argmax) = std::thread::scope(|scope| {
-            let argmax = scope.spawn(|| load.module("argmax.cu", &[("DTYPE", 0)]));
-            (load.module("sample.cu", &[("DTYPE", 0)]), joined(argmax))
-        });
-        let (sample, argmax) = (sample?, argmax?);
+            let argmax = beside(scope, || load.module("argmax.cu", &[("DTYPE", 0)]))?;
+            Ok((load.module("sample.cu", &[("DTYPE", 0)])?, joined(argmax)?))
+        })?;
         Ok(Kernels {
             sample: sample.kernel("sample")?,
             argmax: argmax.kernel("argmax")?,

@@ -49,7 +49,9 @@ impl Tokens {
 
     /// Tokens come by way of this stream too.
     pub(super) fn depend_on(&self, stream: &Arc<Stream>) {
-        self.stages.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(stream));
+        let mut stages = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        stages.retain(|stage| stage.strong_count() > 0);
+        stages.push(Arc::downgrade(stream));
     }
 
     pub(super) fn table(&self) -> DevicePtr {

@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
-use crate::state::{SUCCESS, Status, put};
+use crate::state::{SUCCESS, Status, put, settings};
 
 const MAGIC: &[u8; 8] = b"NOTCODE1";
 
@@ -26,10 +26,17 @@ impl Code {
         String::from_utf8(text.to_vec()).ok().map(|text| Code(Some(text)))
     }
 
-    /// Whether it has such a kernel: by its name, or as a part of the names that a macro makes.
+    /// Whether it has such a kernel: by its whole name, or the end of one that a macro makes.
     pub fn has(&self, name: &str) -> bool {
-        let stem = name.split('_').next().unwrap_or(name);
-        self.0.as_ref().is_none_or(|text| text.contains(name) || text.contains(stem))
+        let word = |text: &str, name: &str| {
+            let part = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+            text.match_indices(name).any(|(at, _)| {
+                let (before, after) =
+                    (text[..at].chars().next_back(), text[at + name.len()..].chars().next());
+                !part(before) && !part(after)
+            })
+        };
+        self.0.as_ref().is_none_or(|text| word(text, name))
     }
 }
 
@@ -66,6 +73,7 @@ pub unsafe extern "C" fn nvrtcCompileProgram(
     _count: c_int,
     _options: *const *const c_char,
 ) -> Status {
+    std::thread::sleep(settings().compiling);
     SUCCESS
 }
 

@@ -2,13 +2,19 @@
 
 use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use crate::{
     compiler::Code,
     queue::{Effect, Stream, Work},
-    state::{INVALID_VALUE, SUCCESS, Status, current, driver_lock, expect_current, lock, misuse, put},
+    state::{
+        INVALID_VALUE, SUCCESS, Status, current, driver_lock, expect_current, expect_no_recording, lock,
+        misuse, put,
+    },
 };
 
 const NOT_FOUND: Status = 500;
@@ -26,6 +32,8 @@ struct Kernel {
     gpu: usize,
     name: String,
     shared_max: Mutex<u32>,
+    /// Its code is loaded by the first launch.
+    launched: AtomicBool,
 }
 
 /// As the driver has it.
@@ -42,6 +50,7 @@ pub struct Launch {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoadData(module: *mut *mut c_void, image: *const c_void) -> Status {
     let Ok(gpu) = current() else { return INVALID_VALUE };
+    expect_no_recording(Some(gpu), "loading code");
     let _driver = driver_lock(gpu);
     // SAFETY: the caller's: an image of our own compiler.
     let Some(code) = (unsafe { Code::read(image.cast()) }) else { return INVALID_VALUE };
@@ -62,7 +71,12 @@ pub unsafe extern "C" fn cuModuleGetFunction(
     if !module.code.has(name) {
         return NOT_FOUND;
     }
-    let kernel = Kernel { gpu: module.gpu, name: name.to_owned(), shared_max: Mutex::new(SHARED) };
+    let kernel = Kernel {
+        gpu: module.gpu,
+        name: name.to_owned(),
+        shared_max: Mutex::new(SHARED),
+        launched: false.into(),
+    };
     // SAFETY: the caller's.
     unsafe { put(function, Box::into_raw(Box::new(kernel)).cast()) }
 }
@@ -134,6 +148,9 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
     }
     if kernel.gpu != stream.gpu {
         misuse(&format!("{} of GPU {} in a stream of GPU {}", kernel.name, kernel.gpu, stream.gpu));
+    }
+    if !kernel.launched.swap(true, Relaxed) {
+        expect_no_recording(Some(kernel.gpu), &kernel.name);
     }
     let effect = match &*kernel.name {
         // SAFETY: (float*, const float*, u64), as in copy.cu.

@@ -7,7 +7,7 @@
 //!
 //! Environment: `DRIVER_GPUS` (4), `DRIVER_GIB` of each (140), `DRIVER_QUEUE`: launches that a stream takes before whoever
 //! brings more has to wait, holding its lock (1024), `DRIVER_LOCK`: `gpu` or `process`, whose lock that is (gpu),
-//! `DRIVER_SPEED`: how many times as fast as an H200 (1), `DRIVER_FAILS`: `2:5000`, the GPU that fails, and at which piece of its
+//! `DRIVER_SPEED`: how many times as fast as an H200 (1), `DRIVER_COMPILE_MS`: for a file (0), `DRIVER_FAILS`: `2:5000`, the GPU that fails, and at which piece of its
 //! work, `DRIVER_STUCK`: the same of one that never ends that piece, so that the end of the process waits for it too.
 #![allow(non_snake_case)]
 

@@ -7,7 +7,8 @@ use std::{
 };
 
 use crate::state::{
-    INVALID_VALUE, OUT_OF_MEMORY, SUCCESS, Status, check, current, driver_lock, lock, misuse, put, settings,
+    INVALID_VALUE, OUT_OF_MEMORY, SUCCESS, Status, check, current, driver_lock, expect_no_recording, lock,
+    misuse, put, settings,
 };
 
 /// What is taken: bytes from an address on, of a GPU or of the host.
@@ -100,6 +101,7 @@ pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) ->
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAlloc_v2(at: *mut u64, bytes: usize) -> Status {
     let Ok(gpu) = current() else { return INVALID_VALUE };
+    expect_no_recording(Some(gpu), "taking memory");
     let _driver = driver_lock(gpu);
     if bytes == 0 || taken(gpu) + bytes > settings().bytes {
         return if bytes == 0 { INVALID_VALUE } else { OUT_OF_MEMORY };
@@ -111,6 +113,7 @@ pub unsafe extern "C" fn cuMemAlloc_v2(at: *mut u64, bytes: usize) -> Status {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFree_v2(at: u64) -> Status {
     let Ok(gpu) = current() else { return INVALID_VALUE };
+    expect_no_recording(Some(gpu), "giving memory back");
     // It waits for all that the GPU has been given.
     if let Err(failed) = crate::queue::drain(gpu) {
         return failed;
@@ -121,11 +124,13 @@ pub unsafe extern "C" fn cuMemFree_v2(at: u64) -> Status {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemHostAlloc(at: *mut *mut c_void, bytes: usize, _flags: c_uint) -> Status {
+    expect_no_recording(None, "pinning memory");
     // SAFETY: the caller's.
     take(bytes, None).map_or_else(|e| e, |address| unsafe { put(at, address as *mut c_void) })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFreeHost(at: *mut c_void) -> Status {
+    expect_no_recording(None, "giving pinned memory back");
     give_back(at as u64, false)
 }

@@ -10,8 +10,8 @@ use std::{
 use crate::{
     memory::{copy_now, expect_memory, fill_now},
     state::{
-        INVALID_VALUE, SUCCESS, Status, check, count_work, current, driver_lock, expect_current, lock,
-        misuse, put, settings, status,
+        INVALID_VALUE, SUCCESS, Status, begin_recording, check, count_work, current, driver_lock,
+        end_recording, expect_current, expect_no_recording, lock, misuse, put, settings, status,
     },
 };
 
@@ -157,10 +157,12 @@ impl Stream {
         if inner.recorded.replace(Vec::new()).is_some() {
             misuse("a recording within a recording");
         }
+        begin_recording(self.gpu);
         SUCCESS
     }
 
     pub fn end(&self) -> Option<Vec<Work>> {
+        end_recording(self.gpu);
         lock(&self.inner).recorded.take()
     }
 
@@ -308,6 +310,7 @@ pub unsafe extern "C" fn cuStreamQuery(stream: *mut c_void) -> Status {
     // SAFETY: the caller's.
     let stream = unsafe { Stream::of(stream) };
     expect_current(stream.gpu, "a question to a stream");
+    expect_no_recording(Some(stream.gpu), "a question to a stream");
     let _driver = driver_lock(stream.gpu);
     if let Err(failed) = check(stream.gpu) {
         return failed;
@@ -352,6 +355,7 @@ pub unsafe extern "C" fn cuMemcpyAsync(to: u64, from: u64, bytes: usize, stream:
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemsetD8Async(at: u64, byte: u8, bytes: usize, stream: *mut c_void) -> Status {
     expect_memory(at, bytes, "what is filled");
+    expect_no_recording(current().ok(), "filling");
     let work = Work { seconds: 2e-6 + bytes as f64 / 3e12, effect: Effect::Fill { at, byte, bytes } };
     // SAFETY: the caller's.
     unsafe { Stream::of(stream) }.work(work, "filling")

@@ -7,6 +7,8 @@ use std::{
         Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering::SeqCst},
     },
+    thread::ThreadId,
+    time::Duration,
 };
 
 pub type Status = c_int;
@@ -32,6 +34,8 @@ pub struct Settings {
     pub queue: usize,
     pub lock_process: bool,
     pub speed: f64,
+    /// How long compiling a file takes.
+    pub compiling: Duration,
     /// A GPU, and the piece of work at which it fails.
     pub fails: Option<(usize, u64)>,
     /// A GPU, and the piece of work that it never ends.
@@ -57,6 +61,7 @@ pub fn settings() -> &'static Settings {
             queue: number("DRIVER_QUEUE", 1024.0) as usize,
             lock_process: std::env::var("DRIVER_LOCK").is_ok_and(|v| v == "process"),
             speed: number("DRIVER_SPEED", 1.0),
+            compiling: Duration::from_secs_f64(number("DRIVER_COMPILE_MS", 0.0) / 1e3),
             fails: piece("DRIVER_FAILS"),
             stuck: piece("DRIVER_STUCK"),
         }
@@ -104,6 +109,29 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The GPU whose context is current.
 pub fn current() -> Result<usize, Status> {
     CURRENT.get().checked_sub(1).ok_or(INVALID_CONTEXT)
+}
+
+/// Streams that are being recorded: their GPU, and who records.
+static RECORDINGS: Mutex<Vec<(usize, ThreadId)>> = Mutex::new(Vec::new());
+
+/// This thread records a stream of a GPU from now on.
+pub fn begin_recording(gpu: usize) {
+    lock(&RECORDINGS).push((gpu, std::thread::current().id()));
+}
+
+/// It has ended.
+pub fn end_recording(gpu: usize) {
+    let me = (gpu, std::thread::current().id());
+    lock(&RECORDINGS).retain(|recording| *recording != me);
+}
+
+/// What waits for a whole context, or for all, breaks off what another thread records there.
+pub fn expect_no_recording(gpu: Option<usize>, doing: &str) {
+    let me = std::thread::current().id();
+    let other = |(of, who): &(usize, ThreadId)| *who != me && gpu.is_none_or(|gpu| gpu == *of);
+    if lock(&RECORDINGS).iter().any(other) {
+        misuse(&format!("{doing} while another thread records"));
+    }
 }
 
 /// The current GPU, which must be this one.
@@ -239,6 +267,7 @@ pub unsafe extern "C" fn cuDeviceCanAccessPeer(possible: *mut c_int, _from: c_in
 pub unsafe extern "C" fn cuCtxEnablePeerAccess(peer: *mut c_void, _flags: c_uint) -> Status {
     static ENABLED: Mutex<Vec<(usize, usize)>> = Mutex::new(Vec::new());
     let (Ok(from), Some(to)) = (current(), (peer as usize).checked_sub(1)) else { return INVALID_CONTEXT };
+    expect_no_recording(Some(from), "gaining access to another GPU");
     let _driver = driver_lock(from);
     let mut enabled = lock(&ENABLED);
     if enabled.contains(&(from, to)) {
