@@ -256,7 +256,7 @@ fn a_kernel_is_compiled_once_whoever_wants_it() {
 fn a_lost_gpu_ends_what_runs_with_its_name() {
     let place = Place::new();
     let model = place.model(8);
-    for fails in ["1:10", "1:30", "0:1500", "2:2500"] {
+    for fails in ["1:10", "1:30", "0:800", "2:1800"] {
         let mut args = vec!["bench", "throughput", "--model", &model, "--weights", "dummy", "--repeat", "1"];
         args.extend(["--stages", "3", "--requests", "64", "--input-len", "200", "--output-len", "60"]);
         let said = place.run(&args, &[FAST, ("DRIVER_FAILS", fails)]);
