@@ -136,9 +136,12 @@ fn gpus_are_listed_and_their_absence_is_said() {
     let gpus = found["gpus"].as_array().unwrap();
     assert_eq!(gpus.len(), 3, "{found}");
     assert!(gpus.iter().all(|gpu| gpu["arch"] == "sm_90a"), "{found}");
-    let none = place
-        .run(&["--model", &place.model(2), "--weights", "dummy", "--prompt", "x"], &[("DRIVER_GPUS", "0")]);
-    assert!(!none.ok && none.err.contains("the driver sees no GPU"), "{}", none.err);
+    let model = data("chat-llama");
+    let args = ["--model", model.to_str().unwrap(), "--prompt", "a", "--max-tokens", "1"];
+    let none = place.run(&args, &[("DRIVER_GPUS", "0")]);
+    assert!(none.ok && none.err.contains("the driver sees no GPU"), "{}", none.err);
+    let none = place.run(&[&args[..], &["--device", "cuda"]].concat(), &[("DRIVER_GPUS", "0")]);
+    assert!(!none.ok && none.err.lines().count() == 1, "{}", none.err);
 }
 
 /// Prompts beside single steps, with far more launches than a stream takes: whoever brings more waits, and keeps a lock that
