@@ -166,7 +166,12 @@ impl Meter {
         });
     }
 
+    /// A step has come back, and nobody has been told of its tokens yet.
     pub(super) fn applied(&self, step: u64, ended: usize, scheduler: &Scheduler) {
+        if ended > 0 {
+            // Whoever learns that an answer has come to its last token finds it gone.
+            self.set_queues(scheduler.stats());
+        }
         self.tell(|| {
             let (at, queues) = (self.start.elapsed(), scheduler.stats());
             Measurement::Applied { at, step, ended, queues }

@@ -317,8 +317,6 @@ impl Worker {
         }
         self.meter.applied(step, before - self.open.sequences.len(), &self.scheduler);
         if !tokens.is_empty() {
-            // Whoever learns that an answer has come to its last token finds it gone.
-            self.meter.set_queues(self.scheduler.stats());
             say(&self.text, Say::Tokens(tokens, Instant::now()));
         }
     }

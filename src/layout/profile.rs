@@ -233,14 +233,18 @@ impl Profile {
             |p: &Point| (p.seconds / costs.roofline(unit, p.pass)).clamp(*FACTORS.start(), *FACTORS.end());
         let below = nearest(&|p| p.pass.rows() <= pass.rows());
         let above = nearest(&|p| p.pass.rows() >= pass.rows());
-        match (below, above) {
-            (None, None) => 1.0,
-            (Some(p), None) | (None, Some(p)) => factor(p),
-            (Some(a), Some(b)) => {
-                let (to_a, to_b) = (distance(a).0, distance(b).0);
-                let share = if to_a + to_b > 0.0 { to_a / (to_a + to_b) } else { 0.0 };
-                factor(a) * (1.0 - share) + factor(b) * share
-            }
+        between([below, above].map(|found| found.map(|p| (distance(p).0, factor(p)))))
+    }
+}
+
+/// Between a factor of fewer rows and one of more, each with how far away it is; 1 if there is none.
+fn between(found: [Option<(f64, f64)>; 2]) -> f64 {
+    match found {
+        [None, None] => 1.0,
+        [Some((_, factor)), None] | [None, Some((_, factor))] => factor,
+        [Some((to_a, a)), Some((to_b, b))] => {
+            let share = if to_a + to_b > 0.0 { to_a / (to_a + to_b) } else { 0.0 };
+            a * (1.0 - share) + b * share
         }
     }
 }

@@ -236,7 +236,7 @@ impl Batch {
             .and_then(|()| from.check_turns(self.sections))
             .map_err(|why| cuda.error(format!("a micro-batch does not fit: {why}; this is a bug")))?;
         let places = Places::of(&shape, from.seqs.len(), self.sections);
-        self.relay.bring(cuda, |bytes| (pack(bytes, from, &shape, &places), ()))?;
+        self.relay.bring(cuda, |bytes| pack(bytes, from, &shape, &places))?;
         self.now = shape;
         self.view = self.places_on_device(&places);
         Ok(())

@@ -266,14 +266,15 @@ impl Kernels {
                 true => Vec::new(),
                 false => others.into_iter().map(|v| (v, beside(scope, move || self.compile(v)))).collect(),
             };
-            let found = compiled.entry(wanted).insert_entry(Arc::new(self.compile(wanted)?)).get().clone();
+            let made = Arc::new(self.compile(wanted)?);
+            compiled.insert(wanted, made.clone());
             for (variant, thread) in others {
                 // What is wrong is said to whoever wants it.
-                if let Ok(made) = thread.and_then(joined) {
-                    compiled.insert(variant, Arc::new(made));
+                if let Ok(other) = thread.and_then(joined) {
+                    compiled.insert(variant, Arc::new(other));
                 }
             }
-            Ok(found)
+            Ok(made)
         })
     }
 

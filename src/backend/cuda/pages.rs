@@ -117,7 +117,7 @@ pub(super) fn fetch(cuda: &Cuda, to: &mut Kv, from: (&Cuda, &Kv), runs: &[Range<
             }
         }
     }
-    stage.map_or(Ok(()), Through::end)
+    stage.map_or(Ok(()), |through| through.wait())
 }
 
 /// Two parts of pinned memory: one is filled while the other is emptied.
@@ -150,7 +150,7 @@ impl<'a> Through<'a> {
         Ok(Through { cuda, there, parts: [part()?, part()?], next: 0 })
     }
 
-    /// Both sides have as many bytes, and live until `end` has returned.
+    /// Both sides have as many bytes, and live until `wait` has returned.
     fn copy(&mut self, to: DevicePtr, from: DevicePtr, bytes: usize) -> Result<()> {
         for at in (0..bytes).step_by(PART) {
             let (len, part) = ((bytes - at).min(PART), &mut self.parts[self.next]);
@@ -169,12 +169,7 @@ impl<'a> Through<'a> {
         Ok(())
     }
 
-    /// Waits for all of it.
-    fn end(self) -> Result<()> {
-        self.wait()
-    }
-
-    /// Each may wait for the other: if one fails, nobody waits on.
+    /// Waits for all of it. Each may wait for the other: if one fails, nobody waits on.
     fn wait(&self) -> Result<()> {
         let ends = [self.cuda.end_of(&self.there), self.cuda.synchronize()];
         ends.into_iter().collect()

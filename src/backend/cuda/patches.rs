@@ -55,7 +55,7 @@ impl Cutter {
         let rows = count * self.shape.merge * self.shape.merge;
         let out = out.expect(cuda.dtype, rows * self.shape.len());
         let shape = self.shape;
-        self.relay.bring(cuda, |bytes| (pack(bytes, shape, count, from), ()))?;
+        self.relay.bring(cuda, |bytes| pack(bytes, shape, count, from))?;
         let grid = Grid::row(rows as u32, THREADS);
         let (room, pictures) = (self.relay.room().ptr(), from.len() as u32);
         // SAFETY: (T*, const u8*, const u32*, u32) as in patches.cu; the buffer has been checked, `pack` has checked that the

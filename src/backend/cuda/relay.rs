@@ -26,18 +26,18 @@ impl Relay {
         &self.room
     }
 
-    /// Fills a buffer and puts it on its way; `fill` says how many bytes there are, and what else there is to say. The host waits
-    /// for nothing but the buffer's last copy, which was long ago as a rule.
-    pub(super) fn bring<T>(&mut self, cuda: &Cuda, fill: impl FnOnce(&mut [u8]) -> (usize, T)) -> Result<T> {
+    /// Fills a buffer and puts it on its way; `fill` says how many bytes there are. The host waits for nothing but the buffer's
+    /// last copy, which was long ago as a rule.
+    pub(super) fn bring(&mut self, cuda: &Cuda, fill: impl FnOnce(&mut [u8]) -> usize) -> Result<()> {
         let (pinned, copied) = &mut self.buffers[self.next];
         cuda.wait_on_host(copied)?;
         // SAFETY: the copy from it has been done.
-        let (bytes, said) = fill(unsafe { pinned.as_mut_slice() });
+        let bytes = fill(unsafe { pinned.as_mut_slice() });
         assert!(bytes <= self.room.bytes(), "{bytes} bytes where there is room for fewer; this is a bug");
         // SAFETY: as many bytes on both sides; the buffer is not touched until the event has been reached.
         unsafe { cuda.copy(self.room.ptr(), pinned.ptr(), bytes)? };
         cuda.record_event(copied)?;
         self.next = (self.next + 1) % self.buffers.len();
-        Ok(said)
+        Ok(())
     }
 }

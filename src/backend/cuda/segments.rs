@@ -155,10 +155,12 @@ impl Images {
             Attention::Fast(_) => Some((TILE_ROWS, SHORT_ROWS)),
             Attention::Plain(_) => None,
         };
-        self.now = self.packed.bring(cuda, |bytes| {
-            let now = Layout::pack(bytes, from, tile_rows);
-            (now.bytes, now)
+        let mut now = Layout::default();
+        self.packed.bring(cuda, |bytes| {
+            now = Layout::pack(bytes, from, tile_rows);
+            now.bytes
         })?;
+        self.now = now;
         self.rotate(cuda)
     }
 

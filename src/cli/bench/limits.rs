@@ -146,7 +146,7 @@ impl Demands {
     /// there are requests, or images of theirs (`images` each). None where a device that did something is not known.
     pub(super) fn least_s(&self, done: &AllDone, (requests, images): (usize, usize)) -> Option<f64> {
         let mut devices: Vec<(Device, f64)> = Vec::new();
-        let mut add = |device: Option<&DeviceSpec>, done: &Done| {
+        let add = |devices: &mut Vec<(Device, f64)>, device: Option<&DeviceSpec>, done: &Done| {
             let device = device?.device;
             match devices.iter_mut().find(|(of, _)| *of == device) {
                 Some((_, sum)) => *sum += done.least_s,
@@ -156,19 +156,15 @@ impl Demands {
         };
         let mut layers = 0.0;
         for (demand, done) in self.stages.iter().zip(&done.stages) {
-            layers += add(demand.device.as_ref(), done)?;
+            layers += add(&mut devices, demand.device.as_ref(), done)?;
         }
-        let mut all = layers;
+        let (of_layers, mut all) = (devices.len(), layers);
         for (demand, done) in self.vision.iter().zip(&done.vision).filter(|(_, done)| done.flops > 0.0) {
-            all += add(demand.device.as_ref(), done)?;
+            all += add(&mut devices, demand.device.as_ref(), done)?;
         }
-        let mut of_layers: Vec<Device> =
-            self.stages.iter().filter_map(|s| Some(s.device.as_ref()?.device)).collect();
-        of_layers.sort_unstable();
-        of_layers.dedup();
         let slowest = devices.iter().map(|(_, sum)| *sum).fold(0.0, f64::max);
         let in_turns = |sum: f64, devices: usize, most: usize| sum / devices.min(most).max(1) as f64;
-        let layers = in_turns(layers, of_layers.len(), requests);
+        let layers = in_turns(layers, of_layers, requests);
         let all_of_it = in_turns(all, devices.len(), requests * images.max(1));
         (all > 0.0).then(|| slowest.max(layers).max(all_of_it))
     }

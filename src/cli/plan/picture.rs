@@ -115,6 +115,7 @@ mod tests {
             assert!(plain.is_ascii() && plain.lines().count() == 4, "{plain}");
             assert!(plain.lines().all(|line| line.len() <= width), "{width}:\n{plain}");
             assert!(plain.contains("100%") && plain.contains('#') && plain.contains('.'), "{plain}");
+            assert!(width < 80 || plain.contains('='), "{plain}");
             // Its key is whole, or there is none.
             let head = plain.lines().next().unwrap();
             let key = if width < 80 { "time" } else { " free" };

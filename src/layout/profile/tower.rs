@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{FACTOR_MIN, FACTORS, PASSES_MIN, Profile, ROWS_MAX, SECONDS, VERSION, shape_of};
+use super::{FACTOR_MIN, FACTORS, PASSES_MIN, Profile, ROWS_MAX, SECONDS, VERSION, between, shape_of};
 use crate::{
     backend::DType,
     layout::{
@@ -112,7 +112,7 @@ impl Profile {
     pub fn tower_factor(&self, costs: &Costs<'_>, pass: VisionPass) -> f64 {
         let Some(tower) = costs.spec.vision.as_deref() else { return 1.0 };
         let shape = shape_of_tower(tower);
-        let apart = |p: &TowerPoint| ((p.rows as f64 + 1.0) / (pass.rows as f64 + 1.0)).log2();
+        let apart = |p: &TowerPoint| ((p.rows as f64 + 1.0) / (pass.rows as f64 + 1.0)).log2().abs();
         let factor = |p: &TowerPoint| {
             let predicted = whole(&Costs { profile: None, ..*costs }, tower, p.pass());
             (p.seconds / predicted).clamp(*FACTORS.start(), *FACTORS.end())
@@ -120,15 +120,7 @@ impl Profile {
         let same = || self.tower.iter().filter(|p| p.shape == shape);
         let below = same().filter(|p| p.rows <= pass.rows).max_by_key(|p| p.rows);
         let above = same().filter(|p| p.rows >= pass.rows).min_by_key(|p| p.rows);
-        match (below, above) {
-            (None, None) => 1.0,
-            (Some(p), None) | (None, Some(p)) => factor(p),
-            (Some(a), Some(b)) => {
-                let (to_a, to_b) = (-apart(a), apart(b));
-                let share = if to_a + to_b > 0.0 { to_a / (to_a + to_b) } else { 0.0 };
-                factor(a) * (1.0 - share) + factor(b) * share
-            }
-        }
+        between([below, above].map(|found| found.map(|p| (apart(p), factor(p)))))
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
     queue::{Effect, Stream, Work},
     state::{
         INVALID_VALUE, SUCCESS, Status, current, driver_lock, expect_current, expect_no_recording, lock,
-        misuse, put,
+        misuse, put, shared,
     },
 };
 
@@ -193,10 +193,7 @@ pub unsafe extern "C" fn cuGraphInstantiateWithFlags(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuGraphLaunch(ready: *mut c_void, stream: *mut c_void) -> Status {
     // SAFETY: the caller's.
-    let (stream, graph) = unsafe {
-        Arc::increment_strong_count(ready.cast::<Vec<Work>>());
-        (Stream::of(stream), Arc::from_raw(ready.cast::<Vec<Work>>()))
-    };
+    let (stream, graph) = unsafe { (Stream::of(stream), shared::<Vec<Work>>(ready)) };
     stream.repeat(graph)
 }
 

@@ -11,7 +11,7 @@ use crate::{
     memory::{copy_now, expect_memory, fill_now},
     state::{
         INVALID_VALUE, SUCCESS, Status, begin_recording, check, count_work, current, driver_lock,
-        end_recording, expect_current, expect_no_recording, lock, misuse, put, settings, status,
+        end_recording, expect_current, expect_no_recording, lock, misuse, put, settings, shared, status,
     },
 };
 
@@ -100,10 +100,7 @@ impl Stream {
             misuse("the default stream");
         }
         // SAFETY: it was made by `cuStreamCreate`, which keeps one reference.
-        unsafe {
-            Arc::increment_strong_count(raw.cast::<Stream>());
-            Arc::from_raw(raw.cast())
-        }
+        unsafe { shared(raw) }
     }
 
     /// Puts work at the end, or into what is being recorded. Who finds no room waits, and keeps the driver's lock.
@@ -235,10 +232,7 @@ impl Event {
     /// SAFETY: `raw` is an event that has not been destroyed.
     unsafe fn of(raw: *mut c_void) -> Arc<Event> {
         // SAFETY: it was made by `cuEventCreate`, which keeps one reference.
-        unsafe {
-            Arc::increment_strong_count(raw.cast::<Event>());
-            Arc::from_raw(raw.cast())
-        }
+        unsafe { shared(raw) }
     }
 
     fn reach(&self, number: u64, at: Instant) {

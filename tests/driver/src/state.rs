@@ -4,7 +4,7 @@ use std::{
     cell::Cell,
     ffi::{CStr, c_char, c_int, c_uint, c_void},
     sync::{
-        Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering::SeqCst},
     },
     thread::ThreadId,
@@ -148,6 +148,17 @@ pub fn status(outcome: Result<(), Status>) -> Status {
 
 fn known(device: c_int) -> Result<usize, Status> {
     usize::try_from(device).ok().filter(|&gpu| gpu < settings().gpus).ok_or(INVALID_DEVICE)
+}
+
+/// One more reference to what a handle stands for.
+///
+/// SAFETY: `raw` comes from `Arc::into_raw` of this type, and that reference has not been given back.
+pub unsafe fn shared<T>(raw: *mut c_void) -> Arc<T> {
+    // SAFETY: the caller's.
+    unsafe {
+        Arc::increment_strong_count(raw.cast::<T>());
+        Arc::from_raw(raw.cast())
+    }
 }
 
 /// Writes through a pointer that a caller has given for it.
