@@ -65,8 +65,7 @@ PREFIX_GOAL = 5.0
 NOT_OURS = ("nvjet", "cutlass", "sm80_xmma", "sm90_xmma", "ampere_")
 # Of a copy's rate, what decode attention should reach at least.
 ATTENTION_GOAL = 0.80
-# Of a large product's rate, what the vision tower should reach at least with one image of 1024x1024, and its attention to a
-# whole frame by itself.
+# Of a large product's rate, what the vision tower should reach at least with one image of 1024x1024.
 TOWER_GOAL = 0.50
 # Requests with an image each, and their prompt tokens beside it; by their new tokens, images per second of four GPUs over those of
 # one, at least, and over those of four where the whole tower is on the first.
@@ -403,15 +402,14 @@ def judge_attention(code, text):
 
 
 def judge_tower(code, text):
-    product = re.search(r"^8192x8192x8192: (\d+) TFLOP/s", text, re.M)
+    product = re.search(r"8192x8192x8192: (\d+) TFLOP/s", text)
     towers = re.findall(r"^tower (\S+): \d+ us, ([\d.]+) images/s, (\d+) TFLOP/s, ([\d.]+) of", text, re.M)
     frame = re.search(r"^op frame: .*, (\d+) TFLOP/s", text, re.M)
     if code != 0 or not (product and towers and frame):
         return judge_tests(code, text)[0], False
     attention = int(frame[1]) / int(product[1])
     shown = "; ".join(f"{size} {images} images/s, {share} of a product" for size, images, _, share in towers)
-    ok = float(towers[0][3]) >= TOWER_GOAL and attention >= TOWER_GOAL
-    return f"{shown}; attention to a frame {attention:.2f} (goals {TOWER_GOAL:.2f})", ok
+    return f"{shown} (goal {TOWER_GOAL:.2f}); attention to a frame {attention:.2f}", float(towers[0][3]) >= TOWER_GOAL
 
 
 def judge_boundary(stages, times):

@@ -16,6 +16,13 @@ const SLOWER: f64 = 1.45;
 const FLOOR: usize = 4;
 /// Decoding sequences should not notice prompts if there are so many times as many of them as prompts.
 const MANY: usize = 8;
+/// A chunk may take so many times as long as one of as many rows at a prompt's beginning. Those behind a few thousand tokens
+/// are as long as the first ones then: shorter ones would be more passes, each of which works less well.
+const NEAR: f64 = 1.25;
+/// Micro-batches of so many rows and more are whole multiples of these where prompts are cut: a product's tiles have up to as
+/// many rows, and one that is half empty takes its time nevertheless.
+const TILED_MIN: usize = 1024;
+const TILE: usize = 256;
 
 /// What prompts may still put into a micro-batch.
 struct Room {
@@ -107,6 +114,7 @@ impl Scheduler {
                 }
                 false => room.rows.min(left),
             };
+            let len = if len < left { whole_tiles(draft.batch.rows(), len) } else { len };
             if len == 0 {
                 return;
             }
@@ -137,7 +145,7 @@ impl Scheduler {
 
     /// The room for prompts beside a micro-batch's single steps.
     ///
-    /// As a rule chunks take the slowest stage as long as one of `cut` tokens at a prompt's beginning. Where few prompts
+    /// As a rule chunks take the slowest stage about as long as one of `cut` tokens at a prompt's beginning. Where few prompts
     /// come to many decoding sequences, micro-batches take at most `SLOWER` times as long as without prompts, but have room
     /// for a share of `chunk_min` tokens.
     fn room(&self, draft: &Draft) -> Room {
@@ -146,6 +154,7 @@ impl Scheduler {
         if floor == most {
             return unlimited;
         }
+        let beside = self.cut.saturating_sub(draft.batch.rows()).max(floor);
         match (self.spares_decoding(), self.cost.is_known()) {
             (true, true) => {
                 let seconds = SLOWER * self.cost.slowest(&self.singles);
@@ -153,12 +162,11 @@ impl Scheduler {
             }
             (true, false) => Room { rows: floor, ..unlimited },
             (false, true) => {
-                let rows = self.cut;
                 let singles = PassShape { outputs: draft.batch.outputs.len(), ..PassShape::default() };
-                let seconds = self.cost.slowest(&singles.with_rows(0, rows));
-                Room { rows, floor, seconds }
+                let seconds = NEAR * self.cost.slowest(&singles.with_rows(0, self.cut));
+                Room { rows: beside, floor, seconds }
             }
-            (false, false) => Room { rows: self.cut, ..unlimited },
+            (false, false) => Room { rows: beside, ..unlimited },
         }
     }
 
@@ -169,4 +177,10 @@ impl Scheduler {
         let prompts = self.waiting.len() + 1;
         MANY * prompts <= self.decoding.min(self.sequences[slot].decoding_before)
     }
+}
+
+/// How many of `len` rows go beside others if those that no tile is full of wait; all where that would be most of them.
+fn whole_tiles(others: usize, len: usize) -> usize {
+    let whole = ((others + len) / TILE * TILE).saturating_sub(others);
+    if others + len >= TILED_MIN && whole >= len / 2 { whole } else { len }
 }
