@@ -511,7 +511,7 @@ def plan(bundle, logs, count, test_filter, load_folder):
             command = [sanitizer(), "--tool", tool, "--error-exitcode", "9", "--print-limit", "100", *more,
                        programs / "gpu", "--test-threads=1", *skips, *chosen]
             judge = judge_races if tool == "racecheck" else judge_memory
-            return Check(tool, command, 240, quick, judge)
+            return Check(tool, command, 400 if tool == "racecheck" else 240, quick, judge)
         groups.append([under("memcheck"), under("racecheck", "--racecheck-report", "analysis")])
     for model, requests, given, new, measured, goals in BENCHES:
         if count >= (1 if model == "7b" else 4) and not test_filter:

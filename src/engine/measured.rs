@@ -74,8 +74,9 @@ impl Engine {
             profile.store(&folder, older.as_ref())
         };
         let layout = self.layout();
-        let profiles = Profile::of_run(spec, dtype, &layout, &stages, &measured.times());
         let tower = measured.vision_times();
+        let times = profile::without_towers(measured.times(), spec, &layout, &tower);
+        let profiles = Profile::of_run(spec, dtype, &layout, &stages, &times);
         let profiles = Profile::with_tower(profiles, (spec, dtype), (&layout, devices), &tower);
         profiles.iter().map(keep).collect()
     }

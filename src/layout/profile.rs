@@ -12,6 +12,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 pub use self::tower::TowerPoint;
+pub(crate) use self::tower::without_towers;
 use super::{Device, DeviceSpec, Layout, StageTime, cost::Costs, measured::size};
 use crate::{
     backend::{DType, cuda},

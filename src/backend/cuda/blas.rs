@@ -7,9 +7,7 @@
 use std::{
     collections::HashMap,
     ffi::c_void,
-    path::PathBuf,
-    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
-    time::{Duration, Instant},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use cudarc::cublaslt::{
@@ -18,7 +16,8 @@ use cudarc::cublaslt::{
 };
 
 use super::{
-    compile::{Fnv, cache_folder, write_aside},
+    choices::{self, Found},
+    compile::Fnv,
     driver::{Context, DeviceFacts, beside_no_recording},
     memory::{DeviceBuf, DevicePtr, Stream},
     tune,
@@ -78,6 +77,7 @@ unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
 
+/// An algorithm, as cublasLt has it.
 pub(super) type Algo = [u64; 8];
 
 impl Blas {
@@ -95,7 +95,7 @@ impl Blas {
 
     /// Writes the choices so far to the disk, where the next process finds them.
     pub(super) fn keep_choices() {
-        table().write();
+        choices::write();
     }
 
     /// Enqueues the product.
@@ -123,17 +123,13 @@ impl Blas {
     ///
     /// SAFETY: as for `multiply`.
     unsafe fn choose(&self, stream: &Stream, shape: Shape, plan: &Plan, operands: Operands) -> Result<Algo> {
-        // One at a time: whoever comes second finds what the first has measured.
-        let mut table = table();
-        let key = self.table_key(shape);
-        if let Some(algo) = table.get(key)
-            && self.usable(plan, &algo)
-        {
-            return Ok(algo);
-        }
-        let began = Instant::now();
+        let device = self.context.ordinal;
+        let measuring = match choices::find(self.table_key(shape), device, |algo| self.usable(plan, algo)) {
+            Found::Known(algo) => return Ok(algo),
+            Found::Unknown(measuring) => measuring,
+        };
         let candidates = self.candidates(shape, plan)?;
-        let timed = candidates.len() > 1 && tune::is_worth_it(shape, table.spent);
+        let timed = candidates.len() > 1 && tune::is_worth_it(shape, measuring.spent());
         let mut best = None;
         if timed {
             // Sums would be added again and again: they go to scratch. Other results are overwritten by the product that
@@ -150,9 +146,8 @@ impl Blas {
         }
         let algo = best.map_or(candidates[0], |(_, algo)| algo);
         let (count, ms) = (candidates.len(), best.map(|(ms, _)| ms));
-        tracing::debug!(?shape, candidates = count, timed, ms, "chosen");
-        table.spent += began.elapsed();
-        table.put(key, algo, timed || count == 1);
+        tracing::debug!(device, ?shape, candidates = count, timed, ms, "chosen");
+        measuring.keep(algo, timed || count == 1);
         Ok(algo)
     }
 
@@ -377,122 +372,5 @@ impl Drop for Preference {
     fn drop(&mut self) {
         // SAFETY: created in `new`, destroyed here alone.
         let _ = unsafe { result::destroy_matmul_pref(self.0) };
-    }
-}
-
-/// The choices so far, in the process and on disk.
-struct Table {
-    path: Option<PathBuf>,
-    /// By key, the choice and whether it was made by timing: others are not kept on disk.
-    entries: HashMap<u128, (Algo, bool)>,
-    /// Whether there are some that the disk does not have.
-    changed: bool,
-    /// Time that choosing has taken.
-    spent: Duration,
-}
-
-fn table() -> MutexGuard<'static, Table> {
-    static TABLE: OnceLock<Mutex<Table>> = OnceLock::new();
-    lock(TABLE.get_or_init(|| Mutex::new(Table::open(cache_folder().map(|f| f.join("matmul.txt"))))))
-}
-
-impl Table {
-    fn open(path: Option<PathBuf>) -> Table {
-        let mut table = Table { path, entries: HashMap::new(), changed: false, spent: Duration::ZERO };
-        table.read();
-        table
-    }
-
-    fn get(&self, key: u128) -> Option<Algo> {
-        self.entries.get(&key).map(|(algo, _)| *algo)
-    }
-
-    fn put(&mut self, key: u128, algo: Algo, timed: bool) {
-        self.entries.insert(key, (algo, timed));
-        self.changed |= timed;
-    }
-
-    /// Adds what is on disk.
-    fn read(&mut self) {
-        let text = self.path.as_deref().and_then(|p| std::fs::read_to_string(p).ok()).unwrap_or_default();
-        for (key, algo) in text.lines().filter_map(parse_line) {
-            self.entries.entry(key).or_insert((algo, true));
-        }
-    }
-
-    /// Brings the disk what it does not have, beside what other processes have written meanwhile.
-    fn write(&mut self) {
-        if !std::mem::take(&mut self.changed) {
-            return;
-        }
-        self.read();
-        let Some(path) = &self.path else { return };
-        let timed = self.entries.iter().filter(|(_, (_, timed))| *timed);
-        let mut lines: Vec<String> = timed.map(|(key, (algo, _))| line(*key, algo)).collect();
-        lines.sort();
-        if let Err(error) = write_aside(path, lines.concat().as_bytes()) {
-            tracing::debug!(path = %path.display(), %error, "the choice of algorithms is not kept");
-        }
-    }
-}
-
-/// An entry as text: the key, the algorithm's words and a check of both.
-fn line(key: u128, algo: &Algo) -> String {
-    let words: Vec<String> = algo.iter().map(|w| format!("{w:016x}")).collect();
-    format!("{key:032x} {} {:016x}\n", words.join(" "), check(key, algo))
-}
-
-fn check(key: u128, algo: &Algo) -> u64 {
-    let mut hash = Fnv::default();
-    hash.part(&key.to_le_bytes());
-    algo.iter().for_each(|w| hash.part(&w.to_le_bytes()));
-    hash.0 as u64
-}
-
-fn parse_line(line: &str) -> Option<(u128, Algo)> {
-    let mut fields = line.split_ascii_whitespace();
-    let key = u128::from_str_radix(fields.next()?, 16).ok()?;
-    let mut algo = Algo::default();
-    for word in &mut algo {
-        *word = u64::from_str_radix(fields.next()?, 16).ok()?;
-    }
-    let sum = u64::from_str_radix(fields.next()?, 16).ok()?;
-    (sum == check(key, &algo)).then_some((key, algo))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn entries_come_back_and_damaged_ones_do_not() {
-        let algo: Algo = std::array::from_fn(|i| (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        let text = line(u128::MAX / 3, &algo);
-        assert_eq!(parse_line(&text), Some((u128::MAX / 3, algo)));
-        let text = text.trim_end();
-        for end in 0..text.len() {
-            assert_eq!(parse_line(&text[..end]), None, "cut to {end}");
-        }
-        for i in (0..text.len()).filter(|&i| text.as_bytes()[i] != b' ') {
-            let other = if text.as_bytes()[i] == b'0' { "1" } else { "0" };
-            let mut damaged = text.to_owned();
-            damaged.replace_range(i..i + 1, other);
-            assert_eq!(parse_line(&damaged), None, "character {i}");
-        }
-    }
-
-    #[test]
-    fn timed_choices_are_kept_beside_those_of_others() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = || Some(folder.path().join("matmul.txt"));
-        let (mut one, mut other) = (Table::open(path()), Table::open(path()));
-        one.put(1, [1; 8], true);
-        one.put(2, [2; 8], false);
-        other.put(3, [3; 8], true);
-        one.write();
-        other.write();
-        let found = Table::open(path());
-        assert_eq!([1, 2, 3].map(|key| found.get(key)), [Some([1; 8]), None, Some([3; 8])]);
-        assert_eq!((one.get(2), other.get(1)), (Some([2; 8]), Some([1; 8])));
     }
 }

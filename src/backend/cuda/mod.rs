@@ -10,6 +10,7 @@ mod act;
 mod attention;
 mod batch;
 mod blas;
+mod choices;
 mod compile;
 mod copy;
 mod driver;

@@ -1,6 +1,10 @@
 //! The ops of [`Backend`], each in the file of its name.
 
-use std::{ops::Range, sync::atomic::Ordering::Relaxed, time::Duration};
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    time::Duration,
+};
 
 use super::{
     Batch, Buf, Cuda, Event, Kv, Matrix, Pending, Sampler, attention, blas::Blas, copy, embed, linear,
@@ -103,7 +107,8 @@ impl Backend for Cuda {
     }
 
     fn warm_ups(&self, limits: Limits) -> Vec<WarmUp> {
-        warm_up::all(limits)
+        static BEGUN: AtomicUsize = AtomicUsize::new(0);
+        warm_up::all(limits, BEGUN.fetch_add(1, Relaxed))
     }
 
     fn set_batch(&self, batch: &mut Batch, from: &MicroBatch) -> Result<()> {

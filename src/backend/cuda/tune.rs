@@ -1,7 +1,8 @@
 //! Which of cublasLt's algorithms is the fastest for a product: they are tried.
 //!
-//! A process spends at most about [`BUDGET`] on that, nearly all of it while a model is loaded: see `warm_up`. An empty
-//! table costs 7b on an H200 some 200 shapes of 2 to 20 ms; its vision tower's are three times as many, and quicker.
+//! A process spends at most about [`BUDGET`] on that on each GPU, nearly all of it while a model is loaded: see `warm_up`. An
+//! empty table costs 7b on an H200 some 200 shapes of 2 to 20 ms; its vision tower's are three times as many, and quicker.
+//! Stages on several GPUs share the shapes out: see `choices`.
 #![allow(unsafe_code)]
 
 use std::time::Duration;
@@ -26,7 +27,7 @@ pub(super) const TIMED_ROWS_MAX: usize = 8192;
 const ROUNDS: usize = 3;
 /// One that takes so many times as long as the best is given up.
 const HOPELESS: f32 = 1.3;
-/// When choosing has taken so long in this process, cublasLt's guesses are taken for the rest, and not kept on disk.
+/// When choosing has taken so long on a GPU, cublasLt's guesses are taken for the rest, and not kept on disk.
 const BUDGET: Duration = Duration::from_secs(6);
 
 /// How many algorithms are asked for.

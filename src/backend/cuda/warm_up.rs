@@ -18,19 +18,34 @@ use crate::{
 /// Passes of more rows are recorded when they come: seldom, and what that costs is little beside the pass.
 const RECORDED_ROWS_MAX: usize = 512;
 
-/// Single steps, their tokens, and chunks of prompts, the largest first: time for choosing may run out.
-pub(super) fn all(limits: Limits) -> Vec<WarmUp> {
+/// Single steps, their tokens, and chunks of prompts, the largest first: time for choosing may run out. `turn` says how
+/// many others have begun the same: stages that begin with different numbers of rows choose at the same time.
+pub(super) fn all(limits: Limits, turn: usize) -> Vec<WarmUp> {
     let singles_max = limits.seqs_max.min(limits.outputs_max).min(limits.rows_max);
     let mut all: Vec<WarmUp> = numbers_of_rows(singles_max.min(TIMED_ROWS_MAX)).map(singles).collect();
+    // The first brings the sequences.
+    if let [_, others @ ..] = &mut *all {
+        begin_at(others, turn);
+    }
     if let Some(first) = all.first_mut() {
         Arc::make_mut(&mut first.batch).starts = (0..singles_max as u32).map(start).collect();
     }
     let ends = (0..singles_max as u64).map(SeqId).collect();
     all.push(WarmUp { batch: Arc::new(MicroBatch { ends, ..MicroBatch::default() }), layers: 0, passes: 0 });
     let chunks = numbers_of_rows(limits.rows_max.min(TIMED_ROWS_MAX));
-    let chunks: Vec<usize> = chunks.filter(|&rows| rows > singles_max).collect();
-    all.extend(chunks.into_iter().rev().filter_map(|rows| chunk(rows, limits)));
+    let mut chunks: Vec<usize> = chunks.filter(|&rows| rows > singles_max).collect();
+    chunks.reverse();
+    begin_at(&mut chunks, turn);
+    all.extend(chunks.into_iter().filter_map(|rows| chunk(rows, limits)));
     all
+}
+
+/// Turns a list by half for the second that goes through it, by quarters for the next two, and so on: all are far from what
+/// others have done, or will do next.
+fn begin_at<T>(list: &mut [T], turn: usize) {
+    const BITS: u32 = 6;
+    let share = (turn % (1 << BITS)).reverse_bits() >> (usize::BITS - BITS);
+    list.rotate_left(share * list.len() >> BITS);
 }
 
 /// Rows of a vision tower's passes: the largest of each number that ops go over, and of larger ones some, for which nothing
@@ -109,7 +124,7 @@ mod tests {
     #[test]
     fn every_number_of_rows_that_ops_go_over_comes_once() {
         let limits = Limits { rows_max: 2304, seqs_max: 256, outputs_max: 256, context_max: 4096 };
-        let all = all(limits);
+        let all = all(limits, 0);
         let (singles, chunks): (Vec<_>, Vec<_>) = all.into_iter().partition(|w| w.layers > 1);
         assert_eq!(rows(&singles)[..8], [1, 2, 4, 8, 16, 24, 32, 40]);
         assert_eq!((singles.len(), rows(&singles)[18]), (19, 256));
@@ -124,6 +139,29 @@ mod tests {
         assert_eq!(padded, wanted);
         assert_eq!(singles[0].batch.starts.len(), 256);
         assert!(singles.iter().all(|w| w.passes == 2 && w.batch.outputs.len() == w.batch.rows()));
+    }
+
+    #[test]
+    fn stages_begin_with_different_numbers_of_rows() {
+        let limits = Limits { rows_max: 2304, seqs_max: 256, outputs_max: 256, context_max: 4096 };
+        let of = |turn| {
+            let all = all(limits, turn);
+            // What brings the sequences comes first, and what ends them after all single steps.
+            assert!(all[0].batch.starts.len() == 256 && all[19].batch.ends.len() == 256);
+            (rows(&all[1..19]), rows(&all[20..]))
+        };
+        let (singles, chunks) = of(0);
+        let begun: Vec<[usize; 2]> = (0..4)
+            .map(|turn| {
+                let (mut s, mut c) = of(turn);
+                let begin = [singles.iter().position(|&n| n == s[0]), chunks.iter().position(|&n| n == c[0])];
+                s.sort_unstable();
+                c.sort_unstable_by(|a, b| b.cmp(a));
+                assert_eq!((&s, &c), (&singles, &chunks), "all of them");
+                begin.map(Option::unwrap)
+            })
+            .collect();
+        assert_eq!(begun, [[0, 0], [9, 17], [4, 8], [13, 25]]);
     }
 
     #[test]
@@ -145,7 +183,7 @@ mod tests {
         };
         for limits in [of(1, 1, 1, 1), of(300, 3, 2, 90), of(2049, 1, 1, 2048), of(70_000, 4000, 4000, 8192)]
         {
-            for warm in all(limits) {
+            for warm in (0..5).flat_map(|turn| all(limits, turn)) {
                 let batch = warm.batch;
                 assert!(
                     batch.rows() <= limits.rows_max.min(TIMED_ROWS_MAX)

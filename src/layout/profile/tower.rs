@@ -6,7 +6,7 @@ use super::{FACTOR_MIN, FACTORS, PASSES_MIN, Profile, ROWS_MAX, SECONDS, VERSION
 use crate::{
     backend::DType,
     layout::{
-        Device, DeviceSpec, Layout,
+        Device, DeviceSpec, Layout, StageTime,
         cost::Costs,
         measured::{VisionTime, size},
         tower::leaving,
@@ -48,6 +48,21 @@ impl TowerPoint {
     pub(super) fn is_of_kind(&self, other: &TowerPoint) -> bool {
         self.shape == other.shape && size(self.rows.max(1)) == size(other.rows.max(1))
     }
+}
+
+/// The stages' times that say something of layers: not those of a device on which the vision tower worked meanwhile.
+pub(crate) fn without_towers(
+    mut times: Vec<StageTime>,
+    spec: &ModelSpec,
+    layout: &Layout,
+    vision: &[VisionTime],
+) -> Vec<StageTime> {
+    let Some(tower) = spec.vision.as_deref() else { return times };
+    let Ok(stages) = layout.tower(Some(tower.full.len())) else { return times };
+    let worked =
+        |device| vision.iter().any(|time| stages.get(time.stage).is_some_and(|(on, _)| *on == device));
+    times.retain(|time| layout.stages().get(time.stage).is_some_and(|stage| !worked(stage.device)));
+    times
 }
 
 impl Profile {
@@ -142,7 +157,7 @@ mod tests {
     use crate::{
         grid::Grid,
         layout::{Planner, compare_vision},
-        model::shapes,
+        model::{shapes, units::Pass},
     };
 
     #[test]
@@ -190,9 +205,18 @@ mod tests {
         }
         let factor = profiles[0].tower_factor(&plain.costs(0), pass(40));
         assert!((factor - 1.3).abs() < 1e-6, "{factor}");
-        // Of a device that has layers too, or of another tower, nothing is known.
-        let shared: Layout = "v0-15@cuda:0,v16-31@cuda:1,0-27@cuda:0".parse().unwrap();
+        // Of a device that has layers too, or of another tower, nothing is known; nor of those layers, if there were images.
+        let shared: Layout = "v0-15@cuda:0,v16-31@cuda:1,0-13@cuda:0,14-27@cuda:2".parse().unwrap();
         assert_eq!(of(&shared, &times[..1]), []);
+        let layers = [0, 1].map(|stage| {
+            let pass = Pass::Decode { rows: 8, context: 500 };
+            StageTime { stage, pass, seconds: 1e-3, passes: 9 }
+        });
+        let told = |vision| without_towers(layers.to_vec(), &spec, &shared, vision);
+        assert_eq!(
+            (told(&times[..1]), told(&times[1..2]), told(&[])),
+            (layers[1..].to_vec(), layers.to_vec(), layers.to_vec())
+        );
         let other = shapes::find("vl-72b").unwrap().unwrap();
         let costs = Costs { spec: &other, ..plain.costs(0) };
         assert_eq!(profiles[0].tower_factor(&costs, pass(74)), 1.0);
