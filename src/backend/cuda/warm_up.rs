@@ -45,7 +45,7 @@ pub(super) fn all(limits: Limits, turn: usize) -> Vec<WarmUp> {
 fn begin_at<T>(list: &mut [T], turn: usize) {
     const BITS: u32 = 6;
     let share = (turn % (1 << BITS)).reverse_bits() >> (usize::BITS - BITS);
-    list.rotate_left(share * list.len() >> BITS);
+    list.rotate_left((share * list.len()) >> BITS);
 }
 
 /// Rows of a vision tower's passes: the largest of each number that ops go over, and of larger ones some, for which nothing
