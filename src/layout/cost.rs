@@ -19,8 +19,8 @@ const TOWER_ATTENTION: f64 = 0.645;
 const OVERLAP_POWER: f64 = 4.0;
 
 /// How much longer a GPU's kernels for a few rows read the weights for each row beyond the first: they multiply on units
-/// that are slower than the memory. 7b's weights take an H200 3.43 ms for one row, 3.58 ms for 4, 3.94 ms for 8; 72b's, whose
-/// matrices are larger, 6 to 8% more for 4 to 8 rows.
+/// that are slower than the memory. 7b's weights take an H200 4% longer for 4 rows and 15% for 8; 72b's, whose matrices are
+/// larger, 6 to 9% for 4 to 8. This is between them: each is predicted within a tenth.
 const FEW_ROWS_READING: f64 = 0.012;
 
 /// Rows of prompts at which a GPU's attention runs at half of its rate: fewer tiles than multiprocessors leave some of those

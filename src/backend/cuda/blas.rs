@@ -136,7 +136,8 @@ impl Blas {
             // follows.
             let bytes = if shape.add { shape.rows * shape.n * shape.out.size() } else { 0 };
             let Ok(sums) = DeviceBuf::new(self.context, bytes) else {
-                // Whoever has the memory for it chooses better.
+                // A guess, which all stages of this process take.
+                measuring.keep(candidates[0], false);
                 return Ok(candidates[0]);
             };
             let operands = Operands { out: if shape.add { sums.ptr() } else { operands.out }, ..operands };
@@ -224,10 +225,24 @@ impl Blas {
         operands: Operands,
         algo: &Algo,
     ) -> Result<(), CublasError> {
+        let _beside = beside_no_recording();
+        // SAFETY: the caller's.
+        unsafe { self.enqueue(stream, plan, operands, algo) }
+    }
+
+    /// The same, beside no recording already.
+    ///
+    /// SAFETY: as for `multiply`.
+    pub(super) unsafe fn enqueue(
+        &self,
+        stream: &Stream,
+        plan: &Plan,
+        operands: Operands,
+        algo: &Algo,
+    ) -> Result<(), CublasError> {
         let (one, beta) = (1f32, if plan.add { 1f32 } else { 0f32 });
         let algo = sys::cublasLtMatmulAlgo_t { data: *algo };
         let at = |p: DevicePtr| p.0 as *mut c_void;
-        let _beside = beside_no_recording();
         // SAFETY: the descriptors fit the operands, which the caller vouches for.
         unsafe {
             result::matmul(

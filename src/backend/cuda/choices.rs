@@ -1,8 +1,8 @@
 //! Which algorithm multiplies matrices of which shapes: one table for the process, kept on disk.
 //!
 //! Whoever wants a shape that the table does not have chooses for all. Stages on several GPUs choose for different shapes at
-//! the same time (`warm_up` sees to it that they begin with different ones); those on one GPU take turns, since they would
-//! slow each other.
+//! the same time (`warm_up` lets decoders begin with different ones); those on one GPU take turns, since they would slow
+//! each other.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -117,7 +117,10 @@ impl Table {
     fn read(&mut self) {
         let text = self.path.as_deref().and_then(|p| std::fs::read_to_string(p).ok()).unwrap_or_default();
         for (key, algo) in text.lines().filter_map(parse_line) {
-            self.entries.entry(key).or_insert((algo, true));
+            // What is being chosen here is for whoever chooses to say: some may have been told otherwise by then.
+            if !self.coming.contains(&key) {
+                self.entries.entry(key).or_insert((algo, true));
+            }
         }
     }
 
@@ -195,12 +198,17 @@ mod tests {
         let found = Table::open(path());
         assert_eq!([1, 2, 3].map(|key| found.get(key)), [Some([1; 8]), None, Some([3; 8])]);
         assert_eq!((one.get(2), other.get(1)), (Some([2; 8]), Some([1; 8])));
+        // What is being chosen is not taken from there.
+        let mut third = Table { path: path(), coming: [3].into(), ..Table::default() };
+        third.read();
+        assert_eq!([1, 3].map(|key| third.get(key)), [Some([1; 8]), None]);
     }
 
     #[test]
     fn one_chooses_for_all_and_gpus_choose_for_others_meanwhile() {
         // Keys and GPUs that nothing else in this process has.
-        let (key, other, gpus) = (u128::MAX - 7, u128::MAX - 8, [1000, 1001]);
+        let [key, other, third] = [7, 8, 9].map(|n| u128::MAX - n);
+        let gpus = [1000, 1001];
         let chooses = |key, gpu| match find(key, gpu, |_| true) {
             Found::Known(algo) => panic!("{algo:?} is known"),
             Found::Unknown(choosing) => choosing,
@@ -208,20 +216,23 @@ mod tests {
         let first = chooses(key, gpus[0]);
         let second = chooses(other, gpus[1]);
         std::thread::scope(|scope| {
-            // The shape is being chosen on another GPU, and then this GPU is in use.
-            let waits = [(key, gpus[1]), (other, gpus[0])].map(|(key, gpu)| {
+            // The shape is being chosen for elsewhere; so is another; the GPU is in use.
+            let waits = [(key, gpus[1]), (other, gpus[0]), (third, gpus[0])].map(|(key, gpu)| {
                 scope.spawn(move || match find(key, gpu, |_| true) {
                     Found::Known(algo) => Some(algo),
                     Found::Unknown(_) => None,
                 })
             });
+            let done = || [0, 1, 2].map(|i| waits[i].is_finished());
             std::thread::sleep(Duration::from_millis(30));
-            assert!(waits.iter().all(|waits| !waits.is_finished()));
+            assert_eq!(done(), [false; 3]);
             first.keep([5; 8], false);
+            while done() != [true, false, true] {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             // Given up: whoever waits for it is to choose.
             drop(second);
-            let found = waits.map(|waits| waits.join().unwrap());
-            assert_eq!(found, [Some([5; 8]), None]);
+            assert_eq!(waits.map(|waits| waits.join().unwrap()), [Some([5; 8]), None, None]);
         });
         let again = chooses(other, gpus[1]);
         assert!(again.spent() >= Duration::from_millis(30));

@@ -2,7 +2,7 @@
 //!
 //! A process spends at most about [`BUDGET`] on that on each GPU, nearly all of it while a model is loaded: see `warm_up`. An
 //! empty table costs 7b on an H200 some 200 shapes of 2 to 20 ms; its vision tower's are three times as many, and quicker.
-//! Stages on several GPUs share the shapes out: see `choices`.
+//! Decoders on several GPUs share the shapes out: see `choices`.
 #![allow(unsafe_code)]
 
 use std::time::Duration;
@@ -11,6 +11,7 @@ use cudarc::cublaslt::result::CublasError;
 
 use super::{
     blas::{Algo, Blas, Operands, Plan, Shape},
+    driver::beside_no_recording,
     memory::{DeviceBuf, Event, Stream},
 };
 use crate::error::Result;
@@ -63,10 +64,13 @@ impl Blas {
                 // SAFETY: as many bytes, which live until `synchronize` below.
                 unsafe { stream.fill(cache.ptr(), 0, cache.bytes())? };
             }
+            // What a recording takes, which has to be waited for, is not the product's time.
+            let beside = beside_no_recording();
             start.record(stream)?;
             // SAFETY: the caller's.
-            let ran = unsafe { self.run(stream, plan, operands, algo) };
+            let ran = unsafe { self.enqueue(stream, plan, operands, algo) };
             end.record(stream)?;
+            drop(beside);
             end.synchronize()?;
             ran.map_or_else(|e| Ok(Err(e)), |()| end.ms_since(&start).map(Ok))
         };

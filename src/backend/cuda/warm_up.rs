@@ -18,8 +18,8 @@ use crate::{
 /// Passes of more rows are recorded when they come: seldom, and what that costs is little beside the pass.
 const RECORDED_ROWS_MAX: usize = 512;
 
-/// Single steps, their tokens, and chunks of prompts, the largest first: time for choosing may run out. `turn` says how
-/// many others have begun the same: stages that begin with different numbers of rows choose at the same time.
+/// Single steps, their tokens, and chunks of prompts, the largest first, since time for choosing may run out. `turn` says how
+/// many of this process have begun the same: they begin elsewhere in the lists, and so choose at the same time.
 pub(super) fn all(limits: Limits, turn: usize) -> Vec<WarmUp> {
     let singles_max = limits.seqs_max.min(limits.outputs_max).min(limits.rows_max);
     let mut all: Vec<WarmUp> = numbers_of_rows(singles_max.min(TIMED_ROWS_MAX)).map(singles).collect();

@@ -50,7 +50,8 @@ impl TowerPoint {
     }
 }
 
-/// The stages' times that say something of layers: not those of a device on which the vision tower worked meanwhile.
+/// The stages' times that say something of layers: not those of a device on which the vision tower worked meanwhile, nor then
+/// those of the head's stage, which others would have to tell it from.
 pub(crate) fn without_towers(
     mut times: Vec<StageTime>,
     spec: &ModelSpec,
@@ -61,7 +62,10 @@ pub(crate) fn without_towers(
     let Ok(stages) = layout.tower(Some(tower.full.len())) else { return times };
     let worked =
         |device| vision.iter().any(|time| stages.get(time.stage).is_some_and(|(on, _)| *on == device));
+    let (all, last) = (times.len(), layout.stages().len() - 1);
     times.retain(|time| layout.stages().get(time.stage).is_some_and(|stage| !worked(stage.device)));
+    let some = times.len() < all;
+    times.retain(|time| !some || time.stage < last);
     times
 }
 
@@ -206,16 +210,17 @@ mod tests {
         let factor = profiles[0].tower_factor(&plain.costs(0), pass(40));
         assert!((factor - 1.3).abs() < 1e-6, "{factor}");
         // Of a device that has layers too, or of another tower, nothing is known; nor of those layers, if there were images.
-        let shared: Layout = "v0-15@cuda:0,v16-31@cuda:1,0-13@cuda:0,14-27@cuda:2".parse().unwrap();
+        let shared: Layout =
+            "v0-15@cuda:0,v16-31@cuda:1,0-9@cuda:0,10-19@cuda:2,20-27@cuda:3".parse().unwrap();
         assert_eq!(of(&shared, &times[..1]), []);
-        let layers = [0, 1].map(|stage| {
+        let layers = [0, 1, 2].map(|stage| {
             let pass = Pass::Decode { rows: 8, context: 500 };
             StageTime { stage, pass, seconds: 1e-3, passes: 9 }
         });
         let told = |vision| without_towers(layers.to_vec(), &spec, &shared, vision);
         assert_eq!(
             (told(&times[..1]), told(&times[1..2]), told(&[])),
-            (layers[1..].to_vec(), layers.to_vec(), layers.to_vec())
+            (layers[1..2].to_vec(), layers.to_vec(), layers.to_vec())
         );
         let other = shapes::find("vl-72b").unwrap().unwrap();
         let costs = Costs { spec: &other, ..plain.costs(0) };

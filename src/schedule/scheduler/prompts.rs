@@ -19,8 +19,8 @@ const MANY: usize = 8;
 /// A chunk may take so many times as long as one of as many rows at a prompt's beginning. Those behind a few thousand tokens
 /// are as long as the first ones then: shorter ones would be more passes, each of which works less well.
 const NEAR: f64 = 1.25;
-/// Micro-batches of so many rows and more are whole multiples of these where prompts are cut: a product's tiles have up to as
-/// many rows, and one that is half empty takes its time nevertheless.
+/// Micro-batches of so many rows and more end with a whole one of these where prompts are cut, if little would be left over: a
+/// product's tiles have up to as many rows, and one that is nearly empty takes its time nevertheless.
 const TILED_MIN: usize = 1024;
 const TILE: usize = 256;
 
@@ -31,6 +31,8 @@ struct Room {
     floor: usize,
     /// Of the slowest stage, for the whole micro-batch.
     seconds: f64,
+    /// Whether prompts may be cut to what fills tiles.
+    tiled: bool,
 }
 
 impl Scheduler {
@@ -114,7 +116,10 @@ impl Scheduler {
                 }
                 false => room.rows.min(left),
             };
-            let len = if len < left { whole_tiles(draft.batch.rows(), len) } else { len };
+            let len = match len < left && room.tiled {
+                true => whole_tiles(draft.batch.rows(), len, room.floor),
+                false => len,
+            };
             if len == 0 {
                 return;
             }
@@ -150,10 +155,11 @@ impl Scheduler {
     /// for a share of `chunk_min` tokens.
     fn room(&self, draft: &Draft) -> Room {
         let (most, floor) = (self.config.chunk, self.config.chunk_min.min(self.config.chunk));
-        let unlimited = Room { rows: most, floor: most, seconds: f64::INFINITY };
+        let given = Room { rows: most, floor: most, seconds: f64::INFINITY, tiled: false };
         if floor == most {
-            return unlimited;
+            return given;
         }
+        let unlimited = Room { tiled: true, ..given };
         let beside = self.cut.saturating_sub(draft.batch.rows()).max(floor);
         match (self.spares_decoding(), self.cost.is_known()) {
             (true, true) => {
@@ -164,7 +170,7 @@ impl Scheduler {
             (false, true) => {
                 let singles = PassShape { outputs: draft.batch.outputs.len(), ..PassShape::default() };
                 let seconds = NEAR * self.cost.slowest(&singles.with_rows(0, self.cut));
-                Room { rows: beside, floor, seconds }
+                Room { rows: beside, floor, seconds, ..unlimited }
             }
             (false, false) => Room { rows: beside, ..unlimited },
         }
@@ -179,8 +185,37 @@ impl Scheduler {
     }
 }
 
-/// How many of `len` rows go beside others if those that no tile is full of wait; all where that would be most of them.
-fn whole_tiles(others: usize, len: usize) -> usize {
-    let whole = ((others + len) / TILE * TILE).saturating_sub(others);
-    if others + len >= TILED_MIN && whole >= len / 2 { whole } else { len }
+/// How many of `len` rows go beside others if those that make less than half a tile wait, as far as `floor` rows remain.
+fn whole_tiles(others: usize, len: usize, floor: usize) -> usize {
+    let rows = others + len;
+    let left_over = rows % TILE;
+    let fits = rows >= TILED_MIN && left_over < TILE / 2 && left_over + floor.max(1) <= len;
+    if fits { len - left_over } else { len }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_fill_little_of_a_tile_wait_and_no_prompt_starves() {
+        let sizes =
+            [0, 1, 2, 31, 127, 128, 129, 250, 500, 1000, 1023, 1024, 1030, 1264, 1909, 2048, 2085, 5000];
+        for (others, len, floor) in sizes.iter().flat_map(|&others| {
+            sizes.iter().flat_map(move |&len| [0, 1, 32, 128].map(|floor| (others, len, floor)))
+        }) {
+            let cut = whole_tiles(others, len, floor);
+            let what = format!("{len} rows beside {others}, at least {floor}: {cut}");
+            assert!(cut <= len && cut >= len.min(floor.max(1)), "{what}");
+            let whole = (others + cut).is_multiple_of(TILE);
+            let small = others + len < TILED_MIN;
+            assert!(cut == len || (!small && whole && len - cut < TILE / 2), "{what}");
+            let could = !small && (others + len) % TILE < TILE / 2 && len >= TILE + floor;
+            assert!(!could || whole, "{what}");
+        }
+        assert_eq!(
+            [(0, 1909), (0, 2000), (37, 2048), (1030, 500)].map(|(o, len)| whole_tiles(o, len, 32)),
+            [1792, 2000, 2011, 500]
+        );
+    }
 }
