@@ -65,8 +65,8 @@ pub(super) struct Setup {
     /// Micro-batches in flight at most [default: the number of devices]
     #[arg(long, value_name = "N")]
     pub(super) slots: Option<usize>,
-    /// Prompt tokens in each micro-batch [default: up to 256 on the CPU, and on GPUs 8192 over the number of stages, at
-    /// least 2048; fewer where few wait and where answers that are under way would notice]
+    /// Prompt tokens in each micro-batch [default: up to 256 on the CPU, on one GPU 8192, on several 1024 to
+    /// 4096, the fewer the wider the model is; fewer where few wait and where answers that are under way would notice]
     #[arg(long, value_name = "TOKENS")]
     pub(super) chunk: Option<usize>,
     /// Sequences that run at once at most; others wait [default: 64 on the CPU, 256 on GPUs]

@@ -232,8 +232,8 @@ impl EngineBuilder {
         self
     }
 
-    /// Prompt tokens in each micro-batch, where as many wait. Default: up to 256 on the CPU, and on GPUs 8192 over the
-    /// number of stages, at least 2048; fewer where few wait and where sequences that decode would notice.
+    /// Prompt tokens in each micro-batch, where as many wait. Default: up to 256 on the CPU, on one GPU 8192, and on several
+    /// 1024 to 4096, the fewer the wider the model is; fewer where few wait and where sequences that decode would notice.
     pub fn chunk(mut self, tokens: usize) -> Self {
         self.chunk = Some(tokens);
         self
