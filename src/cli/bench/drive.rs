@@ -71,9 +71,7 @@ pub(super) fn drive(engine: &Engine, mut work: Work, recorder: Option<&mut Recor
     let (sender, coming) = channel::unbounded();
     let (stop, pictured) = (&AtomicBool::new(false), &Mutex::new(pictured.into_iter()));
     let started = Instant::now();
-    for timed in work.requests {
-        reader.open.push(Open::submit(engine, started, timed.request)?);
-    }
+    reader.open = Open::submit_all(engine, work.requests)?;
     thread::scope(|scope| {
         let mut preparing = Vec::new();
         if timed {
@@ -176,11 +174,23 @@ struct Open {
 
 impl Open {
     fn submit(engine: &Engine, started: Instant, request: Request) -> Result<Open> {
-        let counted = request.stop.ignore_eos && request.stop.strings.is_empty();
-        let tokens = request.stop.max_tokens.filter(|_| counted);
-        let at = started.elapsed().as_secs_f64();
+        let (tokens, at) = (tokens_of(&request), started.elapsed().as_secs_f64());
         Ok(Open { events: engine.submit(request)?, at, tokens })
     }
+
+    /// Requests that come together, at a run's beginning: none begins before all are known.
+    fn submit_all(engine: &Engine, requests: Vec<Timed>) -> Result<Vec<Open>> {
+        let requests: Vec<Request> = requests.into_iter().map(|timed| timed.request).collect();
+        let tokens: Vec<Option<u32>> = requests.iter().map(tokens_of).collect();
+        let open = engine.submit_all(requests)?.into_iter().zip(tokens);
+        Ok(open.map(|(events, tokens)| Open { events, at: 0.0, tokens }).collect())
+    }
+}
+
+/// The tokens that a request will have, if nothing but their number ends it.
+fn tokens_of(request: &Request) -> Option<u32> {
+    let counted = request.stop.ignore_eos && request.stop.strings.is_empty();
+    request.stop.max_tokens.filter(|_| counted)
 }
 
 struct Reader<'a> {
