@@ -30,64 +30,54 @@ template <int N> DEVICE void registers_hold(float (&x)[N]) {
 template <int LEFT> DEVICE void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LEFT)); }
 template <int ALL> DEVICE void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ALL)); }
 
+// A thread's sums as operands, and their names in the instruction.
+#define SUMS_8(s, i) \
+    "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3]), "+f"(s[i + 4]), "+f"(s[i + 5]), "+f"(s[i + 6]), "+f"(s[i + 7])
+#define SUMS_16(s, i) SUMS_8(s, i), SUMS_8(s, i + 8)
+#define SUMS_32(s, i) SUMS_16(s, i), SUMS_16(s, i + 16)
+#define SUMS_64(s, i) SUMS_32(s, i), SUMS_32(s, i + 32)
+#define SUMS_128(s, i) SUMS_64(s, i), SUMS_64(s, i + 64)
+#define NAMES_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define NAMES_16 NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define NAMES_32 NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES_64                                                                                                       \
+    NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+             "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES_128                                                                                                      \
+    NAMES_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"                                                        \
+             "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"                                                \
+             "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"                                            \
+             "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
 #if DTYPE == 1
 #define PRODUCT(COLUMNS) "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.f16.f16 "
 #else
 #define PRODUCT(COLUMNS) "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.bf16.bf16 "
 #endif
 
-// sums = a · bᵀ, or sums + a · bᵀ: 64 rows and 128 columns, over 16 columns of both.
-DEVICE void multiply_shared(float (&sums)[64], u64 a, u64 b, bool add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" PRODUCT(128)
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
-        ", %64, %65, add, 1, 1, 0, 0;\n}"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]), "+f"(sums[4]), "+f"(sums[5]), "+f"(sums[6]),
-          "+f"(sums[7]), "+f"(sums[8]), "+f"(sums[9]), "+f"(sums[10]), "+f"(sums[11]), "+f"(sums[12]), "+f"(sums[13]),
-          "+f"(sums[14]), "+f"(sums[15]), "+f"(sums[16]), "+f"(sums[17]), "+f"(sums[18]), "+f"(sums[19]), "+f"(sums[20]),
-          "+f"(sums[21]), "+f"(sums[22]), "+f"(sums[23]), "+f"(sums[24]), "+f"(sums[25]), "+f"(sums[26]), "+f"(sums[27]),
-          "+f"(sums[28]), "+f"(sums[29]), "+f"(sums[30]), "+f"(sums[31]), "+f"(sums[32]), "+f"(sums[33]), "+f"(sums[34]),
-          "+f"(sums[35]), "+f"(sums[36]), "+f"(sums[37]), "+f"(sums[38]), "+f"(sums[39]), "+f"(sums[40]), "+f"(sums[41]),
-          "+f"(sums[42]), "+f"(sums[43]), "+f"(sums[44]), "+f"(sums[45]), "+f"(sums[46]), "+f"(sums[47]), "+f"(sums[48]),
-          "+f"(sums[49]), "+f"(sums[50]), "+f"(sums[51]), "+f"(sums[52]), "+f"(sums[53]), "+f"(sums[54]), "+f"(sums[55]),
-          "+f"(sums[56]), "+f"(sums[57]), "+f"(sums[58]), "+f"(sums[59]), "+f"(sums[60]), "+f"(sums[61]), "+f"(sums[62]),
-          "+f"(sums[63])
-        : "l"(a), "l"(b), "r"((u32)add)
-        : "memory");
-}
+// sums = a · bᵀ, or sums + a · bᵀ: 64 rows and COLUMNS columns, over 16 columns of both. A, B, ADD: what follows the sums.
+#define MULTIPLY_SHARED(COLUMNS, SUMS, A, B, ADD)                                                                           \
+    DEVICE void multiply_shared(float (&sums)[SUMS], u64 a, u64 b, bool add) {                                              \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\n" PRODUCT(COLUMNS) "{" NAMES_##SUMS "}, %" #A ", %" #B \
+                     ", add, 1, 1, 0, 0;\n}"                                                                                \
+                     : SUMS_##SUMS(sums, 0)                                                                                 \
+                     : "l"(a), "l"(b), "r"((u32)add)                                                                        \
+                     : "memory");                                                                                           \
+    }
+MULTIPLY_SHARED(16, 8, 8, 9, 10)
+MULTIPLY_SHARED(32, 16, 16, 17, 18)
+MULTIPLY_SHARED(64, 32, 32, 33, 34)
+MULTIPLY_SHARED(128, 64, 64, 65, 66)
+MULTIPLY_SHARED(256, 128, 128, 129, 130)
 
-// sums += a · b: 64 rows and 128 columns, over 16 rows of b.
-DEVICE void multiply_registers(float (&sums)[64], uint4 a, u64 b) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" PRODUCT(128)
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
-        ", {%64,%65,%66,%67}, %68, add, 1, 1, 1;\n}"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]), "+f"(sums[4]), "+f"(sums[5]), "+f"(sums[6]),
-          "+f"(sums[7]), "+f"(sums[8]), "+f"(sums[9]), "+f"(sums[10]), "+f"(sums[11]), "+f"(sums[12]), "+f"(sums[13]),
-          "+f"(sums[14]), "+f"(sums[15]), "+f"(sums[16]), "+f"(sums[17]), "+f"(sums[18]), "+f"(sums[19]), "+f"(sums[20]),
-          "+f"(sums[21]), "+f"(sums[22]), "+f"(sums[23]), "+f"(sums[24]), "+f"(sums[25]), "+f"(sums[26]), "+f"(sums[27]),
-          "+f"(sums[28]), "+f"(sums[29]), "+f"(sums[30]), "+f"(sums[31]), "+f"(sums[32]), "+f"(sums[33]), "+f"(sums[34]),
-          "+f"(sums[35]), "+f"(sums[36]), "+f"(sums[37]), "+f"(sums[38]), "+f"(sums[39]), "+f"(sums[40]), "+f"(sums[41]),
-          "+f"(sums[42]), "+f"(sums[43]), "+f"(sums[44]), "+f"(sums[45]), "+f"(sums[46]), "+f"(sums[47]), "+f"(sums[48]),
-          "+f"(sums[49]), "+f"(sums[50]), "+f"(sums[51]), "+f"(sums[52]), "+f"(sums[53]), "+f"(sums[54]), "+f"(sums[55]),
-          "+f"(sums[56]), "+f"(sums[57]), "+f"(sums[58]), "+f"(sums[59]), "+f"(sums[60]), "+f"(sums[61]), "+f"(sums[62]),
-          "+f"(sums[63])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)
-        : "memory");
-}
-// sums += a · b: 64 rows and 64 columns, over 16 rows of b.
-DEVICE void multiply_registers(float (&sums)[32], uint4 a, u64 b) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" PRODUCT(64)
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
-        ", {%32,%33,%34,%35}, %36, add, 1, 1, 1;\n}"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]), "+f"(sums[4]), "+f"(sums[5]), "+f"(sums[6]),
-          "+f"(sums[7]), "+f"(sums[8]), "+f"(sums[9]), "+f"(sums[10]), "+f"(sums[11]), "+f"(sums[12]), "+f"(sums[13]),
-          "+f"(sums[14]), "+f"(sums[15]), "+f"(sums[16]), "+f"(sums[17]), "+f"(sums[18]), "+f"(sums[19]), "+f"(sums[20]),
-          "+f"(sums[21]), "+f"(sums[22]), "+f"(sums[23]), "+f"(sums[24]), "+f"(sums[25]), "+f"(sums[26]), "+f"(sums[27]),
-          "+f"(sums[28]), "+f"(sums[29]), "+f"(sums[30]), "+f"(sums[31])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)
-        : "memory");
-}
+// sums += a · b: 64 rows and COLUMNS columns, over 16 rows of b. A0 to A3, B: what follows the sums.
+#define MULTIPLY_REGISTERS(COLUMNS, SUMS, A0, A1, A2, A3, B)                                                                \
+    DEVICE void multiply_registers(float (&sums)[SUMS], uint4 a, u64 b) {                                                   \
+        asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n" PRODUCT(COLUMNS) "{" NAMES_##SUMS "}, {%" #A0 ",%" #A1       \
+                     ",%" #A2 ",%" #A3 "}, %" #B ", add, 1, 1, 1;\n}"                                                       \
+                     : SUMS_##SUMS(sums, 0)                                                                                 \
+                     : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b)                                                       \
+                     : "memory");                                                                                           \
+    }
+MULTIPLY_REGISTERS(64, 32, 32, 33, 34, 35, 36)
+MULTIPLY_REGISTERS(128, 64, 64, 65, 66, 67, 68)

@@ -1,6 +1,10 @@
 //! Linear layers with what is around them.
 
-use pipeline_infer::backend::{Backend, DType, Norm, NormShape, Tensor, vision::VisionOps};
+use pipeline_infer::backend::{
+    Backend, DType, Norm, NormShape, Tensor,
+    cuda::{Cuda, Products},
+    vision::VisionOps,
+};
 
 use crate::{
     DTYPES, Room, assert_bits, assert_near, cpu,
@@ -69,7 +73,7 @@ impl Linear {
     /// The GPU rounds each of the `k` left factors, which the CPU may not: that adds up to 0.4 units, as a standard
     /// deviation. And it may round what comes out.
     fn tolerance(&self, want: f32) -> f32 {
-        unit(self.dtype) * (3.0 + want.abs()) + self.sums()
+        unit(self.dtype) * (3.0 + want.abs()) + self.sums() * want.abs().max(1.0)
     }
 
     fn what(&self, op: &str, rows: usize) -> String {
@@ -118,10 +122,19 @@ fn linear<B: VisionOps>(b: &B, l: &Linear, on: &Loaded<B>, x: &[f32], to: Room) 
     read(b, &out, rows * l.n())
 }
 
+/// On a GPU, with all who may multiply there.
+fn each_way(dtype: DType, check: impl Fn(&Cuda, &str)) {
+    let Some(gpu) = gpu(dtype, 64) else { return };
+    for products in [Products::Own, Products::Library] {
+        gpu.set_products(products);
+        check(&gpu, &format!("({products:?})"));
+    }
+}
+
 fn rows() -> Vec<usize> {
     match quick() {
         true => vec![1, 3, 8, 9],
-        false => vec![1, 2, 3, 5, 8, 9, 17, 63, 64, 65, 129, 300],
+        false => vec![1, 2, 3, 5, 8, 9, 17, 33, 63, 64, 65, 128, 129, 300],
     }
 }
 
@@ -138,8 +151,15 @@ fn shapes() -> Vec<(Vec<usize>, usize)> {
         (&[131, 1], 52),
         (&[33, 31], 1031),
     ];
-    let large: [(&[usize], usize); 4] =
-        [(&[768, 256, 256], 896), (&[2048, 2048], 1536), (&[1000], 4864), (&[3584, 512, 512], 3584)];
+    // The last have tiles for all multiprocessors of any GPU, with sums of one step and of several.
+    let large: [(&[usize], usize); 6] = [
+        (&[768, 256, 256], 896),
+        (&[2048, 2048], 1536),
+        (&[1000], 4864),
+        (&[3584, 512, 512], 3584),
+        (&[40_000, 24], 64),
+        (&[19_000, 40], 328),
+    ];
     let large = if quick() { &large[..1] } else { &large[..] };
     small.iter().chain(large).map(|(parts, k)| (parts.to_vec(), *k)).collect()
 }
@@ -151,25 +171,31 @@ fn linears(dtype: DType) -> impl Iterator<Item = Linear> {
 /// Large layers take the CPU long: fewer rows.
 fn rows_for(l: &Linear) -> Vec<usize> {
     let few = l.n() * l.k > 1 << 20;
-    rows().into_iter().filter(|&r| !few || [1, 3, 8, 9, 65].contains(&r)).collect()
+    rows().into_iter().filter(|&r| !few || [1, 3, 8, 9, 33, 65].contains(&r)).collect()
 }
 
 fn check_norm_linear(dtype: DType) {
-    let Some(gpu) = gpu(dtype, 64) else { return };
-    let cpu = cpu();
-    for l in linears(dtype) {
-        let (there, here) = (l.load(&gpu), l.load(&cpu));
-        for rows in rows_for(&l) {
-            let x = l.x(rows);
-            let want = norm_linear(&cpu, &l, &here, &x, Room::Wide);
-            for to in [Room::Wide, Room::Working] {
-                let what = l.what(&format!("norm_linear to {to:?}"), rows);
-                let got = norm_linear(&gpu, &l, &there, &x, to);
-                assert_near(&what, l.n(), &got, &want, |i| l.tolerance(want[i]));
-                assert_bits(&format!("{what}, again"), l.n(), &norm_linear(&gpu, &l, &there, &x, to), &got);
+    each_way(dtype, |gpu, way| {
+        let cpu = cpu();
+        for l in linears(dtype) {
+            let (there, here) = (l.load(gpu), l.load(&cpu));
+            for rows in rows_for(&l) {
+                let x = l.x(rows);
+                let want = norm_linear(&cpu, &l, &here, &x, Room::Wide);
+                for to in [Room::Wide, Room::Working] {
+                    let what = l.what(&format!("norm_linear to {to:?} {way}"), rows);
+                    let got = norm_linear(gpu, &l, &there, &x, to);
+                    assert_near(&what, l.n(), &got, &want, |i| l.tolerance(want[i]));
+                    assert_bits(
+                        &format!("{what}, again"),
+                        l.n(),
+                        &norm_linear(gpu, &l, &there, &x, to),
+                        &got,
+                    );
+                }
             }
         }
-    }
+    });
 }
 
 #[test]
@@ -188,30 +214,31 @@ fn norm_linear_in_bf16() {
 }
 
 fn check_norm_gate_up(dtype: DType) {
-    let Some(gpu) = gpu(dtype, 64) else { return };
-    let cpu = cpu();
-    for mut l in linears(dtype) {
-        // Two halves.
-        l.parts = vec![l.n().div_ceil(2); 2];
-        let (there, here, ffn) = (l.load(&gpu), l.load(&cpu), l.parts[0]);
-        for rows in rows_for(&l) {
-            let (what, x) = (l.what("norm_gate_up", rows), l.x(rows));
-            let between = norm_linear(&cpu, &l, &here, &x, Room::Wide);
-            let want = norm_gate_up(&cpu, &l, &here, &x);
-            let got = norm_gate_up(&gpu, &l, &there, &x);
-            // The product's errors go through `silu(gate) * up`, whose slopes are |up| * 1.1 and |silu(gate)|.
-            let tolerance = |i: usize| {
-                let row = &between[i / ffn * 2 * ffn..];
-                let (gate, up) = (row[i % ffn], row[ffn + i % ffn]);
-                let silu = (gate / (1.0 + (-gate).exp())).abs();
-                let through = l.tolerance(gate) * 1.1 * up.abs() + l.tolerance(up) * silu;
-                // Kernels for 16 bits take a quick exponential, with some last bits wrong.
-                through + (unit(l.dtype) + 2f32.powi(-20)) * want[i].abs() + 2f32.powi(-24)
-            };
-            assert_near(&what, ffn, &got, &want, tolerance);
-            assert_bits(&format!("{what}, again"), ffn, &norm_gate_up(&gpu, &l, &there, &x), &got);
+    each_way(dtype, |gpu, way| {
+        let cpu = cpu();
+        for mut l in linears(dtype) {
+            // Two halves.
+            l.parts = vec![l.n().div_ceil(2); 2];
+            let (there, here, ffn) = (l.load(gpu), l.load(&cpu), l.parts[0]);
+            for rows in rows_for(&l) {
+                let (what, x) = (l.what(&format!("norm_gate_up {way}"), rows), l.x(rows));
+                let between = norm_linear(&cpu, &l, &here, &x, Room::Wide);
+                let want = norm_gate_up(&cpu, &l, &here, &x);
+                let got = norm_gate_up(gpu, &l, &there, &x);
+                // The product's errors go through `silu(gate) * up`, whose slopes are |up| * 1.1 and |silu(gate)|.
+                let tolerance = |i: usize| {
+                    let row = &between[i / ffn * 2 * ffn..];
+                    let (gate, up) = (row[i % ffn], row[ffn + i % ffn]);
+                    let silu = (gate / (1.0 + (-gate).exp())).abs();
+                    let through = l.tolerance(gate) * 1.1 * up.abs() + l.tolerance(up) * silu;
+                    // Kernels for 16 bits take a quick exponential, with some last bits wrong.
+                    through + (unit(l.dtype) + 2f32.powi(-20)) * want[i].abs() + 2f32.powi(-24)
+                };
+                assert_near(&what, ffn, &got, &want, tolerance);
+                assert_bits(&format!("{what}, again"), ffn, &norm_gate_up(gpu, &l, &there, &x), &got);
+            }
         }
-    }
+    });
 }
 
 #[test]
@@ -232,21 +259,24 @@ fn norm_gate_up_in_bf16() {
 #[test]
 fn linear_add_adds_exact_products() {
     for dtype in DTYPES {
-        let Some(gpu) = gpu(dtype, 64) else { return };
-        let cpu = cpu();
-        for l in linears(dtype) {
-            let (there, here) = (l.load(&gpu), l.load(&cpu));
-            for rows in rows_for(&l) {
-                let what = l.what("linear_add", rows);
-                let (x, y) = (numbers(77, rows * l.n()), rounded(dtype, l.x(rows)));
-                let want = linear_add(&cpu, &l, &here, &x, &y);
-                let got = linear_add(&gpu, &l, &there, &x, &y);
-                // Both have the same factors, and the sum is f32: the type leaves no trace. Factors are three times
-                // as large as above.
-                assert_near(&what, l.n(), &got, &want, |i| 3.0 * l.sums() + 2f32.powi(-23) * want[i].abs());
-                assert_bits(&format!("{what}, again"), l.n(), &linear_add(&gpu, &l, &there, &x, &y), &got);
+        each_way(dtype, |gpu, way| {
+            let cpu = cpu();
+            for l in linears(dtype) {
+                let (there, here) = (l.load(gpu), l.load(&cpu));
+                for rows in rows_for(&l) {
+                    let what = l.what(&format!("linear_add {way}"), rows);
+                    let (x, y) = (numbers(77, rows * l.n()), rounded(dtype, l.x(rows)));
+                    let want = linear_add(&cpu, &l, &here, &x, &y);
+                    let got = linear_add(gpu, &l, &there, &x, &y);
+                    // Both have the same factors, and the sum is f32: the type leaves no trace. Factors are three times
+                    // as large as above.
+                    assert_near(&what, l.n(), &got, &want, |i| {
+                        3.0 * l.sums() + 2f32.powi(-23) * want[i].abs()
+                    });
+                    assert_bits(&format!("{what}, again"), l.n(), &linear_add(gpu, &l, &there, &x, &y), &got);
+                }
             }
-        }
+        });
     }
 }
 
@@ -254,22 +284,23 @@ fn linear_add_adds_exact_products() {
 #[test]
 fn linear_multiplies_any_rows_exactly() {
     for dtype in DTYPES {
-        let Some(gpu) = gpu(dtype, 64) else { return };
-        let cpu = cpu();
-        for l in linears(dtype) {
-            let (there, here) = (l.load(&gpu), l.load(&cpu));
-            for rows in rows_for(&l) {
-                let x = rounded(dtype, l.x(rows));
-                let want = linear(&cpu, &l, &here, &x, Room::Wide);
-                for (to, kept) in [(Room::Wide, DType::F32), (Room::Working, dtype)] {
-                    let what = l.what(&format!("linear to {to:?}"), rows);
-                    let got = linear(&gpu, &l, &there, &x, to);
-                    // Where no epilogue takes the size, a product is rounded before its bias, of at most 1, is added.
-                    let tolerance = |i: usize| 3.0 * l.sums() + unit(kept) * (1.0 + 2.0 * want[i].abs());
-                    assert_near(&what, l.n(), &got, &want, tolerance);
+        each_way(dtype, |gpu, way| {
+            let cpu = cpu();
+            for l in linears(dtype) {
+                let (there, here) = (l.load(gpu), l.load(&cpu));
+                for rows in rows_for(&l) {
+                    let x = rounded(dtype, l.x(rows));
+                    let want = linear(&cpu, &l, &here, &x, Room::Wide);
+                    for (to, kept) in [(Room::Wide, DType::F32), (Room::Working, dtype)] {
+                        let what = l.what(&format!("linear to {to:?} {way}"), rows);
+                        let got = linear(gpu, &l, &there, &x, to);
+                        // Where no epilogue takes the size, a product is rounded before its bias, of at most 1, is added.
+                        let tolerance = |i: usize| 3.0 * l.sums() + unit(kept) * (1.0 + 2.0 * want[i].abs());
+                        assert_near(&what, l.n(), &got, &want, tolerance);
+                    }
                 }
             }
-        }
+        });
     }
 }
 
@@ -277,37 +308,72 @@ fn linear_multiplies_any_rows_exactly() {
 #[test]
 fn a_row_does_not_see_its_neighbours() {
     for dtype in DTYPES {
-        let Some(gpu) = gpu(dtype, 64) else { return };
-        for (parts, k) in [(vec![66, 66], 128), (vec![7, 7], 31), (vec![768, 768], 896)] {
-            let l = Linear { dtype, parts, k, bias: true };
-            let on = l.load(&gpu);
-            for rows in rows().into_iter().filter(|&r| r > 1) {
-                let own = rows / 2;
-                let x = rounded(dtype, l.x(rows));
-                let run = |others: f32| {
-                    let mut x = x.clone();
-                    for (i, row) in x.chunks_exact_mut(k).enumerate().filter(|&(i, _)| i != own) {
-                        row.iter_mut().for_each(|v| *v = if others == 0.0 { *v } else { others * i as f32 });
-                    }
-                    let sum = vec![0.5; rows * l.n()];
-                    let results = [
-                        norm_linear(&gpu, &l, &on, &x, Room::Working),
-                        norm_linear(&gpu, &l, &on, &x, Room::Wide),
-                        norm_gate_up(&gpu, &l, &on, &x),
-                        linear_add(&gpu, &l, &on, &sum, &x),
-                    ];
-                    results.map(|r| r[own * (r.len() / rows)..][..r.len() / rows].to_vec())
-                };
-                let want = run(0.0);
-                for others in [7.0, f32::INFINITY, f32::NAN] {
-                    for (op, (got, want)) in run(others).iter().zip(&want).enumerate() {
-                        let what = l.what(&format!("op {op} among rows of {others}"), rows);
-                        assert_bits(&what, want.len(), got, want);
+        each_way(dtype, |gpu, way| {
+            for (parts, k) in [(vec![66, 66], 128), (vec![7, 7], 31), (vec![768, 768], 896)] {
+                let l = Linear { dtype, parts, k, bias: true };
+                let on = l.load(gpu);
+                for rows in rows().into_iter().filter(|&r| r > 1) {
+                    let own = rows / 2;
+                    let x = rounded(dtype, l.x(rows));
+                    let run = |others: f32| {
+                        let mut x = x.clone();
+                        for (i, row) in x.chunks_exact_mut(k).enumerate().filter(|&(i, _)| i != own) {
+                            row.iter_mut()
+                                .for_each(|v| *v = if others == 0.0 { *v } else { others * i as f32 });
+                        }
+                        let sum = vec![0.5; rows * l.n()];
+                        let results = [
+                            norm_linear(gpu, &l, &on, &x, Room::Working),
+                            norm_linear(gpu, &l, &on, &x, Room::Wide),
+                            norm_gate_up(gpu, &l, &on, &x),
+                            linear_add(gpu, &l, &on, &sum, &x),
+                        ];
+                        results.map(|r| r[own * (r.len() / rows)..][..r.len() / rows].to_vec())
+                    };
+                    let want = run(0.0);
+                    for others in [7.0, f32::INFINITY, f32::NAN] {
+                        for (op, (got, want)) in run(others).iter().zip(&want).enumerate() {
+                            let what = l.what(&format!("op {op} {way} among rows of {others}"), rows);
+                            assert_bits(&what, want.len(), got, want);
+                        }
                     }
                 }
             }
-        }
+        });
     }
+}
+
+/// Launches follow each other without a pause: each starts while the one before it ends, and finds what blocks leave for each
+/// other as it was in the beginning.
+#[test]
+fn products_follow_each_other() {
+    let dtype = DType::BF16;
+    each_way(dtype, |gpu, way| {
+        for rows in [16, 64, 128] {
+            let all: Vec<Linear> = [(19_000, 328), (640, 4096), (19_000, 328), (4096, 640), (40_000, 64)]
+                .map(|(n, k)| Linear { dtype, parts: vec![n], k, bias: true })
+                .into();
+            let on: Vec<_> = all.iter().map(|l| l.load(gpu)).collect();
+            let ys: Vec<_> = all.iter().map(|l| filled(gpu, Room::Working, rows * l.k, &l.x(rows))).collect();
+            let run = |times: usize, pause: bool| -> Vec<Vec<f32>> {
+                let mut xs: Vec<_> = all
+                    .iter()
+                    .map(|l| filled(gpu, Room::Wide, rows * l.n(), &numbers(3, rows * l.n())))
+                    .collect();
+                for i in (0..times).flat_map(|_| 0..all.len()) {
+                    gpu.linear_add(&mut xs[i], &ys[i], &on[i].w, rows).unwrap();
+                    if pause {
+                        gpu.synchronize().unwrap();
+                    }
+                }
+                all.iter().zip(&xs).map(|(l, x)| read(gpu, x, rows * l.n())).collect()
+            };
+            let times = if quick() { 2 } else { 30 };
+            for (l, (got, want)) in all.iter().zip(run(times, false).iter().zip(&run(times, true))) {
+                assert_bits(&l.what(&format!("one after another {way}"), rows), l.n(), got, want);
+            }
+        }
+    });
 }
 
 /// The head of a model with a large vocabulary: more than 2^27 weights, tall and narrow.

@@ -56,7 +56,7 @@ pub fn stage_bytes(needs: &StageNeeds) -> usize {
 
 /// Bytes that a view of a GPU takes by itself.
 pub fn view_bytes() -> usize {
-    [blas::WORKSPACE_BYTES, attention::SCRATCH_BYTES_MAX].into_iter().map(allocated).sum()
+    [blas::SCRATCH_BYTES, attention::SCRATCH_BYTES_MAX].into_iter().map(allocated).sum()
 }
 
 /// Bytes that a stage of a vision tower takes beside weights and the tower's buffers, for passes of so many patches.

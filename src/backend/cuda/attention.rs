@@ -262,7 +262,7 @@ impl Decode {
         // SAFETY: as many bytes, of nobody else.
         unsafe { stream.fill(parcels.ptr(), 0xff, parcels.bytes())? };
         stream.synchronize()?;
-        let grid = Grid { blocks: [blocks, 1, 1], threads, shared };
+        let grid = Grid { blocks: [blocks, 1, 1], threads, shared, cluster: 1 };
         Ok(Decode { kernel, heads: 8 * head_tiles, grid, parcels })
     }
 }
@@ -304,7 +304,12 @@ pub(super) fn attention(
     };
     match &cuda.kernels.attention {
         Kernels::Plain(kernel) => {
-            let grid = Grid { blocks: [now.rows_padded as u32, operands.heads, 1], threads: 128, shared: 0 };
+            let grid = Grid {
+                blocks: [now.rows_padded as u32, operands.heads, 1],
+                threads: 128,
+                shared: 0,
+                cluster: 1,
+            };
             operands.launch(cuda, kernel, grid)
         }
         Kernels::Fast(fast) => {
@@ -342,12 +347,13 @@ impl Operands {
             blocks: [self.heads, tiles as u32, shares as u32],
             threads: prefill.threads,
             shared,
+            cluster: 1,
         };
         match (count, &prefill.wide) {
             (1, None) => self.launch(cuda, &prefill.kernel, grid(1, prefill.shared)),
             (1, Some(wide)) => {
                 let blocks = [wide.blocks.min(self.heads * tiles as u32), 1, 1];
-                let grid = Grid { blocks, threads: WIDE_THREADS, shared: wide.shared };
+                let grid = Grid { blocks, threads: WIDE_THREADS, shared: wide.shared, cluster: 1 };
                 self.launch(cuda, &wide.kernel, grid)
             }
             _ => self.prefill_shared(cuda, &prefill.shares, grid(count, prefill.shares.shared)),
@@ -367,7 +373,7 @@ impl Operands {
             )?
         };
         let blocks = [*heads, tiles, (PREFILL_ROWS / MERGE_ROWS) as u32];
-        let grid = Grid { blocks, threads: 32 * MERGE_ROWS as u32, shared: 0 };
+        let grid = Grid { blocks, threads: 32 * MERGE_ROWS as u32, shared: 0, cluster: 1 };
         // SAFETY: (T*, Batch, u32, f32, const Part*, u32) as in attention_prefill.cu; the rest as above.
         unsafe { cuda.launch(&shares.merge, grid, &mut args![*out, *batch, *heads, *scale, parts, count]) }
     }

@@ -19,6 +19,7 @@ use super::{
     choices::{self, Found},
     compile::Fnv,
     driver::{Context, DeviceFacts, beside_no_recording},
+    gemm,
     memory::{DeviceBuf, DevicePtr, Stream},
     tune,
 };
@@ -29,6 +30,8 @@ use crate::{
 
 /// Scratch for algorithms that split sums; Hopper's best ones want 32 MiB.
 pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
+/// The same, and what blocks of gemm.cu tell each other.
+pub(super) const SCRATCH_BYTES: usize = WORKSPACE_BYTES + gemm::LEFT_BYTES;
 /// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: where an algorithm splits a sum, its parts are added in f32, not in the
 /// type of the result.
 const SPLIT_SUMS: u32 = 2;
@@ -83,7 +86,11 @@ pub(super) type Algo = [u64; 8];
 impl Blas {
     pub(super) fn new(context: Context, facts: &'static DeviceFacts) -> Result<Self> {
         context.enter()?;
-        let workspace = DeviceBuf::new(context, WORKSPACE_BYTES)?;
+        let workspace = DeviceBuf::new(context, SCRATCH_BYTES)?;
+        let stream = Stream::new(context)?;
+        // SAFETY: as many bytes, of nobody else.
+        unsafe { stream.fill(workspace.ptr().add(WORKSPACE_BYTES), 0, gemm::LEFT_BYTES)? };
+        stream.synchronize()?;
         let handle = handle_of(context)?;
         Ok(Blas { context, facts, handle, workspace, chosen: Mutex::default() })
     }
@@ -91,6 +98,16 @@ impl Blas {
     /// Bytes of scratch.
     pub(super) fn workspace_bytes(&self) -> usize {
         self.workspace.bytes()
+    }
+
+    /// Scratch for one product at a time.
+    pub(super) fn workspace(&self) -> DevicePtr {
+        self.workspace.ptr()
+    }
+
+    /// `left` of gemm.cu, behind the scratch.
+    pub(super) fn left(&self) -> DevicePtr {
+        self.workspace.ptr().add(WORKSPACE_BYTES)
     }
 
     /// Writes the choices so far to the disk, where the next process finds them.
@@ -124,12 +141,14 @@ impl Blas {
     /// SAFETY: as for `multiply`.
     unsafe fn choose(&self, stream: &Stream, shape: Shape, plan: &Plan, operands: Operands) -> Result<Algo> {
         let device = self.context.ordinal;
-        let measuring = match choices::find(self.table_key(shape), device, |algo| self.usable(plan, algo)) {
+        let measuring = match choices::find(self.table_key(&format!("{shape:?}")), device, |algo| {
+            self.usable(plan, algo)
+        }) {
             Found::Known(algo) => return Ok(algo),
             Found::Unknown(measuring) => measuring,
         };
         let candidates = self.candidates(shape, plan)?;
-        let timed = candidates.len() > 1 && tune::is_worth_it(shape, measuring.spent());
+        let timed = candidates.len() > 1 && tune::is_worth_it(shape.rows, measuring.spent());
         let mut best = None;
         if timed {
             // Sums would be added again and again: they go to scratch. Other results are overwritten by the product that
@@ -152,12 +171,13 @@ impl Blas {
         Ok(algo)
     }
 
-    fn table_key(&self, shape: Shape) -> u128 {
+    /// Where a choice stands in the table.
+    pub(super) fn table_key(&self, what: &str) -> u128 {
         let mut hash = Fnv::default();
         hash.part(self.facts.name.as_bytes());
         // SAFETY: it only answers.
         hash.part(&unsafe { sys::cublasLtGetVersion() }.to_le_bytes());
-        hash.part(format!("{shape:?} {WORKSPACE_BYTES} {SPLIT_SUMS}").as_bytes());
+        hash.part(format!("{what} {WORKSPACE_BYTES} {SPLIT_SUMS}").as_bytes());
         hash.0
     }
 
@@ -212,9 +232,7 @@ impl Blas {
                 &mut checked,
             )
         };
-        outcome.result().is_ok()
-            && checked.state.result().is_ok()
-            && checked.workspaceSize <= self.workspace.bytes()
+        outcome.result().is_ok() && checked.state.result().is_ok() && checked.workspaceSize <= WORKSPACE_BYTES
     }
 
     /// SAFETY: as for `multiply`.
@@ -260,7 +278,7 @@ impl Blas {
                 plan.out,
                 &algo,
                 at(self.workspace.ptr()),
-                self.workspace.bytes(),
+                WORKSPACE_BYTES,
                 stream.raw.cast(),
             )
         }

@@ -31,6 +31,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("copy.cu", include_str!("../../../kernels/copy.cu")),
     ("dummy.cu", include_str!("../../../kernels/dummy.cu")),
     ("embed.cu", include_str!("../../../kernels/embed.cu")),
+    ("gemm.cu", include_str!("../../../kernels/gemm.cu")),
     ("gemv.cu", include_str!("../../../kernels/gemv.cu")),
     ("gemv_any.cu", include_str!("../../../kernels/gemv_any.cu")),
     ("norm.cu", include_str!("../../../kernels/norm.cu")),
@@ -53,6 +54,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("gemv.cuh", include_str!("../../../kernels/gemv.cuh")),
     ("sample.cuh", include_str!("../../../kernels/sample.cuh")),
+    ("tensor_map.cuh", include_str!("../../../kernels/tensor_map.cuh")),
     ("wgmma.cuh", include_str!("../../../kernels/wgmma.cuh")),
 ];
 

@@ -20,7 +20,7 @@ impl Kernels {
 }
 
 fn grid(rows: usize, dim: usize) -> Grid {
-    Grid { blocks: [rows as u32, dim.div_ceil(SPAN) as u32, 1], threads: 128, shared: 0 }
+    Grid { blocks: [rows as u32, dim.div_ceil(SPAN) as u32, 1], threads: 128, shared: 0, cluster: 1 }
 }
 
 /// `out[row] = table[id of row]`, or the row of `images` that the id stands for; padding becomes zeros.

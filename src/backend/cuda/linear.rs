@@ -1,9 +1,11 @@
-//! Matrix products with what is around them: own kernels for few rows, cublasLt for more.
+//! Matrix products with what is around them: own kernels for few rows, the faster of those and cublasLt for some more, cublasLt for
+//! many.
 #![allow(unsafe_code)]
 
 use super::{
     Buf, Cuda, DevicePtr, FEW_ROWS, act,
     blas::{Operands, Shape},
+    gemm::{Op, Product},
     gemv, norm,
 };
 use crate::{
@@ -39,38 +41,44 @@ pub(super) fn norm_gate_up(
     if rows <= FEW_ROWS {
         return gemv::norm_gate_up(cuda, out, x, norm, w);
     }
-    norm_linear(cuda, gate_up, normed, x, norm, w)?;
-    act::silu_mul(cuda, out, gate_up, rows, w.n / 2)
+    norm::rms_norm(cuda, normed, x, norm)?;
+    let to = out.expect(cuda.dtype, rows * w.n / 2);
+    let (from, between) = (normed.expect(cuda.dtype, rows * w.k), gate_up.expect(cuda.dtype, rows * w.n));
+    let product = Product { op: Op::Silu, out: to, x: from, w, rows };
+    let plain = Product { op: Op::Plain, out: between, ..product };
+    product.run(cuda, &|out| {
+        plain.run(cuda, &|out| multiply(cuda, &plain, out))?;
+        act::silu_mul(cuda, out, between, rows, w.n / 2)
+    })
 }
 
 /// `out = x · wᵀ + bias`, for any number of rows.
 pub(super) fn linear(cuda: &Cuda, out: &mut Buf, x: &Buf, w: &super::Matrix, rows: usize) -> Result<()> {
-    let (to, dtype) = (out.expect(out.dtype, rows * w.n), out.dtype);
-    multiply(cuda, (to, dtype, false), x, w, rows)
+    let op = if out.dtype == DType::F32 && cuda.dtype != DType::F32 { Op::PlainF32 } else { Op::Plain };
+    let (out, x) = (out.expect(out.dtype, rows * w.n), x.expect(cuda.dtype, rows * w.k));
+    let product = Product { op, out, x, w, rows };
+    product.run(cuda, &|out| multiply(cuda, &product, out))
 }
 
 pub(super) fn linear_add(cuda: &Cuda, x: &mut Buf, y: &Buf, w: &super::Matrix, rows: usize) -> Result<()> {
     if rows <= FEW_ROWS {
         return gemv::linear_add(cuda, x, y, w, rows);
     }
-    let to = x.expect(DType::F32, rows * w.n);
-    multiply(cuda, (to, DType::F32, true), y, w, rows)
+    let (out, x) = (x.expect(DType::F32, rows * w.n), y.expect(cuda.dtype, rows * w.k));
+    let product = Product { op: Op::Add, out, x, w, rows };
+    product.run(cuda, &|out| multiply(cuda, &product, out))
 }
 
-/// `out`: where to, in which type, and whether it is added to.
-fn multiply(
-    cuda: &Cuda,
-    (out, dtype, add): (DevicePtr, DType, bool),
-    x: &Buf,
-    w: &super::Matrix,
-    rows: usize,
-) -> Result<()> {
+/// By cublasLt, which has no gates.
+fn multiply(cuda: &Cuda, product: &Product<'_>, out: DevicePtr) -> Result<()> {
+    let Product { op, x, w, rows, .. } = *product;
     if rows == 0 {
         return Ok(());
     }
+    let dtype = if op == Op::Plain { w.dtype } else { DType::F32 };
     let bias = w.bias(dtype);
-    let shape = Shape { rows, n: w.n, k: w.k, dtype: w.dtype, out: dtype, bias: bias.is_some(), add };
-    let x = x.expect(cuda.dtype, rows * w.k);
+    let shape =
+        Shape { rows, n: w.n, k: w.k, dtype: w.dtype, out: dtype, bias: bias.is_some(), add: op == Op::Add };
     let operands = Operands { out, x, w: w.weights(), bias: bias.unwrap_or(DevicePtr::NULL) };
     cuda.after_kernel.store(false, std::sync::atomic::Ordering::Relaxed);
     // SAFETY: the buffers have been checked; they belong to the decoder, which outlives its stream's work.

@@ -17,6 +17,7 @@ mod driver;
 mod dummy;
 mod embed;
 mod energy;
+mod gemm;
 mod gemv;
 mod graph;
 mod kv;
@@ -57,6 +58,7 @@ pub use batch::Batch;
 pub use compile::{cache_folder, kernels_key, write_aside};
 pub use driver::{DeviceFacts, devices, driver_present};
 pub use energy::Energy;
+pub use gemm::Products;
 pub use kv::Kv;
 pub use lost::any as any_lost;
 pub use matrix::Matrix;
@@ -113,6 +115,7 @@ struct Kernels {
     copy: copy::Kernels,
     dummy: dummy::Kernels,
     embed: embed::Kernels,
+    gemm: gemm::Kernels,
     gemv: gemv::Kernels,
     norm: norm::Kernels,
     rope: rope::Kernels,
@@ -130,6 +133,7 @@ impl Kernels {
                 copy: copy::Kernels::load(load)?,
                 dummy: dummy::Kernels::load(load)?,
                 embed: embed::Kernels::load(load)?,
+                gemm: gemm::Kernels::load(load),
                 gemv: gemv::Kernels::load(load),
                 norm: norm::Kernels::load(load)?,
                 rope: rope::Kernels::load(load)?,
@@ -222,6 +226,11 @@ impl Cuda {
     /// What the GPU is.
     pub fn facts(&self) -> &'static DeviceFacts {
         self.facts
+    }
+
+    /// Who multiplies from now on, where more than one can. What has been recorded stays as it is.
+    pub fn set_products(&self, products: Products) {
+        self.kernels.gemm.set_products(products);
     }
 
     /// Waits until everything in the stream has ended, or a stage of the pipeline has failed: the stream may wait for it.

@@ -59,7 +59,7 @@ pub(super) fn rope_kv(
     };
     let (q_heads, kv_heads) = (heads.heads as u32, heads.kv_heads as u32);
     let groups = (q_heads + 2 * kv_heads).div_ceil(THREADS / lanes(heads.head_dim / 2));
-    let grid = Grid { blocks: [rows as u32, groups, 1], threads: THREADS, shared: 0 };
+    let grid = Grid { blocks: [rows as u32, groups, 1], threads: THREADS, shared: 0, cluster: 1 };
     let (keys, values, view) = (kv.keys(), kv.values(), batch.view());
     // SAFETY: (ptr × 5, Batch, u32, u32, f32) matches rope.cu; the sizes have been checked, and a sequence's blocks are
     // among the layer's: `expect` has checked them, or `set` has, where the pass is repeated.

@@ -235,7 +235,7 @@ impl Sampler {
         let (vocab, tokens, last) = (self.vocab as u32, slot.tokens.ptr(), cuda.tokens.table());
         if params.iter().all(|p| p.temperature == 0.0) {
             let parts = self.vocab.div_ceil(ARGMAX_SPAN) as u32;
-            let grid = Grid { blocks: [parts, outputs as u32, 1], threads: 256, shared: 0 };
+            let grid = Grid { blocks: [parts, outputs as u32, 1], threads: 256, shared: 0, cluster: 1 };
             // SAFETY: (u32*, u32*, const float*, const SampleParams*, FewParams, u32, u64*, u32*) as in argmax.cu.
             unsafe {
                 cuda.launch(
@@ -250,6 +250,7 @@ impl Sampler {
                 blocks: [(outputs * cluster) as u32, 1, 1],
                 threads: WARPS as u32 * 32,
                 shared: shared as u32,
+                cluster: 1,
             };
             // SAFETY: (u32*, u32*, const float*, const SampleParams*, FewParams, u32, u32) as in sample.cu.
             unsafe {

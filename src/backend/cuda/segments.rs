@@ -202,8 +202,12 @@ struct Operands {
 impl Operands {
     fn fast(&self, cuda: &Cuda, fast: &Fast, images: &Images, tiles: Tiles) -> Result<()> {
         let Operands { out, qkv, heads, scale } = *self;
-        let grid =
-            Grid { blocks: [tiles.count as u32 * heads, 1, 1], threads: TILE_THREADS, shared: fast.shared };
+        let grid = Grid {
+            blocks: [tiles.count as u32 * heads, 1, 1],
+            threads: TILE_THREADS,
+            shared: fast.shared,
+            cluster: 1,
+        };
         let tiles = images.at(tiles.at);
         // SAFETY: (T*, const T*, const uint4*, u32, float) as in segment_attention.cu; the buffers have been checked, and
         // tiles lie within the rows.
@@ -214,7 +218,7 @@ impl Operands {
         let Operands { out, qkv, heads, scale } = *self;
         let rows = images.now.rows;
         let blocks = [rows.div_ceil(PLAIN_ROWS) as u32, heads, 1];
-        let grid = Grid { blocks, threads: 32 * PLAIN_ROWS as u32, shared: 0 };
+        let grid = Grid { blocks, threads: 32 * PLAIN_ROWS as u32, shared: 0, cluster: 1 };
         let (segments, rows) = (images.at(segments), rows as u32);
         // SAFETY: (T*, const T*, const uint2*, u32, u32, float) as in segment_attention_plain.cu; the buffers have been
         // checked, and each row has its segment.
@@ -278,7 +282,7 @@ impl VisionOps for Cuda {
         // As many heads as a block of up to 256 threads has room for.
         let together = (256 / pieces).clamp(1, 2 * shape.heads);
         let blocks = [rows.div_ceil(ROPE_ROWS) as u32, (2 * shape.heads).div_ceil(together) as u32, 1];
-        let grid = Grid { blocks, threads: (together * pieces) as u32, shared: 0 };
+        let grid = Grid { blocks, threads: (together * pieces) as u32, shared: 0, cluster: 1 };
         let (rows, heads) = (rows as u32, shape.heads as u32);
         // SAFETY: (T*, const float2*, u32, u32) as in segments.cu; the buffer has been checked, and the table is of as many
         // rows.
@@ -316,7 +320,12 @@ impl VisionOps for Cuda {
     fn scatter_cells(&self, out: &mut Buf, x: &Buf, images: &Images, dim: usize) -> Result<()> {
         let count = images.now.cells;
         let (to, from) = (out.expect(DType::F32, count * dim), x.expect(DType::F32, count * dim));
-        let grid = Grid { blocks: [count as u32, dim.div_ceil(SPAN) as u32, 1], threads: THREADS, shared: 0 };
+        let grid = Grid {
+            blocks: [count as u32, dim.div_ceil(SPAN) as u32, 1],
+            threads: THREADS,
+            shared: 0,
+            cluster: 1,
+        };
         let (cells, dim) = (images.cells().0, dim as u32);
         // SAFETY: (float*, const float*, const u32*, u32) as in segments.cu; the buffers have been checked, and cells are
         // numbers below their count.

@@ -5,16 +5,17 @@
 //! Decoders on several GPUs share the shapes out: see `choices`.
 #![allow(unsafe_code)]
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 use cudarc::cublaslt::result::CublasError;
 
 use super::{
+    Cuda, DeviceFacts, act,
     blas::{Algo, Blas, Operands, Plan, Shape},
-    driver::beside_no_recording,
+    driver::{Context, beside_no_recording},
     memory::{DeviceBuf, Event, Stream},
 };
-use crate::error::Result;
+use crate::{backend::DType, error::Result};
 
 /// Algorithms that are tried for a shape.
 pub(super) const CANDIDATES: usize = 8;
@@ -36,16 +37,66 @@ pub(super) fn candidates(shape: Shape) -> usize {
     if shape.rows <= SMALL_ROWS_MAX { CANDIDATES } else { CANDIDATES_LARGE }
 }
 
-/// Whether algorithms are to be tried for a shape, after so much time.
-pub(super) fn is_worth_it(shape: Shape, spent: Duration) -> bool {
-    shape.rows <= TIMED_ROWS_MAX && spent < BUDGET
+/// Whether ways are to be tried for so many rows, after so much time.
+pub(super) fn is_worth_it(rows: usize, spent: Duration) -> bool {
+    rows <= TIMED_ROWS_MAX && spent < BUDGET
+}
+
+/// Times what is put into a stream.
+///
+/// Weights come from memory in a step, since a layer's are far more than a cache holds. So the cache is overwritten
+/// before each run: 7b's smallest matrix would fit into half of an H200's.
+pub(super) struct Clock {
+    /// Without memory for it, times are of a warm cache.
+    cache: Option<DeviceBuf>,
+    start: Event,
+    end: Event,
+}
+
+impl Clock {
+    pub(super) fn new(context: Context, facts: &DeviceFacts) -> Result<Clock> {
+        let cache = DeviceBuf::new(context, facts.l2_bytes).ok();
+        Ok(Clock { cache, start: Event::timed(context)?, end: Event::timed(context)? })
+    }
+
+    fn cool(&self, stream: &Stream) -> Result<()> {
+        match &self.cache {
+            // SAFETY: as many bytes; dropping them waits for what still uses them.
+            Some(cache) => unsafe { stream.fill(cache.ptr(), 0, cache.bytes()) },
+            None => Ok(()),
+        }
+    }
+
+    /// The milliseconds of each of two ways, the best of some runs, behind a short kernel as in a layer: one of the ways may begin
+    /// while that still runs.
+    pub(super) fn compare(&self, cuda: &Cuda, ways: [&dyn Fn() -> Result<()>; 2]) -> Result<[f32; 2]> {
+        const SHORT: usize = 16 << 10;
+        let mut best = [f32::INFINITY; 2];
+        for round in 0..=2 * ROUNDS {
+            for (way, best) in ways.iter().zip(&mut best) {
+                self.cool(&cuda.stream)?;
+                cuda.after_kernel.store(false, Relaxed);
+                self.start.record(&cuda.stream)?;
+                if let Some(cache) = self.cache.as_ref().filter(|c| c.bytes() >= SHORT * DType::F32.size()) {
+                    act::gelu_at(cuda, cache.ptr(), SHORT)?;
+                }
+                way()?;
+                self.end.record(&cuda.stream)?;
+                self.end.synchronize()?;
+                let ms = self.end.ms_since(&self.start)?;
+                // Its code is loaded in the first round.
+                if round > 0 {
+                    *best = best.min(ms);
+                }
+            }
+        }
+        cuda.after_kernel.store(false, Relaxed);
+        Ok(best)
+    }
 }
 
 impl Blas {
     /// The fastest of some algorithms, and how many milliseconds it takes; `None` if none can be run.
-    ///
-    /// Weights come from memory in a step, since a layer's are far more than a cache holds. So the cache is overwritten
-    /// before each run: 7b's smallest matrix would fit into half of an H200's.
     ///
     /// SAFETY: as for `multiply`.
     pub(super) unsafe fn fastest(
@@ -55,24 +106,19 @@ impl Blas {
         operands: Operands,
         candidates: &[Algo],
     ) -> Result<Option<(f32, Algo)>> {
-        // Without memory for it, times are of a warm cache.
-        let cache = DeviceBuf::new(self.context, self.facts.l2_bytes).ok();
-        let (start, end) = (Event::timed(self.context)?, Event::timed(self.context)?);
+        let clock = Clock::new(self.context, self.facts)?;
         // Milliseconds; an algorithm that cannot be run says so at once.
         let time = |algo: &Algo| -> Result<Result<f32, CublasError>> {
-            if let Some(cache) = &cache {
-                // SAFETY: as many bytes, which live until `synchronize` below.
-                unsafe { stream.fill(cache.ptr(), 0, cache.bytes())? };
-            }
+            clock.cool(stream)?;
             // What a recording takes, which has to be waited for, is not the product's time.
             let beside = beside_no_recording();
-            start.record(stream)?;
+            clock.start.record(stream)?;
             // SAFETY: the caller's.
             let ran = unsafe { self.enqueue(stream, plan, operands, algo) };
-            end.record(stream)?;
+            clock.end.record(stream)?;
             drop(beside);
-            end.synchronize()?;
-            ran.map_or_else(|e| Ok(Err(e)), |()| end.ms_since(&start).map(Ok))
+            clock.end.synchronize()?;
+            ran.map_or_else(|e| Ok(Err(e)), |()| clock.end.ms_since(&clock.start).map(Ok))
         };
         let mut best: Option<(f32, Algo)> = None;
         for algo in candidates {
@@ -93,7 +139,6 @@ impl Blas {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::DType;
 
     #[test]
     fn what_is_tried_is_bounded() {
@@ -107,7 +152,7 @@ mod tests {
             add: false,
         };
         assert_eq!([16, 512, 544, 8192].map(|rows| candidates(of(rows))), [8, 8, 4, 4]);
-        assert!(is_worth_it(of(8192), Duration::ZERO) && !is_worth_it(of(8448), Duration::ZERO));
-        assert!(!is_worth_it(of(16), BUDGET));
+        assert!(is_worth_it(8192, Duration::ZERO) && !is_worth_it(8448, Duration::ZERO));
+        assert!(!is_worth_it(16, BUDGET));
     }
 }
