@@ -23,10 +23,10 @@ constexpr u32 OCTETS = ROWS / 8; // of columns of the sums, which are rows of ou
 struct Shape {
     u32 rows, n; // of out
     u32 tiles, steps, stages;
-    u32 split; // blocks of a cluster, which share tiles; 1: blocks have ranges, each of a tile's length at least
+    u32 split; // blocks of a cluster, which share tiles; 1: blocks have ranges
 };
 
-// Where blocks leave sums of a tile that the block after them goes on with: one part a block; `left` is zeros between launches.
+// Where blocks leave sums of a tile that another block has the beginning of: one part a block; `left` is zeros between launches.
 struct Meeting {
     float4* parts;
     u32* left;
@@ -245,19 +245,24 @@ DEVICE void leave(const Sums& sums, const Meeting& m) {
     __syncthreads();
     if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(m.left + blockIdx.x), "r"(1) : "memory");
 }
-DEVICE void take_up(Sums& sums, const Meeting& m) {
-    u32* left = m.left + blockIdx.x - 1;
-    if (threadIdx.x == 0) {
-        u32 there = 0;
-        while (!there) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(left) : "memory");
-        *left = 0;
-    }
-    __syncthreads();
-    const float4* part = part_of(m, blockIdx.x - 1);
+// The tile's other `steps` are in ranges of blocks with lower numbers, one after another.
+DEVICE void take_up(Sums& sums, u32 steps, const Meeting& m, const Shape& s) {
+    for (u32 block = blockIdx.x - 1;; block--) {
+        if (threadIdx.x == 0) {
+            u32 there = 0;
+            while (!there) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(m.left + block) : "memory");
+            m.left[block] = 0;
+        }
+        __syncthreads();
+        const float4* part = part_of(m, block);
 #pragma unroll
-    for (int j = 0; j < OCTETS; j++) {
-        const float4 v = __ldcg(part + j * THREADS);
-        sums[4 * j] += v.x, sums[4 * j + 1] += v.y, sums[4 * j + 2] += v.z, sums[4 * j + 3] += v.w;
+        for (int j = 0; j < OCTETS; j++) {
+            const float4 v = __ldcg(part + j * THREADS);
+            sums[4 * j] += v.x, sums[4 * j + 1] += v.y, sums[4 * j + 2] += v.z, sums[4 * j + 3] += v.w;
+        }
+        const u32 length = range_start(s, block) - range_start(s, block + 1);
+        if (length >= steps) return;
+        steps -= length;
     }
 }
 
@@ -287,7 +292,7 @@ template <Op OP> DEVICE void product(const Target& to, const Sources& from, cons
         } else if (first > 0) {
             leave(sums, meeting);
         } else {
-            if (count < s.steps) take_up(sums, meeting);
+            if (count < s.steps) take_up(sums, s.steps - count, meeting, s);
             finish_all<OP>(sums, to, tile, s);
         }
     }

@@ -1,11 +1,15 @@
 //! How fast ops are by themselves: measurements, which `tools/gpu_check.py` runs and judges.
 
 use pipeline_infer::backend::{
-    AttentionShape, Backend, DType, HeadShape, KvShape, Limits, Rotation,
-    cuda::{self, Cuda},
+    AttentionShape, Backend, DType, HeadShape, KvShape, Limits, Norm, NormShape, Random, Rotation, Tensor,
+    cuda::{self, Cuda, PipelineFacts, Products},
 };
 
-use crate::{Parts, Room, Sequences, ask, device::gpu, poisoned};
+use crate::{
+    Parts, Room, Sequences, ask,
+    device::{gpu, gpus},
+    poisoned,
+};
 
 const SEQUENCES: usize = 64;
 const CONTEXT: usize = 4096;
@@ -14,6 +18,18 @@ const LAYERS: usize = 4;
 /// Times that all layers are in a recorded pass, so that what is around the kernels counts little.
 const TURNS: usize = 4;
 const PASSES: u32 = 10;
+
+/// Microseconds of a pass through all layers in all turns, for each.
+fn us_a_layer(gpu: &Cuda, mut pass: impl FnMut()) -> f64 {
+    // The second one is recorded.
+    (0..3).for_each(|_| pass());
+    let start = gpu.mark().unwrap();
+    (0..PASSES).for_each(|_| pass());
+    let end = gpu.mark().unwrap();
+    gpu.synchronize().unwrap();
+    let time = gpu.between(&start, &end).unwrap().expect("both have come");
+    time.as_secs_f64() * 1e6 / (f64::from(PASSES) * (LAYERS * TURNS) as f64)
+}
 
 /// Microseconds of attention of `rows` more tokens of each sequence, after `cached`.
 fn attention_us(gpu: &Cuda, heads: HeadShape, sequences: usize, cached: usize, rows: usize) -> f64 {
@@ -36,21 +52,14 @@ fn attention_us(gpu: &Cuda, heads: HeadShape, sequences: usize, cached: usize, r
     gpu.write(&mut qkv, &crate::numbers(1, all * heads.qkv_dim())).unwrap();
     let mut out = poisoned(gpu, Room::Working, room * heads.q_dim());
     let shape = AttentionShape { heads, scale: 0.1, window: None };
-    let mut pass = || {
+    let pass = || {
         gpu.pass(&batch, &mut || {
             let turns = (0..TURNS).flat_map(|_| &layers);
             turns.into_iter().try_for_each(|kv| gpu.attention(&mut out, &qkv, kv, &batch, shape))
         })
         .unwrap();
     };
-    // The second one is recorded.
-    (0..3).for_each(|_| pass());
-    let start = gpu.mark().unwrap();
-    (0..PASSES).for_each(|_| pass());
-    let end = gpu.mark().unwrap();
-    gpu.synchronize().unwrap();
-    let time = gpu.between(&start, &end).unwrap().expect("both have come");
-    time.as_secs_f64() * 1e6 / (f64::from(PASSES) * (LAYERS * TURNS) as f64)
+    us_a_layer(gpu, pass)
 }
 
 #[test]
@@ -84,6 +93,122 @@ fn prompt_attention_keeps_tensor_cores_busy() {
             println!(
                 "prompt attention {heads}/{kv_heads} of {head_dim}, {sequences} x {rows} after {cached}: {us:.1} us, {rate:.0} TFLOP/s"
             );
+        }
+    }
+}
+
+/// The shape of a decoder's layers.
+struct Shape {
+    name: &'static str,
+    dim: usize,
+    heads: HeadShape,
+    ffn: usize,
+}
+
+const SHAPES: [Shape; 2] = [
+    Shape { name: "7b", dim: 3584, heads: HeadShape { heads: 28, kv_heads: 4, head_dim: 128 }, ffn: 18944 },
+    Shape { name: "72b", dim: 8192, heads: HeadShape { heads: 64, kv_heads: 8, head_dim: 128 }, ffn: 29568 },
+];
+const OPS: [&str; 6] = ["queries, keys, values", "rotation", "attention", "out", "gate and up", "down"];
+
+/// Microseconds of a layer in a recorded pass of one more token each of so many sequences, by whether it has each of `OPS`.
+fn layer_us(gpu: &Cuda, shape: &Shape, sequences: usize, cached: usize, with: [bool; 6]) -> f64 {
+    let Shape { dim, heads, ffn, .. } = *shape;
+    let limits =
+        Limits { rows_max: sequences, seqs_max: sequences, outputs_max: sequences, context_max: cached + 1 };
+    let mut of = Sequences::new(sequences, cached + 1);
+    of.cached.fill(cached);
+    let parts: Vec<(usize, usize)> = (0..sequences).map(|seq| (seq, 1)).collect();
+    let mut micro = of.step(&parts as &Parts);
+    ask(&mut micro, 0..sequences);
+    let mut batch = gpu.batch(limits, Rotation::plain(&vec![1.0; heads.head_dim / 2], 1.0)).unwrap();
+    gpu.set_batch(&mut batch, &micro).unwrap();
+    let HeadShape { kv_heads, head_dim, .. } = heads;
+    let kv = KvShape { blocks: of.blocks(), kv_heads, head_dim, dtype: DType::BF16 };
+    let random = |key, n, k| {
+        let numbers = Random { key, centre: 0.0 };
+        gpu.matrix(&[Tensor::random("w", vec![n, k], DType::BF16, numbers).unwrap()], &[]).unwrap()
+    };
+    let mut layers: Vec<_> = (0..LAYERS as u64)
+        .map(|i| {
+            let products = [
+                random(4 * i, heads.qkv_dim(), dim),
+                random(4 * i + 1, dim, heads.q_dim()),
+                random(4 * i + 2, 2 * ffn, dim),
+                random(4 * i + 3, dim, ffn),
+            ];
+            (products, gpu.kv(kv).unwrap())
+        })
+        .collect();
+    gpu.loaded().unwrap();
+    let room = gpu.rows_room(sequences);
+    let working = |len: usize| gpu.working_buf(room * len).unwrap();
+    let (mut qkv, mut attn, mut normed) = (working(heads.qkv_dim()), working(heads.q_dim()), working(dim));
+    let (mut gate_up, mut act) = (working(2 * ffn), working(ffn));
+    let mut hidden = gpu.buf(room * dim).unwrap();
+    gpu.write(&mut hidden, &crate::numbers(1, sequences * dim)).unwrap();
+    let weights = gpu.vector(&crate::tensor(&[dim], DType::F32, &vec![1.0; dim])).unwrap();
+    gpu.loaded().unwrap();
+    let norm = || Norm { w: &weights, shape: NormShape { rows: room, dim, eps: 1e-6 } };
+    let attention = AttentionShape { heads, scale: 0.1, window: None };
+    let pass = || {
+        gpu.pass(&batch, &mut || {
+            for _ in 0..TURNS {
+                for ([qkv_w, out_w, gate_up_w, down_w], kv) in &mut layers {
+                    if with[0] {
+                        gpu.norm_linear(&mut qkv, &mut normed, &hidden, norm(), qkv_w)?;
+                    }
+                    if with[1] {
+                        gpu.rope_kv(&mut qkv, kv, &batch, heads, None)?;
+                    }
+                    if with[2] {
+                        gpu.attention(&mut attn, &qkv, kv, &batch, attention)?;
+                    }
+                    if with[3] {
+                        gpu.linear_add(&mut hidden, &attn, out_w, room)?;
+                    }
+                    if with[4] {
+                        let scratch = (&mut normed, &mut gate_up);
+                        gpu.norm_gate_up(&mut act, scratch, &hidden, norm(), gate_up_w)?;
+                    }
+                    if with[5] {
+                        gpu.linear_add(&mut hidden, &act, down_w, room)?;
+                    }
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+    };
+    us_a_layer(gpu, pass)
+}
+
+/// What a layer takes, and how much less without each of its ops.
+#[test]
+#[ignore = "a measurement"]
+fn where_the_time_of_decoding_goes() {
+    if gpus() == 0 {
+        return;
+    }
+    let gpu =
+        Cuda::new(0, PipelineFacts { dtype: DType::BF16, head_dim: 128, seats: 256, in_flight: 4 }).unwrap();
+    for shape in &SHAPES {
+        for rows in [1, 4, 8, 16, 64, 128, 256] {
+            for products in [Products::Measured, Products::Own, Products::Library] {
+                gpu.set_products(products);
+                let whole = layer_us(&gpu, shape, rows, 640, [true; 6]);
+                let parts = OPS.iter().enumerate().map(|(i, op)| {
+                    let us = whole - layer_us(&gpu, shape, rows, 640, std::array::from_fn(|at| at != i));
+                    format!("{op} {us:.1}")
+                });
+                let parts: Vec<String> = parts.collect();
+                let name = shape.name;
+                println!("a layer of {name}, {rows} rows, {products:?}: {whole:.1} us: {}", parts.join(", "));
+                // Of more, or fewer, there is one way.
+                if !(9..=128).contains(&rows) {
+                    break;
+                }
+            }
         }
     }
 }
