@@ -7,7 +7,7 @@
 Results are kept in docs/performance/h200.jsonl, one a workload and number of stages; --add takes newer ones of the same
 id in their place, and others besides. What peers reach, and what the hardware allows, is in docs/performance/peers.json.
 --check writes nothing, and ends with exit code 1 if the page is not what it would write. --commands prints what to run on the
-machine with the GPUs for all rows and plots, where MODELS has the folders 7b and 72b.
+machine with the GPUs for all rows and plots, where MODELS has a folder for each size, as those of gpu_bundle.sh.
 """
 import argparse, json, pathlib, subprocess, sys
 
@@ -21,10 +21,11 @@ PLOTS = [
      [f"7b/{n}x512x256/s{stages}" for stages in (1, 4) for n in (1, 16, 64, 128, 256, 512)]),
     ("stages", "stages", "output", "7b: stages", "output tokens a second against stages",
      [f"7b/{work}/s{stages}" for work in ("1x512x128", "64x512x256", "256x512x256") for stages in (1, 2, 4)]),
-    ("model", "weights", "output", "7b and 72b in four stages", "output tokens a second against the size of the weights",
-     [f"{model}/{work}/s4" for model in ("7b", "72b") for work in ("1x512x64", "64x512x128", "256x512x128")]),
-    ("context", "input-len", "tpot", "7b in four stages: longer contexts", "time per token against the prompt's length",
-     [f"7b/64x{n}x128/s4" for n in (512, 2048, 8192)]),
+    ("model", "weights", "output", "Sizes of Qwen2.5", "output tokens a second against the size of the weights",
+     [f"{model}/{work}/s{stages}" for stages, models in ((1, ("0.5b", "1.5b", "3b", "7b", "14b", "32b")), (4, ("7b", "32b", "72b")))
+      for model in models for work in ("1x512x64", "64x512x128", "256x512x128")]),
+    ("context", "input-len", "tpot", "7b: longer contexts", "time per token against the prompt's length",
+     [f"7b/64x{n}x128/s{stages}" for stages in (1, 4) for n in (512, 2048, 4096, 8192)]),
 ]
 
 

@@ -135,6 +135,28 @@ const RUNS: &[Run] = &[
         (single(4, 602), &[17.976, 18.597]),
         (mixed(2048, 6, 525_317, 1026), &[223.872, 224.852]),
     ] },
+    // With products for up to 128 rows by own kernels.
+    Run { source: "7b/16x512x256/s1", layers: 28, layout: "0-27@cuda:0", passes: &[
+        (single(16, 648), &[4.235]),
+    ] },
+    Run { source: "7b/64x512x256/s1", layers: 28, layout: "0-27@cuda:0", passes: &[
+        (single(64, 626), &[4.997]),
+    ] },
+    Run { source: "7b/64x8192x128/s1", layers: 28, layout: "0-27@cuda:0", passes: &[
+        (single(64, 8270), &[11.359]),
+        (mixed(8192, 23, 33_568_217, 177_800), &[201.698]),
+    ] },
+    Run { source: "7b/128x512x256/s1", layers: 28, layout: "0-27@cuda:0", passes: &[
+        (single(128, 624), &[6.389]),
+    ] },
+    Run { source: "7b/64x512x256/s2", layers: 28, layout: "0-14@cuda:0,15-27@cuda:1", passes: &[
+        (single(32, 655), &[2.243, 2.219]),
+        (mixed(3072, 17, 788_451, 6037), &[33.774, 28.663]),
+    ] },
+    Run { source: "7b/256x512x256/s2", layers: 28, layout: "0-13@cuda:0,14-27@cuda:1", passes: &[
+        (single(128, 656), &[2.871, 3.333]),
+        (mixed(3072, 76, 807_322, 36_567), &[32.735, 33.842]),
+    ] },
 ];
 
 #[test]
