@@ -298,6 +298,7 @@ template <Op OP> DEVICE void product(const Target& to, const Sources& from, cons
     }
 }
 
+// Registers are left for the short kernels that wait beside it.
 #define KERNEL(NAME, OP)                                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 64 ? 2 : 1)                                                                \
     NAME(Target to, const __grid_constant__ Map w, const __grid_constant__ Map x, Meeting meeting, Shape s) {                         \

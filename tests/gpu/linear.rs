@@ -131,6 +131,21 @@ fn each_way(dtype: DType, check: impl Fn(&Cuda, &str)) {
     }
 }
 
+/// Whether kernels of this crate multiply if they are asked to.
+fn fits(gpu: &Cuda, l: &Linear, gated: bool, rows: usize) -> bool {
+    let n = if gated { l.n() / 2 } else { l.n() };
+    let even = n.is_multiple_of(8) && l.k.is_multiple_of(8) && !(gated && l.bias);
+    gpu.facts().arch() == "sm_90a" && l.dtype != DType::F32 && even && (9..=128).contains(&rows)
+}
+
+/// What an op gives, and that it has been done by whom it should have been.
+fn by<R>(gpu: &Cuda, way: &str, fits: bool, op: impl FnOnce() -> R) -> R {
+    let before = gpu.own_products();
+    let result = op();
+    assert_eq!(gpu.own_products() > before, fits && way == "(Own)", "{way}: who has multiplied");
+    result
+}
+
 fn rows() -> Vec<usize> {
     match quick() {
         true => vec![1, 3, 8, 9],
@@ -151,13 +166,14 @@ fn shapes() -> Vec<(Vec<usize>, usize)> {
         (&[131, 1], 52),
         (&[33, 31], 1031),
     ];
-    // The last have tiles for all multiprocessors of any GPU, with sums of one step and of several.
-    let large: [(&[usize], usize); 6] = [
+    // Of the last three an H200 has fewer tiles than multiprocessors, but no two for each; then more, with sums of one step and of several.
+    let large: [(&[usize], usize); 7] = [
         (&[768, 256, 256], 896),
         (&[2048, 2048], 1536),
-        (&[1000], 4864),
+        (&[1008], 4864),
         (&[3584, 512, 512], 3584),
-        (&[40_000, 24], 64),
+        (&[10_000, 240], 640),
+        (&[40_000, 32], 64),
         (&[19_000, 40], 328),
     ];
     let large = if quick() { &large[..1] } else { &large[..] };
@@ -171,7 +187,7 @@ fn linears(dtype: DType) -> impl Iterator<Item = Linear> {
 /// Large layers take the CPU long: fewer rows.
 fn rows_for(l: &Linear) -> Vec<usize> {
     let few = l.n() * l.k > 1 << 20;
-    rows().into_iter().filter(|&r| !few || [1, 3, 8, 9, 33, 65].contains(&r)).collect()
+    rows().into_iter().filter(|&r| !few || [1, 3, 8, 9, 17, 33, 65, 128].contains(&r)).collect()
 }
 
 fn check_norm_linear(dtype: DType) {
@@ -184,7 +200,8 @@ fn check_norm_linear(dtype: DType) {
                 let want = norm_linear(&cpu, &l, &here, &x, Room::Wide);
                 for to in [Room::Wide, Room::Working] {
                     let what = l.what(&format!("norm_linear to {to:?} {way}"), rows);
-                    let got = norm_linear(gpu, &l, &there, &x, to);
+                    let own = fits(gpu, &l, false, rows);
+                    let got = by(gpu, way, own, || norm_linear(gpu, &l, &there, &x, to));
                     assert_near(&what, l.n(), &got, &want, |i| l.tolerance(want[i]));
                     assert_bits(
                         &format!("{what}, again"),
@@ -219,12 +236,15 @@ fn check_norm_gate_up(dtype: DType) {
         for mut l in linears(dtype) {
             // Two halves.
             l.parts = vec![l.n().div_ceil(2); 2];
+            // Large ones as models have them.
+            l.bias &= l.n() < 500;
             let (there, here, ffn) = (l.load(gpu), l.load(&cpu), l.parts[0]);
             for rows in rows_for(&l) {
                 let (what, x) = (l.what(&format!("norm_gate_up {way}"), rows), l.x(rows));
                 let between = norm_linear(&cpu, &l, &here, &x, Room::Wide);
                 let want = norm_gate_up(&cpu, &l, &here, &x);
-                let got = norm_gate_up(gpu, &l, &there, &x);
+                let own = fits(gpu, &l, true, rows) || fits(gpu, &l, false, rows);
+                let got = by(gpu, way, own, || norm_gate_up(gpu, &l, &there, &x));
                 // The product's errors go through `silu(gate) * up`, whose slopes are |up| * 1.1 and |silu(gate)|.
                 let tolerance = |i: usize| {
                     let row = &between[i / ffn * 2 * ffn..];
@@ -267,7 +287,8 @@ fn linear_add_adds_exact_products() {
                     let what = l.what(&format!("linear_add {way}"), rows);
                     let (x, y) = (numbers(77, rows * l.n()), rounded(dtype, l.x(rows)));
                     let want = linear_add(&cpu, &l, &here, &x, &y);
-                    let got = linear_add(gpu, &l, &there, &x, &y);
+                    let own = fits(gpu, &l, false, rows);
+                    let got = by(gpu, way, own, || linear_add(gpu, &l, &there, &x, &y));
                     // Both have the same factors, and the sum is f32: the type leaves no trace. Factors are three times
                     // as large as above.
                     assert_near(&what, l.n(), &got, &want, |i| {
@@ -293,7 +314,8 @@ fn linear_multiplies_any_rows_exactly() {
                     let want = linear(&cpu, &l, &here, &x, Room::Wide);
                     for (to, kept) in [(Room::Wide, DType::F32), (Room::Working, dtype)] {
                         let what = l.what(&format!("linear to {to:?} {way}"), rows);
-                        let got = linear(gpu, &l, &there, &x, to);
+                        let own = fits(gpu, &l, false, rows);
+                        let got = by(gpu, way, own, || linear(gpu, &l, &there, &x, to));
                         // Where no epilogue takes the size, a product is rounded before its bias, of at most 1, is added.
                         let tolerance = |i: usize| 3.0 * l.sums() + unit(kept) * (1.0 + 2.0 * want[i].abs());
                         assert_near(&what, l.n(), &got, &want, tolerance);
@@ -309,8 +331,13 @@ fn linear_multiplies_any_rows_exactly() {
 fn a_row_does_not_see_its_neighbours() {
     for dtype in DTYPES {
         each_way(dtype, |gpu, way| {
-            for (parts, k) in [(vec![66, 66], 128), (vec![7, 7], 31), (vec![768, 768], 896)] {
-                let l = Linear { dtype, parts, k, bias: true };
+            for (parts, k, bias) in [
+                (vec![66, 66], 128, true),
+                (vec![7, 7], 31, true),
+                (vec![64, 64], 128, false),
+                (vec![768, 768], 896, false),
+            ] {
+                let l = Linear { dtype, parts, k, bias };
                 let on = l.load(gpu);
                 for rows in rows().into_iter().filter(|&r| r > 1) {
                     let own = rows / 2;
@@ -343,37 +370,45 @@ fn a_row_does_not_see_its_neighbours() {
     }
 }
 
-/// Launches follow each other without a pause: each starts while the one before it ends, and finds what blocks leave for each
-/// other as it was in the beginning.
+/// Launches follow each other without a pause: each starts while the one before it ends, and finds what that writes, and what blocks
+/// leave for each other as it was in the beginning.
 #[test]
 fn products_follow_each_other() {
-    let dtype = DType::BF16;
-    each_way(dtype, |gpu, way| {
-        for rows in [16, 64, 128] {
-            let all: Vec<Linear> = [(19_000, 328), (640, 4096), (19_000, 328), (4096, 640), (40_000, 64)]
-                .map(|(n, k)| Linear { dtype, parts: vec![n], k, bias: true })
-                .into();
-            let on: Vec<_> = all.iter().map(|l| l.load(gpu)).collect();
-            let ys: Vec<_> = all.iter().map(|l| filled(gpu, Room::Working, rows * l.k, &l.x(rows))).collect();
-            let run = |times: usize, pause: bool| -> Vec<Vec<f32>> {
-                let mut xs: Vec<_> = all
-                    .iter()
-                    .map(|l| filled(gpu, Room::Wide, rows * l.n(), &numbers(3, rows * l.n())))
-                    .collect();
-                for i in (0..times).flat_map(|_| 0..all.len()) {
-                    gpu.linear_add(&mut xs[i], &ys[i], &on[i].w, rows).unwrap();
+    let (dtype, dim) = (DType::BF16, 4096);
+    let Some(gpu) = gpu(dtype, 64) else { return };
+    gpu.set_products(Products::Own);
+    for rows in [16, 32, 64, 128] {
+        // Tiles shared by clusters, dealt out in parts, and many.
+        let pairs: Vec<_> = [640, 10_240, 19_000]
+            .map(|n| [(n, dim), (dim, n)].map(|(n, k)| Linear { dtype, parts: vec![n], k, bias: true }))
+            .into();
+        let on: Vec<_> = pairs.iter().map(|pair| [pair[0].load(&gpu), pair[1].load(&gpu)]).collect();
+        let start: Vec<f32> = numbers(3, rows * dim);
+        let run = |times: usize, pause: bool| -> Vec<f32> {
+            let mut x = filled(&gpu, Room::Wide, rows * dim, &start);
+            let mut normed = poisoned(&gpu, Room::Working, rows * dim);
+            let mut between: Vec<_> =
+                pairs.iter().map(|pair| poisoned(&gpu, Room::Working, rows * pair[0].n())).collect();
+            for _ in 0..times {
+                for ((pair, on), between) in pairs.iter().zip(&on).zip(&mut between) {
+                    let norm = Norm { w: &on[0].norm, shape: pair[0].shape(rows) };
+                    gpu.norm_linear(between, &mut normed, &x, norm, &on[0].w).unwrap();
+                    if pause {
+                        gpu.synchronize().unwrap();
+                    }
+                    gpu.linear_add(&mut x, between, &on[1].w, rows).unwrap();
                     if pause {
                         gpu.synchronize().unwrap();
                     }
                 }
-                all.iter().zip(&xs).map(|(l, x)| read(gpu, x, rows * l.n())).collect()
-            };
-            let times = if quick() { 2 } else { 30 };
-            for (l, (got, want)) in all.iter().zip(run(times, false).iter().zip(&run(times, true))) {
-                assert_bits(&l.what(&format!("one after another {way}"), rows), l.n(), got, want);
             }
-        }
-    });
+            read(&gpu, &x, rows * dim)
+        };
+        let times = if quick() { 2 } else { 30 };
+        let (got, want) = (run(times, false), run(times, true));
+        assert!(want.iter().all(|v| v.is_finite()));
+        assert_bits(&format!("{rows} rows one after another"), dim, &got, &want);
+    }
 }
 
 /// The head of a model with a large vocabulary: more than 2^27 weights, tall and narrow.

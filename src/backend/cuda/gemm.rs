@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, Ordering::Relaxed},
+        atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed},
     },
 };
 
@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{backend::DType, error::Result};
 
-/// With more, sums would not fit into registers.
+/// With more, products are bound by arithmetic, where cublasLt is the faster one.
 pub(super) const ROWS_MAX: usize = 128;
 /// What blocks tell each other: a number for each, zeros between launches.
 pub(super) const LEFT_BYTES: usize = 4 * BLOCKS_MAX as usize;
@@ -87,6 +87,7 @@ pub(super) struct Kernels {
     /// What has been measured: whether the own kernel is the faster one.
     faster: Mutex<HashMap<Measured, bool>>,
     products: AtomicU8,
+    launched: AtomicUsize,
 }
 
 /// What a choice is for.
@@ -143,11 +144,17 @@ impl Kernels {
             compiled: Mutex::default(),
             faster: Mutex::default(),
             products: AtomicU8::new(Products::Measured as u8),
+            launched: AtomicUsize::new(0),
         }
     }
 
     pub(super) fn set_products(&self, products: Products) {
         self.products.store(products as u8, Relaxed);
+    }
+
+    /// Launches so far.
+    pub(super) fn launched(&self) -> usize {
+        self.launched.load(Relaxed)
     }
 
     /// The kernels for so many rows. Those for other numbers will soon be wanted: they are compiled side by side.
@@ -257,24 +264,29 @@ impl Product<'_> {
         if let Found::Known(algo) = find() {
             return Ok(algo == OWN);
         }
-        // The library chooses among its own algorithms first, and whoever chooses has a GPU to himself.
+        // What has just been given, the right to choose, has gone back: the library chooses among its own algorithms first, and code
+        // is made, which is not to count as choosing.
         let sums = if self.op == Op::Add { 4 * self.rows * self.n() } else { 0 };
         let sums = DeviceBuf::new(cuda.context, sums).ok();
         let out = match &sums {
             Some(sums) if self.op == Op::Add => sums.ptr(),
             _ => self.out,
         };
-        if sums.is_some() {
+        let clock = Clock::new(cuda.context, cuda.facts)?;
+        let mut ready = sums.is_some() && clock.is_cold();
+        if ready {
             library(out)?;
+            // A driver or a compiler that does not know what it takes costs speed, no more.
+            let made = cuda.kernels.gemm.compiled(variant(self.rows)).and_then(|_| self.weights_map(cuda));
+            ready = made.inspect_err(|error| tracing::warn!(%error, "cublasLt multiplies")).is_ok();
         }
         let measuring = match find() {
             Found::Known(algo) => return Ok(algo == OWN),
             Found::Unknown(measuring) => measuring,
         };
-        let timed = sums.is_some() && tune::is_worth_it(self.rows, measuring.spent());
+        let timed = ready && tune::is_worth_it(self.rows, measuring.spent());
         let mut own_faster = false;
         if timed {
-            let clock = Clock::new(cuda.context, cuda.facts)?;
             let own = Product { out, ..*self };
             let [own, library] = clock.compare(cuda, [&|| own.launch(cuda), &|| library(out)])?;
             own_faster = own < library;
@@ -282,6 +294,22 @@ impl Product<'_> {
         }
         measuring.keep(if own_faster { OWN } else { LIBRARY }, timed);
         Ok(own_faster)
+    }
+
+    fn weights_map(&self, cuda: &Cuda) -> Result<sys::CUtensorMap> {
+        let Product { op, w, .. } = *self;
+        let (k, n) = (w.k as u64, self.n() as u64);
+        match op {
+            // Gates and ups in turn, eight rows each.
+            Op::Silu => map(
+                cuda,
+                (w.weights(), w.dtype),
+                [k, 8, 2, n / 8],
+                [k, k * n, 8 * k],
+                [COLUMNS as u32, 8, 2, FEATURES as u32 / 16],
+            ),
+            _ => rows_map(cuda, (w.weights(), w.dtype), (w.n, w.k), FEATURES as u32),
+        }
     }
 
     fn launch(&self, cuda: &Cuda) -> Result<()> {
@@ -293,18 +321,7 @@ impl Product<'_> {
             _ => w.bias(DType::F32),
         };
         let to = Target { out, bias: bias.unwrap_or(DevicePtr::NULL) };
-        let k = w.k as u64;
-        let weights = match op {
-            // Gates and ups in turn, eight rows each.
-            Op::Silu => map(
-                cuda,
-                (w.weights(), w.dtype),
-                [k, 8, 2, self.n() as u64 / 8],
-                [k, k * self.n() as u64, 8 * k],
-                [COLUMNS as u32, 8, 2, FEATURES as u32 / 16],
-            )?,
-            _ => rows_map(cuda, (w.weights(), w.dtype), (w.n, w.k), FEATURES as u32)?,
-        };
+        let weights = self.weights_map(cuda)?;
         let x = rows_map(cuda, (x, w.dtype), (rows, w.k), variant)?;
         let meeting = Meeting { parts: cuda.blas.workspace(), left: cuda.blas.left() };
         let compiled = cuda.kernels.gemm.compiled(variant)?;
@@ -314,8 +331,10 @@ impl Product<'_> {
             Op::Silu => &compiled.silu,
             Op::Add => &compiled.add,
         };
+        cuda.kernels.gemm.launched.fetch_add(1, Relaxed);
         // SAFETY: (Target, Map, Map, Meeting, Shape) as in gemm.cu; the caller has checked the buffers against rows, n and k,
-        // and they belong to the decoder, as the matrix does; the workspace has a part for each block, and `left` a number.
+        // and they belong to the decoder, as the matrix does, or to `choose`, which waits for it; the workspace has a part for each
+        // block, and `left` a number.
         unsafe { cuda.launch(kernel, grid, &mut args![to, weights, x, meeting, shape]) }
     }
 }
@@ -377,6 +396,7 @@ fn map<const RANK: usize, const STRIDES: usize>(
         DType::F16 => CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         _ => CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     };
+    cuda.context.enter()?;
     let (bytes, ones) = (apart.map(|numbers| 2 * numbers), [1u32; RANK]);
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
     // SAFETY: as many sizes as directions, and strides one fewer; the map is written and nothing else.

@@ -151,7 +151,10 @@ pub unsafe extern "C" fn cuTensorMapEncodeTiled(
     _promotion: c_int,
     _fill: c_int,
 ) -> Status {
-    if !(2..=5).contains(&rank) {
+    if let Err(status) = current() {
+        return status;
+    }
+    if !(2..=5).contains(&rank) || !(map as u64).is_multiple_of(64) {
         return INVALID_VALUE;
     }
     let rank = rank as usize;
