@@ -15,15 +15,14 @@ use std::{
 use cudarc::driver::sys;
 
 use super::{
-    Cuda, DeviceFacts, DevicePtr, FEW_ROWS, Grid, Kernel, Loading, Matrix, beside,
+    Cuda, DeviceFacts, DevicePtr, FEW_ROWS, Grid, Kernel, Loading, Matrix,
     blas::{Algo, WORKSPACE_BYTES},
     choices::{self, Found},
     compile::kernels_key,
-    driver::recording,
-    joined,
     launch::args,
     memory::DeviceBuf,
     tune::{self, Clock},
+    variants::Variants,
 };
 use crate::{backend::DType, error::Result};
 
@@ -83,7 +82,7 @@ pub(super) struct Product<'a> {
 
 pub(super) struct Kernels {
     load: Loading,
-    compiled: Mutex<HashMap<u32, Arc<Compiled>>>,
+    compiled: Variants<u32, Compiled>,
     /// What has been measured: whether the own kernel is the faster one.
     faster: Mutex<HashMap<Measured, bool>>,
     products: AtomicU8,
@@ -141,7 +140,7 @@ impl Kernels {
     pub(super) fn load(load: &Loading) -> Kernels {
         Kernels {
             load: load.clone(),
-            compiled: Mutex::default(),
+            compiled: Variants::default(),
             faster: Mutex::default(),
             products: AtomicU8::new(Products::Measured as u8),
             launched: AtomicUsize::new(0),
@@ -157,28 +156,9 @@ impl Kernels {
         self.launched.load(Relaxed)
     }
 
-    /// The kernels for so many rows. Those for other numbers will soon be wanted: they are compiled side by side.
+    /// The kernels for so many rows.
     fn compiled(&self, wanted: u32) -> Result<Arc<Compiled>> {
-        let mut compiled = lock(&self.compiled);
-        if let Some(found) = compiled.get(&wanted) {
-            return Ok(found.clone());
-        }
-        let others = variants().filter(|rows| *rows != wanted && !compiled.contains_key(rows));
-        // While a pass is recorded nobody else may load code.
-        let others: Vec<u32> = if recording() { Vec::new() } else { others.collect() };
-        std::thread::scope(|scope| {
-            let others: Vec<_> =
-                others.iter().map(|&v| (v, beside(scope, move || self.compile(v)))).collect();
-            let made = Arc::new(self.compile(wanted)?);
-            compiled.insert(wanted, made.clone());
-            for (rows, thread) in others {
-                // What is wrong is said to whoever wants it.
-                if let Ok(other) = thread.and_then(joined) {
-                    compiled.insert(rows, Arc::new(other));
-                }
-            }
-            Ok(made)
-        })
+        self.compiled.get(wanted, variants(), |rows| self.compile(rows))
     }
 
     fn compile(&self, rows: u32) -> Result<Compiled> {

@@ -5,14 +5,10 @@
 //! since a pass is recorded only after it has run.
 #![allow(unsafe_code)]
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::Arc;
 
 use super::{
-    Buf, Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Loading, Matrix, beside, driver::recording, joined,
-    launch::args,
+    Buf, Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Loading, Matrix, launch::args, variants::Variants,
 };
 use crate::{
     backend::{DType, Norm},
@@ -34,7 +30,7 @@ const PIECES: [Piece; 3] =
 
 pub(super) struct Kernels {
     load: Loading,
-    compiled: Mutex<HashMap<Variant, Arc<Compiled>>>,
+    compiled: Variants<Variant, Compiled>,
 }
 
 /// `out = norm(x) · wᵀ + bias`, with `out` in f32 or the model's type.
@@ -248,34 +244,12 @@ impl Compiled {
 
 impl Kernels {
     pub(super) fn load(load: &Loading) -> Kernels {
-        Kernels { load: load.clone(), compiled: Mutex::default() }
+        Kernels { load: load.clone(), compiled: Variants::default() }
     }
 
-    /// The variant for so many rows. Passes of other numbers of rows will soon need others: they are compiled side by side.
+    /// The variant for so many rows. Passes of other numbers of rows will soon need others.
     fn compiled(&self, wanted: Variant, of: impl Fn(usize) -> Variant) -> Result<Arc<Compiled>> {
-        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = compiled.get(&wanted) {
-            return Ok(found.clone());
-        }
-        let mut others: Vec<Variant> = [1, 2, 4, 8].map(of).into();
-        others.retain(|other| *other != wanted && !compiled.contains_key(other));
-        others.dedup();
-        std::thread::scope(|scope| {
-            let others: Vec<_> = match recording() {
-                // Nobody else may load code now.
-                true => Vec::new(),
-                false => others.into_iter().map(|v| (v, beside(scope, move || self.compile(v)))).collect(),
-            };
-            let made = Arc::new(self.compile(wanted)?);
-            compiled.insert(wanted, made.clone());
-            for (variant, thread) in others {
-                // What is wrong is said to whoever wants it.
-                if let Ok(other) = thread.and_then(joined) {
-                    compiled.insert(variant, Arc::new(other));
-                }
-            }
-            Ok(made)
-        })
+        self.compiled.get(wanted, [1, 2, 4, 8].map(of), |variant| self.compile(variant))
     }
 
     fn compile(&self, Variant { rows, piece }: Variant) -> Result<Compiled> {

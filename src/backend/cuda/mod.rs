@@ -39,6 +39,7 @@ mod sample;
 mod segments;
 mod tokens;
 mod tune;
+mod variants;
 mod warm_up;
 
 use std::{
