@@ -57,6 +57,19 @@ template <> struct From<bf16> {
     }
 };
 
+#if DTYPE != 0
+// Two numbers rounded to T in one register, the first in the low half.
+DEVICE u32 pack(float low, float high) {
+    u32 x;
+#if DTYPE == 1
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+#endif
+    return x;
+}
+#endif
+
 // 16 bytes at once. Pointers must be aligned to 16 bytes.
 template <typename U> struct alignas(16) Wide {
     static constexpr int LEN = 16 / sizeof(U);

@@ -136,18 +136,6 @@ DEVICE void multiply(Sums& sums, u32 steps, Place& at, Units& feed, const Ring& 
     release<OP>(done, feed, ring, from, s);
 }
 
-template <typename U> DEVICE u32 pair_of(float low, float high);
-template <> DEVICE u32 pair_of<f16>(float low, float high) {
-    u32 y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
-template <> DEVICE u32 pair_of<bf16>(float low, float high) {
-    u32 y;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
-
 // Of 8 by 8 numbers, two a lane, the transposed.
 DEVICE u32 transposed(u32 x) {
     u32 y;
@@ -181,11 +169,11 @@ template <Op OP> DEVICE void finish(float4 v, u32 octet, float2 more, const Targ
     const u32 row = octet * 8 + g;
     if (OP == SILU) {
         const u32 feature = first / 2 + 2 * t;
-        const u32 pair = transposed(pair_of<T>(silu_times(v.x, v.z), silu_times(v.y, v.w)));
+        const u32 pair = transposed(pack(silu_times(v.x, v.z), silu_times(v.y, v.w)));
         if (row < s.rows && feature < s.n) *(u32*)((T*)to.out + (u64)row * s.n + feature) = pair;
     } else if (OP == PLAIN) {
         const u32 feature = first + 2 * t;
-        const u32 low = transposed(pair_of<T>(v.x + more.x, v.y + more.x)), high = transposed(pair_of<T>(v.z + more.y, v.w + more.y));
+        const u32 low = transposed(pack(v.x + more.x, v.y + more.x)), high = transposed(pack(v.z + more.y, v.w + more.y));
         T* out = (T*)to.out + (u64)row * s.n + feature;
         if (row < s.rows && feature < s.n) *(u32*)out = low;
         if (row < s.rows && feature + 8 < s.n) *(u32*)(out + 8) = high;
@@ -213,7 +201,7 @@ template <Op OP> DEVICE void finish_all(const Sums& sums, const Target& to, u32 
 }
 
 // Each block of the cluster adds up its share of the octets, in the order of the blocks.
-template <Op OP> DEVICE void finish_together(const Sums& sums, const Ring& ring, float4* part, const Target& to, u32 tile, const Shape& s) {
+template <Op OP> DEVICE void finish_together(const Sums& sums, float4* part, const Target& to, u32 tile, const Shape& s) {
     const float2 more = biases<OP>(to, tile, s);
     __syncthreads(); // the ring is not read any more
 #pragma unroll
@@ -288,7 +276,7 @@ template <Op OP> DEVICE void product(const Target& to, const Sources& from, cons
         Sums sums;
         multiply<OP>(sums, count, at, feed, ring, from, s);
         if (s.split > 1) {
-            finish_together<OP>(sums, ring, reinterpret_cast<float4*>(data), to, tile, s);
+            finish_together<OP>(sums, reinterpret_cast<float4*>(data), to, tile, s);
         } else if (first > 0) {
             leave(sums, meeting);
         } else {
