@@ -40,3 +40,13 @@ template <typename U> DEVICE const U* in_block(const U* shared, u32 rank) {
     return shared;
 #endif
 }
+
+#if __CUDA_ARCH__ >= 900
+// An arrival at a barrier in the same place of a block of the cluster.
+DEVICE void barrier_arrive_in(u32 block, u32 barrier) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(
+                     barrier),
+                 "r"(block)
+                 : "memory");
+}
+#endif

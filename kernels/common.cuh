@@ -70,6 +70,13 @@ DEVICE u32 pack(float low, float high) {
 }
 #endif
 
+// To all but the last bits.
+DEVICE float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // 16 bytes at once. Pointers must be aligned to 16 bytes.
 template <typename U> struct alignas(16) Wide {
     static constexpr int LEN = 16 / sizeof(U);

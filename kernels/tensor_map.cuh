@@ -30,3 +30,24 @@ DEVICE void copy_tile(u32 to, const Map& map, u32 column, u32 row, u32 half, u32
                  "l"(&map), "r"(column), "r"(row), "r"(half), "r"(row_8), "r"(barrier), "l"(policy)
                  : "memory");
 }
+
+// To the same place of several blocks of the cluster, whose barriers are told alike: a bit for each.
+DEVICE void copy_tile_to(u32 blocks, u32 to, const Map& map, u32 column, u32 row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+                 "[%4], %5;" ::"r"(to),
+                 "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((u16)blocks)
+                 : "memory");
+}
+
+// A tile to memory, as far as it is within the matrix. After `before_bulk`.
+DEVICE void store_tile(const Map& map, u32 column, u32 row, u32 from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(column), "r"(row),
+                 "r"(from)
+                 : "memory");
+}
+// A thread's stores since the last call are a batch.
+DEVICE void stores_close() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until shared memory may be written again.
+DEVICE void stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Waits until all is in memory.
+DEVICE void stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

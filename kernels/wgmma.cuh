@@ -36,12 +36,17 @@ template <int ALL> DEVICE void registers_up() { asm volatile("setmaxnreg.inc.syn
 #define SUMS_16(s, i) SUMS_8(s, i), SUMS_8(s, i + 8)
 #define SUMS_32(s, i) SUMS_16(s, i), SUMS_16(s, i + 16)
 #define SUMS_64(s, i) SUMS_32(s, i), SUMS_32(s, i + 32)
+#define SUMS_128(s, i) SUMS_64(s, i), SUMS_64(s, i + 64)
 #define NAMES_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define NAMES_16 NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define NAMES_32 NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define NAMES_64                                                                                                       \
     NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
              "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES_128                                                                                                      \
+    NAMES_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91," \
+             "%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115," \
+             "%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 #if DTYPE == 1
 #define PRODUCT(COLUMNS) "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32.f16.f16 "
@@ -62,6 +67,7 @@ MULTIPLY_SHARED(16, 8, 8, 9, 10)
 MULTIPLY_SHARED(32, 16, 16, 17, 18)
 MULTIPLY_SHARED(64, 32, 32, 33, 34)
 MULTIPLY_SHARED(128, 64, 64, 65, 66)
+MULTIPLY_SHARED(256, 128, 128, 129, 130)
 
 // sums += a · b: 64 rows and COLUMNS columns, over 16 rows of b. A0 to A3, B: what follows the sums.
 #define MULTIPLY_REGISTERS(COLUMNS, SUMS, A0, A1, A2, A3, B)                                                                \
@@ -74,3 +80,9 @@ MULTIPLY_SHARED(128, 64, 64, 65, 66)
     }
 MULTIPLY_REGISTERS(64, 32, 32, 33, 34, 35, 36)
 MULTIPLY_REGISTERS(128, 64, 64, 65, 66, 67, 68)
+
+// 16 rows by 16 columns of T from the registers of a warp to shared memory; `to` is where a lane's row begins, of the first eight columns
+// for the first half of the warp.
+DEVICE void store_matrices(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}

@@ -135,7 +135,8 @@ fn each_way(dtype: DType, check: impl Fn(&Cuda, &str)) {
 fn fits(gpu: &Cuda, l: &Linear, gated: bool, rows: usize) -> bool {
     let n = if gated { l.n() / 2 } else { l.n() };
     let even = n.is_multiple_of(8) && l.k.is_multiple_of(8) && !(gated && l.bias);
-    gpu.facts().arch() == "sm_90a" && l.dtype != DType::F32 && even && (9..=128).contains(&rows)
+    let rows_fit = (9..=128).contains(&rows) || gated && rows > 128;
+    gpu.facts().arch() == "sm_90a" && l.dtype != DType::F32 && even && rows_fit
 }
 
 /// What an op gives, and that it has been done by whom it should have been.
@@ -239,7 +240,9 @@ fn check_norm_gate_up(dtype: DType) {
             // Large ones as models have them.
             l.bias &= l.n() < 500;
             let (there, here, ffn) = (l.load(gpu), l.load(&cpu), l.parts[0]);
-            for rows in rows_for(&l) {
+            // Tiles in parts, whole ones beside such, and whole ones alone, the last with few rows.
+            let many = if quick() || !fits(gpu, &l, true, 129) { vec![] } else { vec![150, 300, 1100] };
+            for rows in rows_for(&l).into_iter().chain(many) {
                 let (what, x) = (l.what(&format!("norm_gate_up {way}"), rows), l.x(rows));
                 let between = norm_linear(&cpu, &l, &here, &x, Room::Wide);
                 let want = norm_gate_up(&cpu, &l, &here, &x);
@@ -377,29 +380,34 @@ fn products_follow_each_other() {
     let (dtype, dim) = (DType::BF16, 4096);
     let Some(gpu) = gpu(dtype, 64) else { return };
     gpu.set_products(Products::Own);
-    for rows in [16, 32, 64, 128] {
+    for (rows, gated) in [(16, false), (32, false), (64, false), (128, false), (64, true), (300, true)] {
         // Tiles shared by clusters, dealt out in parts, and many.
+        let linear = |n, k, parts| Linear { dtype, parts: vec![n; parts], k, bias: !gated };
         let pairs: Vec<_> = [640, 10_240, 19_000]
-            .map(|n| [(n, dim), (dim, n)].map(|(n, k)| Linear { dtype, parts: vec![n], k, bias: true }))
+            .map(|n| [linear(n, dim, if gated { 2 } else { 1 }), linear(dim, n, 1)])
             .into();
         let on: Vec<_> = pairs.iter().map(|pair| [pair[0].load(&gpu), pair[1].load(&gpu)]).collect();
         let start: Vec<f32> = numbers(3, rows * dim);
         let run = |times: usize, pause: bool| -> Vec<f32> {
             let mut x = filled(&gpu, Room::Wide, rows * dim, &start);
             let mut normed = poisoned(&gpu, Room::Working, rows * dim);
-            let mut between: Vec<_> =
-                pairs.iter().map(|pair| poisoned(&gpu, Room::Working, rows * pair[0].n())).collect();
+            let room = |n| poisoned(&gpu, Room::Working, rows * n);
+            let mut between: Vec<_> = pairs.iter().map(|pair| [room(pair[1].k), room(pair[0].n())]).collect();
+            let pause = || {
+                if pause {
+                    gpu.synchronize().unwrap()
+                }
+            };
             for _ in 0..times {
-                for ((pair, on), between) in pairs.iter().zip(&on).zip(&mut between) {
+                for ((pair, on), [between, both]) in pairs.iter().zip(&on).zip(&mut between) {
                     let norm = Norm { w: &on[0].norm, shape: pair[0].shape(rows) };
-                    gpu.norm_linear(between, &mut normed, &x, norm, &on[0].w).unwrap();
-                    if pause {
-                        gpu.synchronize().unwrap();
+                    match gated {
+                        true => gpu.norm_gate_up(between, (&mut normed, both), &x, norm, &on[0].w).unwrap(),
+                        false => gpu.norm_linear(between, &mut normed, &x, norm, &on[0].w).unwrap(),
                     }
+                    pause();
                     gpu.linear_add(&mut x, between, &on[1].w, rows).unwrap();
-                    if pause {
-                        gpu.synchronize().unwrap();
-                    }
+                    pause();
                 }
             }
             read(&gpu, &x, rows * dim)
@@ -407,7 +415,7 @@ fn products_follow_each_other() {
         let times = if quick() { 2 } else { 30 };
         let (got, want) = (run(times, false), run(times, true));
         assert!(want.iter().all(|v| v.is_finite()));
-        assert_bits(&format!("{rows} rows one after another"), dim, &got, &want);
+        assert_bits(&format!("{rows} rows one after another, gated: {gated}"), dim, &got, &want);
     }
 }
 

@@ -31,6 +31,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("copy.cu", include_str!("../../../kernels/copy.cu")),
     ("dummy.cu", include_str!("../../../kernels/dummy.cu")),
     ("embed.cu", include_str!("../../../kernels/embed.cu")),
+    ("gate_up.cu", include_str!("../../../kernels/gate_up.cu")),
     ("gemm.cu", include_str!("../../../kernels/gemm.cu")),
     ("gemv.cu", include_str!("../../../kernels/gemv.cu")),
     ("gemv_any.cu", include_str!("../../../kernels/gemv_any.cu")),

@@ -1,4 +1,5 @@
-//! Matrix products for more rows than `gemv` takes, and not many: kernels/gemm.cu, where it is faster than cublasLt.
+//! Matrix products for more rows than `gemv` takes: for not many kernels/gemm.cu, and for more, if they are gates and ups, `gate_up`,
+//! where those are faster than cublasLt.
 //!
 //! That is measured for each shape when it first comes, which is never while a pass is recorded, since a pass is recorded only
 //! after it has run. As with cublasLt's algorithms all stages make the same choice.
@@ -19,22 +20,23 @@ use super::{
     blas::{Algo, WORKSPACE_BYTES},
     choices::{self, Found},
     compile::kernels_key,
+    gate_up,
     launch::args,
     memory::DeviceBuf,
+    tensor_map::{self, COLUMNS},
     tune::{self, Clock},
     variants::Variants,
 };
 use crate::{backend::DType, error::Result};
 
-/// With more, products are bound by arithmetic, where cublasLt is the faster one.
-pub(super) const ROWS_MAX: usize = 128;
+/// Of gemm.cu. With more, products are bound by arithmetic, where cublasLt is the faster one.
+const ROWS_MAX: usize = 128;
 /// What blocks tell each other: a number for each, zeros between launches.
 pub(super) const LEFT_BYTES: usize = 4 * BLOCKS_MAX as usize;
 
-/// As in gemm.cu: threads of a block, rows of weights of a tile, columns of a step, and stages of the ring at most.
+/// As in gemm.cu: threads of a block, rows of weights of a tile, and stages of the ring at most. A step is a tile's columns.
 const THREADS: u32 = 256;
 const FEATURES: usize = 128;
-const COLUMNS: usize = 64;
 const STAGES_MAX: usize = 16;
 /// Shared memory that is not the ring's: barriers, and what aligns stages.
 const FIXED_BYTES: usize = 2 * 8 * STAGES_MAX + 1024;
@@ -87,6 +89,15 @@ pub(super) struct Kernels {
     faster: Mutex<HashMap<Measured, bool>>,
     products: AtomicU8,
     launched: AtomicUsize,
+}
+
+/// A kernel of this crate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Own {
+    /// gemm.cu
+    FewRows,
+    /// gate_up.cu
+    GateUp,
 }
 
 /// What a choice is for.
@@ -188,19 +199,22 @@ fn variant(rows: usize) -> u32 {
 }
 
 impl Product<'_> {
-    /// Whether the kernel can do it.
-    pub(super) fn fits(&self, facts: &DeviceFacts) -> bool {
+    /// The kernel that can do it, if there is one.
+    fn own(&self, facts: &DeviceFacts) -> Option<Own> {
         let Product { op, w, rows, .. } = *self;
         let n = self.n();
         // Rows begin at, and consist of, whole pieces of 16 bytes; so do gates and ups, by eights.
-        (FEW_ROWS + 1..=ROWS_MAX).contains(&rows)
-            && w.dtype != DType::F32
+        let fits = w.dtype != DType::F32
             && n.is_multiple_of(8)
             && w.k.is_multiple_of(8)
             && (op != Op::Silu || w.bias(DType::F32).is_none())
             && facts.arch() == "sm_90a"
-            && facts.multiprocessors <= BLOCKS_MAX
-            && stages(facts, variant(rows)) >= STAGES_MIN
+            && facts.multiprocessors <= BLOCKS_MAX;
+        match rows {
+            _ if !fits || rows <= FEW_ROWS => None,
+            ..=ROWS_MAX => (stages(facts, variant(rows)) >= STAGES_MIN).then_some(Own::FewRows),
+            _ => (op == Op::Silu && gate_up::runs_on(facts)).then_some(Own::GateUp),
+        }
     }
 
     /// Numbers of a row of what comes out.
@@ -215,13 +229,18 @@ impl Product<'_> {
 
     /// Enqueues it: by the kernel if that can do it and is faster than `library`, which does the same to what it is given.
     pub(super) fn run(&self, cuda: &Cuda, library: &dyn Fn(DevicePtr) -> Result<()>) -> Result<()> {
-        match self.fits(cuda.facts) && self.own_is_wanted(cuda, library)? {
-            true => self.launch(cuda),
-            false => library(self.out),
+        match self.own(cuda.facts) {
+            Some(own) if self.own_is_wanted(cuda, own, library)? => self.launch(cuda, own),
+            _ => library(self.out),
         }
     }
 
-    fn own_is_wanted(&self, cuda: &Cuda, library: &dyn Fn(DevicePtr) -> Result<()>) -> Result<bool> {
+    fn own_is_wanted(
+        &self,
+        cuda: &Cuda,
+        own: Own,
+        library: &dyn Fn(DevicePtr) -> Result<()>,
+    ) -> Result<bool> {
         let kernels = &cuda.kernels.gemm;
         let products = kernels.products.load(Relaxed);
         if products != Products::Measured as u8 {
@@ -229,13 +248,13 @@ impl Product<'_> {
         }
         let measured = self.measured();
         let known = lock(&kernels.faster).get(&measured).copied();
-        let faster = known.map_or_else(|| self.choose(cuda, library), Ok)?;
+        let faster = known.map_or_else(|| self.choose(cuda, own, library), Ok)?;
         lock(&kernels.faster).insert(measured, faster);
         Ok(faster)
     }
 
     /// Takes the choice from the table, or measures.
-    fn choose(&self, cuda: &Cuda, library: &dyn Fn(DevicePtr) -> Result<()>) -> Result<bool> {
+    fn choose(&self, cuda: &Cuda, own: Own, library: &dyn Fn(DevicePtr) -> Result<()>) -> Result<bool> {
         const OWN: Algo = [1; 8];
         const LIBRARY: Algo = [0; 8];
         let device = cuda.facts.ordinal;
@@ -257,8 +276,10 @@ impl Product<'_> {
         if ready {
             library(out)?;
             // A driver or a compiler that does not know what it takes costs speed, no more.
-            let made = cuda.kernels.gemm.compiled(variant(self.rows)).and_then(|_| self.weights_map(cuda));
-            ready = made.inspect_err(|error| tracing::warn!(%error, "cublasLt multiplies")).is_ok();
+            ready = self
+                .prepare(cuda, own)
+                .inspect_err(|error| tracing::warn!(%error, "cublasLt multiplies"))
+                .is_ok();
         }
         let measuring = match find() {
             Found::Known(algo) => return Ok(algo == OWN),
@@ -267,8 +288,9 @@ impl Product<'_> {
         let timed = ready && tune::is_worth_it(self.rows, measuring.spent());
         let mut own_faster = false;
         if timed {
-            let own = Product { out, ..*self };
-            let [own, library] = clock.compare(cuda, [&|| own.launch(cuda), &|| library(out)])?;
+            let product = Product { out, ..*self };
+            let [own, library] =
+                clock.compare(cuda, self.rows, [&|| product.launch(cuda, own), &|| library(out)])?;
             own_faster = own < library;
             tracing::debug!(device, shape = ?self.measured(), own, library, "chosen");
         }
@@ -276,24 +298,39 @@ impl Product<'_> {
         Ok(own_faster)
     }
 
+    /// Makes what it takes to launch it, as far as that can be said before.
+    fn prepare(&self, cuda: &Cuda, own: Own) -> Result<()> {
+        match own {
+            Own::FewRows => {
+                cuda.kernels.gemm.compiled(variant(self.rows))?;
+                self.weights_map(cuda).map(drop)
+            }
+            Own::GateUp => gate_up::prepare(cuda, self.w),
+        }
+    }
+
     fn weights_map(&self, cuda: &Cuda) -> Result<sys::CUtensorMap> {
         let Product { op, w, .. } = *self;
         let (k, n) = (w.k as u64, self.n() as u64);
         match op {
             // Gates and ups in turn, eight rows each.
-            Op::Silu => map(
+            Op::Silu => tensor_map::new(
                 cuda,
                 (w.weights(), w.dtype),
                 [k, 8, 2, n / 8],
                 [k, k * n, 8 * k],
                 [COLUMNS as u32, 8, 2, FEATURES as u32 / 16],
             ),
-            _ => rows_map(cuda, (w.weights(), w.dtype), (w.n, w.k), FEATURES as u32),
+            _ => tensor_map::of_rows(cuda, (w.weights(), w.dtype), (w.n, w.k), FEATURES as u32),
         }
     }
 
-    fn launch(&self, cuda: &Cuda) -> Result<()> {
+    fn launch(&self, cuda: &Cuda, own: Own) -> Result<()> {
         let Product { op, out, x, w, rows } = *self;
+        cuda.kernels.gemm.launched.fetch_add(1, Relaxed);
+        if own == Own::GateUp {
+            return gate_up::launch(cuda, out, x, w, rows);
+        }
         let variant = variant(rows);
         let (grid, shape) = plan(cuda.facts, w.n, self.n(), w.k, rows);
         let bias = match op {
@@ -302,7 +339,7 @@ impl Product<'_> {
         };
         let to = Target { out, bias: bias.unwrap_or(DevicePtr::NULL) };
         let weights = self.weights_map(cuda)?;
-        let x = rows_map(cuda, (x, w.dtype), (rows, w.k), variant)?;
+        let x = tensor_map::of_rows(cuda, (x, w.dtype), (rows, w.k), variant)?;
         let meeting = Meeting { parts: cuda.blas.workspace(), left: cuda.blas.left() };
         let compiled = cuda.kernels.gemm.compiled(variant)?;
         let kernel = match op {
@@ -311,7 +348,6 @@ impl Product<'_> {
             Op::Silu => &compiled.silu,
             Op::Add => &compiled.add,
         };
-        cuda.kernels.gemm.launched.fetch_add(1, Relaxed);
         // SAFETY: (Target, Map, Map, Meeting, Shape) as in gemm.cu; the caller has checked the buffers against rows, n and k,
         // and they belong to the decoder, as the matrix does, or to `choose`, which waits for it; the workspace has a part for each
         // block, and `left` a number.
@@ -347,57 +383,6 @@ fn plan(facts: &DeviceFacts, weights: usize, n: usize, k: usize, rows: usize) ->
     };
     let [rows, n, tiles, steps, stages, split] = [rows, n, tiles, steps, stages, split].map(|v| v as u32);
     (grid, Shape { rows, n, tiles, steps, stages, split })
-}
-
-/// `[rows, k]` in tiles of so many rows.
-fn rows_map(
-    cuda: &Cuda,
-    at: (DevicePtr, DType),
-    (rows, k): (usize, usize),
-    tile: u32,
-) -> Result<sys::CUtensorMap> {
-    map(cuda, at, [k as u64, rows as u64], [k as u64], [COLUMNS as u32, tile])
-}
-
-/// What the copy engine has to know of numbers, of so many in each direction, that lie so many apart in all but the first, to bring
-/// tiles of such a size.
-fn map<const RANK: usize, const STRIDES: usize>(
-    cuda: &Cuda,
-    (at, dtype): (DevicePtr, DType),
-    len: [u64; RANK],
-    apart: [u64; STRIDES],
-    tile: [u32; RANK],
-) -> Result<sys::CUtensorMap> {
-    use sys::{
-        CUtensorMapDataType::*, CUtensorMapFloatOOBfill::*, CUtensorMapInterleave::*,
-        CUtensorMapL2promotion::*, CUtensorMapSwizzle::*,
-    };
-    let dtype = match dtype {
-        DType::F16 => CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        _ => CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-    };
-    cuda.context.enter()?;
-    let (bytes, ones) = (apart.map(|numbers| 2 * numbers), [1u32; RANK]);
-    let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    // SAFETY: as many sizes as directions, and strides one fewer; the map is written and nothing else.
-    let outcome = unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &mut map,
-            dtype,
-            RANK as u32,
-            at.0 as *mut _,
-            len.as_ptr(),
-            bytes.as_ptr(),
-            tile.as_ptr(),
-            ones.as_ptr(),
-            CU_TENSOR_MAP_INTERLEAVE_NONE,
-            CU_TENSOR_MAP_SWIZZLE_128B,
-            CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    };
-    cuda.context.check(&format!("describing numbers of {len:?} in tiles of {tile:?}"), outcome.result())?;
-    Ok(map)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

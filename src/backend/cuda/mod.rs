@@ -17,6 +17,7 @@ mod driver;
 mod dummy;
 mod embed;
 mod energy;
+mod gate_up;
 mod gemm;
 mod gemv;
 mod graph;
@@ -37,6 +38,7 @@ mod relay;
 mod rope;
 mod sample;
 mod segments;
+mod tensor_map;
 mod tokens;
 mod tune;
 mod variants;
@@ -116,6 +118,7 @@ struct Kernels {
     copy: copy::Kernels,
     dummy: dummy::Kernels,
     embed: embed::Kernels,
+    gate_up: gate_up::Kernels,
     gemm: gemm::Kernels,
     gemv: gemv::Kernels,
     norm: norm::Kernels,
@@ -134,6 +137,7 @@ impl Kernels {
                 copy: copy::Kernels::load(load)?,
                 dummy: dummy::Kernels::load(load)?,
                 embed: embed::Kernels::load(load)?,
+                gate_up: gate_up::Kernels::load(load),
                 gemm: gemm::Kernels::load(load),
                 gemv: gemv::Kernels::load(load),
                 norm: norm::Kernels::load(load)?,
