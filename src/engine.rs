@@ -16,6 +16,7 @@ mod recipe;
 mod relayout;
 #[cfg(test)]
 mod relayout_tests;
+pub(crate) mod side_by_side;
 mod stall;
 mod start;
 mod stock;
@@ -45,7 +46,7 @@ pub use relayout::{MovedUnit, Relayout};
 use self::{
     answer::{Answer, Ending},
     counts::Counts,
-    images::{Images, Prepared, take_media},
+    images::{Images, Prepared, media_of},
     meter::Meter,
     worker::{Command, Submission},
 };
@@ -59,9 +60,6 @@ use crate::{
     schedule::{Keys, PromptImages, SchedulerStats},
     text::{Template, Tokenizer},
 };
-
-/// The most samples of one request.
-pub const SAMPLES_MAX: u32 = 128;
 
 /// A running pipeline. Dropping it ends its threads; requests that are not finished get an error.
 ///
@@ -179,26 +177,22 @@ impl Engine {
 
     /// Submits requests together: none begins before all are known. An error says what is wrong with one; then none is submitted.
     pub fn submit_all(&self, requests: Vec<Request>) -> Result<Vec<Events>> {
-        let checked = requests.into_iter().map(|request| self.check(request)).collect::<Result<Vec<_>>>()?;
+        let (vocab, text) = (self.facts.spec.vocab, self.facts.tokenizer.is_some());
+        requests.iter().try_for_each(|request| request.check(vocab, text))?;
+        let prepared = images::each(&requests, |request| self.facts.prepare(request));
+        let all = requests.into_iter().zip(prepared);
+        let checked =
+            all.map(|(request, prepared)| self.take_in(request, prepared?)).collect::<Result<Vec<_>>>()?;
         let (submissions, events) = checked.into_iter().unzip();
         let ended = |_| Error::Engine("it has ended".into());
         self.commands.send(Command::Submit(submissions)).map_err(ended)?;
         Ok(events)
     }
 
-    fn check(&self, mut request: Request) -> Result<(Submission, Events)> {
-        let facts = &self.facts;
-        if request.n == 0 || request.n > SAMPLES_MAX {
-            return Err(Error::Request(format!("n is {}; it must be 1 to {SAMPLES_MAX}", request.n)));
-        }
-        request.sampling.check(facts.spec.vocab)?;
-        request.stop.check()?;
-        if facts.tokenizer.is_none() && !request.stop.strings.is_empty() {
-            return Err(Error::Request(
-                "stop strings need a tokenizer, and the model folder has none".into(),
-            ));
-        }
-        let (prompt, images, media) = facts.prepare(&mut request)?;
+    fn take_in(&self, mut request: Request, prepared: Prepared) -> Result<(Submission, Events)> {
+        let (facts, (prompt, images, media)) = (&self.facts, prepared);
+        // Images are for the tower now, and go when it is done with them.
+        request.media.clear();
         let prompt: Arc<[u32]> = prompt.into();
         facts.check_prompt(&prompt, images.as_deref())?;
         let ending = facts.ending(&request, prompt.len())?;
@@ -369,9 +363,9 @@ impl Drop for Engine {
 }
 
 impl Facts {
-    /// A request's tokens and images. The request keeps no copy of these.
-    fn prepare(&self, request: &mut Request) -> Result<Prepared> {
-        let media = take_media(request)?;
+    /// A request's tokens and images.
+    fn prepare(&self, request: &Request) -> Result<Prepared> {
+        let media = media_of(request)?;
         let ids = self.prompt_ids(&request.prompt)?;
         match &self.images {
             Some(images) => images.place(&ids, media),

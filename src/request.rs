@@ -98,6 +98,9 @@ pub struct Inset {
     pub media: Media,
 }
 
+/// The most samples of one request.
+pub const SAMPLES_MAX: u32 = 128;
+
 /// A prompt, how to sample from it, and when to stop.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
@@ -116,6 +119,19 @@ pub struct Request {
 }
 
 impl Request {
+    /// An error names what cannot be asked of a model with a vocabulary of `vocab` tokens; `text`: it has a tokenizer.
+    pub fn check(&self, vocab: usize, text: bool) -> Result<()> {
+        if self.n == 0 || self.n > SAMPLES_MAX {
+            return refuse(format!("n is {}; it must be 1 to {SAMPLES_MAX}", self.n));
+        }
+        self.sampling.check(vocab)?;
+        self.stop.check()?;
+        if !text && !self.stop.strings.is_empty() {
+            return refuse("stop strings need a tokenizer, and the model folder has none".into());
+        }
+        Ok(())
+    }
+
     /// A request with default sampling (greedy) and stopping.
     pub fn new(prompt: Prompt) -> Self {
         let (sampling, stop) = Default::default();

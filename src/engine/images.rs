@@ -6,12 +6,13 @@ use std::{
     sync::Arc,
 };
 
+use super::side_by_side::side_by_side;
 use crate::{
     backend::vision::{Levels, Pixels},
     error::{Error, Result},
     grid::{Grid, Spacing, Span, positions},
     model::{spec::ModelSpec, vision::VisionSpec},
-    request::{Media, Prompt, Request},
+    request::{Media, Message, Prompt, Request},
     schedule::{ImageId, PromptImage, PromptImages},
     vision::{self as pixels, Cut, Pads, Placed, Preprocessor, Recipe, Rgb, Size},
 };
@@ -173,12 +174,26 @@ impl Images {
 }
 
 /// All images and videos of a request, in their order.
-pub(super) fn take_media(request: &mut Request) -> Result<Vec<Media>> {
-    let Prompt::Chat(messages) = &request.prompt else { return Ok(std::mem::take(&mut request.media)) };
+pub(super) fn media_of(request: &Request) -> Result<Vec<Media>> {
+    let Prompt::Chat(messages) = &request.prompt else { return Ok(request.media.clone()) };
     if !request.media.is_empty() {
         return Err(Error::Request("images of a conversation belong to its messages".into()));
     }
     Ok(messages.iter().flat_map(|message| &message.media).map(|inset| inset.media.clone()).collect())
+}
+
+/// What `prepare` makes of each request. An image's id takes milliseconds, and requests that come together wait for the last of
+/// them: several threads share those with images.
+pub(super) fn each<T: Send>(requests: &[Request], prepare: impl Fn(&Request) -> T + Sync) -> Vec<T> {
+    let seen = |message: &Message| !message.media.is_empty();
+    let with_images = |request: &&Request| match &request.prompt {
+        Prompt::Chat(messages) => messages.iter().any(seen),
+        _ => !request.media.is_empty(),
+    };
+    match requests.iter().filter(with_images).count() {
+        ..=1 => requests.iter().map(prepare).collect(),
+        _ => side_by_side(requests.len(), |i| prepare(&requests[i])),
+    }
 }
 
 /// How an image is cut, if it is of whole cells.

@@ -241,7 +241,11 @@ fn check_norm_gate_up(dtype: DType) {
             l.bias &= l.n() < 500;
             let (there, here, ffn) = (l.load(gpu), l.load(&cpu), l.parts[0]);
             // Tiles in parts, whole ones beside such, and whole ones alone, the last with few rows.
-            let many = if quick() || !fits(gpu, &l, true, 129) { vec![] } else { vec![150, 300, 1100] };
+            let many = match fits(gpu, &l, true, 129) {
+                true if quick() => vec![150],
+                true => vec![150, 300, 1100],
+                false => vec![],
+            };
             for rows in rows_for(&l).into_iter().chain(many) {
                 let (what, x) = (l.what(&format!("norm_gate_up {way}"), rows), l.x(rows));
                 let between = norm_linear(&cpu, &l, &here, &x, Room::Wide);

@@ -1,8 +1,11 @@
 //! Which of cublasLt's algorithms is the fastest for a product: they are tried.
 //!
-//! A process spends at most about [`BUDGET`] on that on each GPU, nearly all of it while a model is loaded: see `warm_up`. An
-//! empty table costs 7b on an H200 some 200 shapes of 2 to 20 ms; its vision tower's are three times as many, and quicker.
-//! Decoders on several GPUs share the shapes out: see `choices`.
+//! Not of products of many rows. An H200 that makes them without a pause is at the limit of its power, and there the fastest way is
+//! the one that takes the least energy, which no short time at the full clock shows: what was quickest so lost up to 7% at work, and
+//! cublasLt's first guess nothing, in each of seven shapes of 1,536 to 8,192 rows.
+//!
+//! A process spends at most about [`BUDGET`] on trying on each GPU, nearly all of it while a model is loaded: see `warm_up`. An
+//! empty table costs 7b on an H200 some 100 shapes of 2 to 20 ms. Decoders on several GPUs share the shapes out: see `choices`.
 #![allow(unsafe_code)]
 
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
@@ -19,11 +22,9 @@ use crate::{backend::DType, error::Result};
 
 /// Algorithms that are tried for a shape.
 pub(super) const CANDIDATES: usize = 8;
-/// Of products that take their time: cublasLt guesses well there.
-const CANDIDATES_LARGE: usize = 4;
-/// Products of more rows do.
-const SMALL_ROWS_MAX: usize = 512;
-/// With more rows cublasLt's guess is taken: another algorithm would gain a few percent.
+/// Of products of more rows cublasLt's guess is taken.
+const TRIED_ROWS_MAX: usize = 512;
+/// Own kernels are compared with cublasLt's up to so many; with more, cublasLt multiplies.
 pub(super) const TIMED_ROWS_MAX: usize = 8192;
 /// Times that each is run, after a first time that loads its code; the best counts.
 const ROUNDS: usize = 3;
@@ -34,7 +35,7 @@ const BUDGET: Duration = Duration::from_secs(6);
 
 /// How many algorithms are asked for.
 pub(super) fn candidates(shape: Shape) -> usize {
-    if shape.rows <= SMALL_ROWS_MAX { CANDIDATES } else { CANDIDATES_LARGE }
+    if shape.rows <= TRIED_ROWS_MAX { CANDIDATES } else { 1 }
 }
 
 /// Whether ways are to be tried for so many rows, after so much time.
@@ -84,7 +85,7 @@ impl Clock {
         let cache = self.cache.as_ref().filter(|c| c.bytes() >= SHORT * DType::F32.size());
         let short = || cache.map_or(Ok(()), |cache| act::gelu_at(cuda, cache.ptr(), SHORT));
         let mut best = [f32::INFINITY; 2];
-        let rounds = if rows <= SMALL_ROWS_MAX { 2 * ROUNDS } else { ROUNDS };
+        let rounds = if rows <= TRIED_ROWS_MAX { 2 * ROUNDS } else { ROUNDS };
         for round in 0..=rounds {
             for (way, best) in ways.iter().zip(&mut best) {
                 // Long enough for the host to be ahead: kernels are to follow each other without a pause.
@@ -165,7 +166,7 @@ mod tests {
             bias: false,
             add: false,
         };
-        assert_eq!([16, 512, 544, 8192].map(|rows| candidates(of(rows))), [8, 8, 4, 4]);
+        assert_eq!([16, 512, 544, 8192].map(|rows| candidates(of(rows))), [8, 8, 1, 1]);
         assert!(is_worth_it(8192, Duration::ZERO) && !is_worth_it(8448, Duration::ZERO));
         assert!(!is_worth_it(16, BUDGET));
     }

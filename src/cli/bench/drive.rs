@@ -12,11 +12,14 @@ use std::{
 use crossbeam_channel as channel;
 
 use super::{
-    pictures::{Picture, Prepared, prepare, side_by_side, threads},
+    pictures::{Picture, Prepared, prepare},
     record::Recorder,
 };
 use crate::{
-    engine::{Engine, Events},
+    engine::{
+        Engine, Events,
+        side_by_side::{side_by_side, threads},
+    },
     error::{Error, Result},
     request::{Event, Request, Usage},
 };

@@ -1,15 +1,6 @@
 //! Images of a workload's requests: made-up photographs as files, which threads prepare while requests run.
 
-use std::{
-    io::Cursor,
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
-    thread,
-    time::Instant,
-};
+use std::{io::Cursor, path::Path, sync::Arc, time::Instant};
 
 use clap::{Args, value_parser};
 use image::{ExtendedColorType, ImageEncoder, codecs::jpeg::JpegEncoder};
@@ -19,7 +10,7 @@ use super::random::Random;
 use crate::{
     backend::mix,
     cli::{setup::Setup, sides::Sides},
-    engine::Engine,
+    engine::{Engine, side_by_side::side_by_side},
     error::{Error, Result},
     model::{hub, open_model, spec::Pads},
     request::Media,
@@ -167,29 +158,6 @@ pub(super) fn prepare(engine: &Engine, files: &[Picture]) -> Result<(Vec<Media>,
     let media = files.iter().map(|file| engine.image(path, file)).collect::<Result<_>>()?;
     let (images, seconds) = (files.len() as u64, since.elapsed().as_secs_f64());
     Ok((media, Prepared { images, seconds, threads: 0 }))
-}
-
-/// Threads that make or prepare so many.
-pub(super) fn threads(count: usize) -> usize {
-    thread::available_parallelism().map_or(1, usize::from).min(count).max(1)
-}
-
-/// What `work` makes of each number, in their order, by as many threads as there are cores.
-pub(super) fn side_by_side<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
-    let next = AtomicUsize::new(0);
-    let mut made: Vec<(usize, T)> = Vec::with_capacity(count);
-    thread::scope(|scope| {
-        let some = || {
-            let numbers = std::iter::from_fn(|| Some(next.fetch_add(1, Relaxed)).filter(|&i| i < count));
-            numbers.map(|i| (i, work(i))).collect::<Vec<_>>()
-        };
-        let threads: Vec<_> = (0..threads(count)).map(|_| scope.spawn(some)).collect();
-        for thread in threads {
-            made.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        }
-    });
-    made.sort_unstable_by_key(|(i, _)| *i);
-    made.into_iter().map(|(_, made)| made).collect()
 }
 
 /// Slopes, edges and some noise, as photographs have them: noise alone would keep the decoder much longer than they do.
