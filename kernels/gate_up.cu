@@ -137,10 +137,12 @@ typedef float Sums[128]; // 64 of gates, then 64 of ups
 DEVICE void release(const Ring& ring, u32 stage) {
     if (threadIdx.x % 128 < 2) barrier_arrive_in(threadIdx.x % 128, empty_at(ring, stage));
 }
-// A group without rows goes along.
+DEVICE void group_sync() { asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory"); }
+// A group without rows goes along. No product keeps its warps together: one that missed two rounds of a barrier would wait for ever.
 DEVICE void skip(u32 steps, Place& at, const Ring& ring) {
     for (; steps > 0; steps--) {
         barrier_wait(full_at(ring, at.stage), at.parity);
+        group_sync();
         release(ring, at.stage);
         advance(at);
     }
@@ -165,7 +167,6 @@ DEVICE void multiply(Sums& sums, u32 steps, Place& at, const Ring& ring) {
     release(ring, done.stage);
 }
 
-DEVICE void group_sync() { asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory"); }
 DEVICE u32 meeting_of(u32 block) { return GROUPS * block + threadIdx.x / 128; }
 DEVICE float4* part_of(const Meeting& m, u32 block) { return m.parts + meeting_of(block) * (32 * 128) + threadIdx.x % 128; }
 
