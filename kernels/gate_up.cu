@@ -111,7 +111,10 @@ DEVICE void bring_x(Corner c, u32 step, u32 stage, const Ring& ring, const Maps&
 DEVICE void bring(const Maps& m, const Ring& ring, const Shape& s) {
     Agenda todo = agenda(s);
     Work w;
-    if (!take(todo, w, s)) return;
+    if (!take(todo, w, s)) {
+        wait_for_previous();
+        return;
+    }
     Corner c = corner(w.tile, s);
     const u32 room = min(STAGES, w.count);
     for (u32 i = 0; i < room; i++) bring_weights(c, w.first + i, i, ring, m, s);

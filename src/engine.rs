@@ -43,6 +43,8 @@ pub use place::{cpu_scratch, device_specs, gpus, profiles, scratch};
 pub use progress::LoadProgress;
 pub use relayout::{MovedUnit, Relayout};
 
+pub use crate::request::SAMPLES_MAX;
+
 use self::{
     answer::{Answer, Ending},
     counts::Counts,
@@ -176,6 +178,7 @@ impl Engine {
     }
 
     /// Submits requests together: none begins before all are known. An error says what is wrong with one; then none is submitted.
+    /// What is asked is looked at first, then what there is to read, and last whether there is room.
     pub fn submit_all(&self, requests: Vec<Request>) -> Result<Vec<Events>> {
         let (vocab, text) = (self.facts.spec.vocab, self.facts.tokenizer.is_some());
         requests.iter().try_for_each(|request| request.check(vocab, text))?;

@@ -120,7 +120,7 @@ pub struct Request {
 
 impl Request {
     /// An error names what cannot be asked of a model with a vocabulary of `vocab` tokens; `text`: it has a tokenizer.
-    pub fn check(&self, vocab: usize, text: bool) -> Result<()> {
+    pub(crate) fn check(&self, vocab: usize, text: bool) -> Result<()> {
         if self.n == 0 || self.n > SAMPLES_MAX {
             return refuse(format!("n is {}; it must be 1 to {SAMPLES_MAX}", self.n));
         }

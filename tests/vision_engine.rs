@@ -90,7 +90,41 @@ fn images(engine: &Engine) -> ImageStats {
 fn all(engine: &Engine) -> Vec<(Vec<u32>, Vec<u32>)> {
     let golden = golden();
     let prompts = golden["seen"].as_array().unwrap().iter();
-    answers(prompts.map(|prompt| engine.submit(chat(engine, prompt)).unwrap()).collect())
+    answers(engine.submit_all(prompts.map(|prompt| chat(engine, prompt)).collect()).unwrap())
+}
+
+/// Several threads make what is known of them.
+#[test]
+fn requests_with_images_that_come_together_keep_their_order() {
+    let (engine, golden) = (builder().build().unwrap(), golden());
+    let seen = golden["seen"].as_array().unwrap();
+    let text = || {
+        let mut request = Request::new(Prompt::Ids([5, 6].into()));
+        (request.stop.max_tokens, request.sampling.logprobs) = (Some(2), Some(3));
+        request.stop.ignore_eos = true;
+        request
+    };
+    let each = || seen.iter().flat_map(|prompt| [chat(&engine, prompt), text(), plain(&engine, prompt)]);
+    let events = engine.submit_all(each().collect()).unwrap();
+    for (three, prompt) in events.chunks(3).zip(seen) {
+        let ids = numbers(&prompt["ids"]);
+        assert_eq!([0, 1, 2].map(|i| three[i].prompt_ids()), [&ids[..], &[5, 6], &ids[..]]);
+    }
+    for (i, (tokens, _)) in answers(events).iter().enumerate() {
+        match i % 3 {
+            1 => assert_eq!(tokens.len(), 2),
+            _ => assert_eq!(tokens, &numbers(&seen[i / 3]["greedy"]), "request {i}"),
+        }
+    }
+    // Nothing comes of any if one is wrong.
+    let wrong = Request { media: media(&engine, &seen[0]), ..text() };
+    let error = engine.submit_all(each().chain([wrong]).collect()).map(drop).unwrap_err().to_string();
+    assert!(
+        error.starts_with("request: images: ") && error.ends_with("the prompt has places for 0"),
+        "{error}"
+    );
+    let stats = engine.stats().scheduler;
+    assert_eq!((stats.waiting, stats.running), (0, 0));
 }
 
 #[test]

@@ -19,8 +19,11 @@ pub(crate) fn side_by_side<T: Send>(count: usize, work: impl Fn(usize) -> T + Sy
             let numbers = std::iter::from_fn(|| Some(next.fetch_add(1, Relaxed)).filter(|&i| i < count));
             numbers.map(|i| (i, work(i))).collect::<Vec<_>>()
         };
-        let threads: Vec<_> = (0..threads(count)).map(|_| scope.spawn(some)).collect();
-        for thread in threads {
+        // This thread is one of them; without the others it does all.
+        let more = (1..threads(count)).map_while(|_| thread::Builder::new().spawn_scoped(scope, some).ok());
+        let more: Vec<_> = more.collect();
+        made.extend(some());
+        for thread in more {
             made.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         }
     });

@@ -240,9 +240,10 @@ fn check_norm_gate_up(dtype: DType) {
             // Large ones as models have them.
             l.bias &= l.n() < 500;
             let (there, here, ffn) = (l.load(gpu), l.load(&cpu), l.parts[0]);
-            // Tiles in parts, whole ones beside such, and whole ones alone, the last with few rows.
+            // Tiles in parts, whole ones beside such, and whole ones alone, the last with few rows; tiles in two bands.
             let many = match fits(gpu, &l, true, 129) {
                 true if quick() => vec![150],
+                true if l.n() * l.k < 1 << 21 => vec![150, 300, 1100, 3300],
                 true => vec![150, 300, 1100],
                 false => vec![],
             };
@@ -410,7 +411,8 @@ fn products_follow_each_other() {
                         false => gpu.norm_linear(between, &mut normed, &x, norm, &on[0].w).unwrap(),
                     }
                     pause();
-                    gpu.linear_add(&mut x, between, &on[1].w, rows).unwrap();
+                    // Not all rows of many: by a kernel that starts early.
+                    gpu.linear_add(&mut x, between, &on[1].w, rows.min(128)).unwrap();
                     pause();
                 }
             }

@@ -48,7 +48,7 @@ pub fn rows_room(rows: usize) -> usize {
 pub fn stage_bytes(needs: &StageNeeds) -> usize {
     let StageNeeds { limits, dim, head_dim, vocab } = *needs;
     let [packed, rotations] = batch::device_bytes(limits, head_dim / 2);
-    // While algorithms are tried, for what products are added to.
+    // While ways are tried, for what products are added to and for what empties the cache: this or less.
     let sums = pad_rows(limits.rows_max) * dim * DType::F32.size();
     let sampling = vocab.map_or(0, |vocab| sample::device_bytes(limits.seqs_max, vocab));
     [packed, rotations, sums].into_iter().map(allocated).sum::<usize>() + sampling + view_bytes()
@@ -61,7 +61,7 @@ pub fn view_bytes() -> usize {
 
 /// Bytes that a stage of a vision tower takes beside weights and the tower's buffers, for passes of so many patches.
 pub fn tower_bytes(patches: usize, dim: usize, head_dim: usize) -> usize {
-    // While algorithms are tried, for what products are added to.
+    // As of a stage.
     let sums = pad_rows(patches.min(tune::TIMED_ROWS_MAX)) * dim * DType::F32.size();
     let own = segments::device_bytes(patches, head_dim);
     own.into_iter().chain([sums]).map(allocated).sum::<usize>() + view_bytes()

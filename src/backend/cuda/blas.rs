@@ -1,4 +1,4 @@
-//! Matrix products by cublasLt, with the algorithm for each shape chosen by measurement.
+//! Matrix products by cublasLt, with the algorithm for each shape chosen by measurement where rows are few: see `tune`.
 //!
 //! The choices are one table for the process, kept on disk: all stages make the same ones, so that a layer's bits do
 //! not depend on the stage that it runs in.
@@ -30,7 +30,7 @@ use crate::{
 
 /// Scratch for algorithms that split sums; Hopper's best ones want 32 MiB.
 pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
-/// The same, and what blocks of gemm.cu tell each other.
+/// The same, and what blocks of gemm.cu and gate_up.cu tell each other.
 pub(super) const SCRATCH_BYTES: usize = WORKSPACE_BYTES + gemm::LEFT_BYTES;
 /// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: where an algorithm splits a sum, its parts are added in f32, not in the
 /// type of the result.
@@ -105,7 +105,7 @@ impl Blas {
         self.workspace.ptr()
     }
 
-    /// `left` of gemm.cu, behind the scratch.
+    /// `left` of gemm.cu and gate_up.cu, behind the scratch.
     pub(super) fn left(&self) -> DevicePtr {
         self.workspace.ptr().add(WORKSPACE_BYTES)
     }
@@ -141,9 +141,11 @@ impl Blas {
     /// SAFETY: as for `multiply`.
     unsafe fn choose(&self, stream: &Stream, shape: Shape, plan: &Plan, operands: Operands) -> Result<Algo> {
         let device = self.context.ordinal;
-        let measuring = match choices::find(self.table_key(&format!("{shape:?}")), device, |algo| {
-            self.usable(plan, algo)
-        }) {
+        let measuring = match choices::find(
+            self.table_key(&format!("{shape:?} of {}", tune::candidates(shape))),
+            device,
+            |algo| self.usable(plan, algo),
+        ) {
             Found::Known(algo) => return Ok(algo),
             Found::Unknown(measuring) => measuring,
         };
@@ -167,7 +169,7 @@ impl Blas {
         let algo = best.map_or(candidates[0], |(_, algo)| algo);
         let (count, ms) = (candidates.len(), best.map(|(ms, _)| ms));
         tracing::debug!(device, ?shape, candidates = count, timed, ms, "chosen");
-        measuring.keep(algo, timed || count == 1);
+        measuring.keep(algo, timed);
         Ok(algo)
     }
 
@@ -181,11 +183,10 @@ impl Blas {
         hash.0
     }
 
-    /// What cublasLt thinks fastest, best first.
+    /// What cublasLt thinks fastest, best first: as many as are to be tried.
     fn candidates(&self, shape: Shape, plan: &Plan) -> Result<Vec<Algo>> {
         let name = |e| failed(self.context, &format!("looking for a way to multiply as {shape:?}"), e);
         let preference = Preference::new().map_err(name)?;
-        let wanted = tune::candidates(shape);
         // SAFETY: plain data.
         let mut found: [sys::cublasLtMatmulHeuristicResult_t; tune::CANDIDATES] =
             unsafe { std::mem::zeroed() };
@@ -200,14 +201,14 @@ impl Blas {
                 plan.out,
                 plan.out,
                 preference.0,
-                wanted as i32,
+                tune::CANDIDATES as i32,
                 found.as_mut_ptr(),
                 &mut count,
             )
         };
         outcome.result().map_err(name)?;
         let usable = found[..count as usize].iter().filter(|f| f.state.result().is_ok());
-        let found: Vec<Algo> = usable.map(|f| f.algo.data).collect();
+        let found: Vec<Algo> = usable.map(|f| f.algo.data).take(tune::candidates(shape)).collect();
         match found.is_empty() {
             true => Err(name(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))),
             false => Ok(found),

@@ -157,6 +157,59 @@ mod tests {
         assert_eq!(of(8, 72, 129), (4, [1, 1, 1, 2, 0]));
     }
 
+    /// Steps of tiles as gate_up.cu's `take` gives them to a cluster of so many: tile, first and number.
+    fn agenda(s: &Shape, clusters: u32, cluster: u32) -> Vec<(u32, u32, u32)> {
+        let dealt = u64::from(s.heights * s.widths - s.whole) * u64::from(s.steps);
+        let start = |cluster| (dealt * u64::from(clusters - cluster) / u64::from(clusters)) as u32;
+        let mut all: Vec<(u32, u32, u32)> = Vec::new();
+        for whole in (cluster..s.whole).step_by(clusters as usize) {
+            let round = whole / clusters;
+            let full = (round + 1) * clusters <= s.whole;
+            let tile = if full { round * clusters + (whole + round) % clusters } else { whole };
+            all.push((tile, 0, s.steps));
+        }
+        let (mut at, end) = (start(cluster + 1), start(cluster));
+        while at < end {
+            let first = at % s.steps;
+            let count = (s.steps - first).min(end - at);
+            all.push((s.whole + at / s.steps, first, count));
+            at += count;
+        }
+        all
+    }
+
+    /// And each place of `corner` is one tile's.
+    #[test]
+    fn every_step_of_every_tile_is_done_once() {
+        for (n, k, rows) in
+            [(18_944, 3584, 256), (18_944, 3584, 640), (1000, 896, 3300), (9520, 328, 300), (8, 72, 129)]
+        {
+            let (grid, s) = plan(&hopper(132), n, k, rows);
+            let (clusters, tiles) = (grid.blocks[0] / 2, s.heights * s.widths);
+            let mut done = vec![0; (tiles * s.steps) as usize];
+            for cluster in 0..clusters {
+                let all = agenda(&s, clusters, cluster);
+                // A tile's end, which is left to a cluster with a higher number, comes before a beginning that waits for one.
+                let parts: Vec<_> = all.iter().skip_while(|part| part.2 == s.steps).collect();
+                assert!(parts.iter().skip(1).all(|part| part.1 == 0), "{s:?}: {all:?}");
+                for (tile, first, count) in all {
+                    (first..first + count).for_each(|step| done[(tile * s.steps + step) as usize] += 1);
+                }
+            }
+            assert!(done.iter().all(|&n| n == 1), "{s:?}");
+            let mut places: Vec<_> = (0..tiles)
+                .map(|tile| {
+                    let (band, within) = (tile / (s.band * s.widths), tile % (s.band * s.widths));
+                    let heights = s.band.min(s.heights - band * s.band);
+                    (band * s.band + within % heights, within / heights)
+                })
+                .collect();
+            places.sort_unstable();
+            let each = (0..s.heights).flat_map(|height| (0..s.widths).map(move |width| (height, width)));
+            assert!(places.into_iter().eq(each), "{s:?}");
+        }
+    }
+
     /// What gate_up.cu relies on.
     #[test]
     fn every_cluster_has_steps() {

@@ -29,9 +29,9 @@ use super::{
 };
 use crate::{backend::DType, error::Result};
 
-/// Of gemm.cu. With more, products are bound by arithmetic, where cublasLt is the faster one.
+/// Of gemm.cu. With more, products are bound by arithmetic, and cublasLt is the faster one but for gates and ups.
 const ROWS_MAX: usize = 128;
-/// What blocks tell each other: a number for each, zeros between launches.
+/// What blocks tell each other: a number for each, or for each group of one, zeros between launches.
 pub(super) const LEFT_BYTES: usize = 4 * BLOCKS_MAX as usize;
 
 /// As in gemm.cu: threads of a block, rows of weights of a tile, and stages of the ring at most. A step is a tile's columns.

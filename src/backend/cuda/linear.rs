@@ -1,5 +1,5 @@
-//! Matrix products with what is around them: own kernels for few rows, the faster of those and cublasLt for some more, cublasLt for
-//! many.
+//! Matrix products with what is around them: own kernels for few rows, for more the faster of those and cublasLt, where
+//! there are any.
 #![allow(unsafe_code)]
 
 use super::{

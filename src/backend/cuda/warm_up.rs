@@ -48,8 +48,8 @@ fn begin_at<T>(list: &mut [T], turn: usize) {
     list.rotate_left((share * list.len()) >> BITS);
 }
 
-/// Rows of a vision tower's passes: the largest of each number that ops go over, and of larger ones some, for which nothing
-/// is tried but whose algorithms have code to load.
+/// Rows of a vision tower's passes: the largest of each number that ops go over, and of larger ones some. For most of them nothing
+/// is tried, but their algorithms have code to load.
 pub(super) fn tower_rows(rows_max: usize) -> Vec<usize> {
     let doubled = std::iter::successors(Some(2 * TIMED_ROWS_MAX), |rows| Some(2 * rows));
     let larger = doubled.take_while(|rows| *rows < rows_max).chain([rows_max]);
