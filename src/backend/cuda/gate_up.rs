@@ -6,8 +6,8 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUtensorMap;
 
 use super::{
-    Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Loading, Matrix, blas::WORKSPACE_BYTES, launch::args,
-    tensor_map, variants::Variants,
+    Cuda, DeviceFacts, DevicePtr, Grid, Kernel, Loading, Matrix, blas::WORKSPACE_BYTES, gemm::Meeting,
+    launch::args, tensor_map, variants::Variants,
 };
 use crate::error::Result;
 
@@ -35,14 +35,6 @@ pub(super) struct Kernels {
     load: Loading,
     /// One; it is compiled when it is first used.
     compiled: Variants<(), Kernel>,
-}
-
-/// `Meeting` in gate_up.cu.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Meeting {
-    parts: DevicePtr,
-    left: DevicePtr,
 }
 
 /// `Shape` in gate_up.cu.
@@ -98,7 +90,7 @@ pub(super) fn launch(cuda: &Cuda, out: DevicePtr, x: DevicePtr, w: &Matrix, rows
     let x = tensor_map::of_rows(cuda, (x, w.dtype), (rows, w.k), X_TILE)?;
     let weights = weights_map(cuda, w)?;
     let out = tensor_map::of_rows(cuda, (out, w.dtype), (rows, n), X_TILE)?;
-    let meeting = Meeting { parts: cuda.blas.workspace(), left: cuda.blas.left() };
+    let meeting = Meeting::of(cuda);
     let kernel = cuda.kernels.gate_up.compiled()?;
     // SAFETY: (Map, Map, Map, Meeting, Shape) as in gate_up.cu; the caller has checked the buffers against rows, n and k, and they
     // belong to the decoder, as the matrix does; the workspace has a part for each block, and `left` a number for each of its groups.

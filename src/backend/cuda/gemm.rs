@@ -127,12 +127,19 @@ struct Target {
     bias: DevicePtr,
 }
 
-/// `Meeting` in gemm.cu.
+/// `Meeting` in gemm.cu and gate_up.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Meeting {
+pub(super) struct Meeting {
     parts: DevicePtr,
     left: DevicePtr,
+}
+
+impl Meeting {
+    /// In the scratch of products, which follow each other.
+    pub(super) fn of(cuda: &Cuda) -> Meeting {
+        Meeting { parts: cuda.blas.workspace(), left: cuda.blas.left() }
+    }
 }
 
 /// `Shape` in gemm.cu.
@@ -340,7 +347,7 @@ impl Product<'_> {
         let to = Target { out, bias: bias.unwrap_or(DevicePtr::NULL) };
         let weights = self.weights_map(cuda)?;
         let x = tensor_map::of_rows(cuda, (x, w.dtype), (rows, w.k), variant)?;
-        let meeting = Meeting { parts: cuda.blas.workspace(), left: cuda.blas.left() };
+        let meeting = Meeting::of(cuda);
         let compiled = cuda.kernels.gemm.compiled(variant)?;
         let kernel = match op {
             Op::Plain => &compiled.plain,
