@@ -7,6 +7,7 @@
 // Clusters take tiles in turn. Where that would leave many without work in the end, the last tiles are dealt out by steps instead.
 // variants for sm_90a: DTYPE=1,2
 #include "cluster.cuh"
+#include "ring.cuh"
 #include "tensor_map.cuh"
 #include "wgmma.cuh"
 
@@ -26,31 +27,12 @@ struct Shape {
     u32 whole; // tiles that are taken in turn
 };
 
-// Where groups leave sums of a tile that another cluster has the beginning of: a part and a number each; `left` is zeros between launches.
-struct Meeting {
-    float4* parts;
-    u32* left;
-};
-
 struct Maps {
     const Map& x;
     const Map& w;
     const Map& out;
 };
 
-// A ring's place.
-struct Place {
-    u32 stage, parity;
-};
-DEVICE void advance(Place& p) {
-    if (++p.stage == STAGES) p.stage = 0, p.parity ^= 1;
-}
-
-struct Ring {
-    u32 data, barriers;
-};
-DEVICE u32 full_at(const Ring& r, u32 stage) { return r.barriers + 16 * stage; }
-DEVICE u32 empty_at(const Ring& r, u32 stage) { return r.barriers + 16 * stage + 8; }
 DEVICE u32 data_at(const Ring& r, u32 stage) { return r.data + STAGE_BYTES * stage; }
 
 // A tile, and which of its steps.
@@ -129,7 +111,7 @@ DEVICE void bring(const Maps& m, const Ring& ring, const Shape& s) {
             barrier_wait(empty_at(ring, at.stage), at.parity);
             bring_weights(c, step, at.stage, ring, m, s);
             bring_x(c, step, at.stage, ring, m);
-            advance(at);
+            advance(at, STAGES);
         }
     } while (take(todo, w, s));
 }
@@ -147,7 +129,7 @@ DEVICE void skip(u32 steps, Place& at, const Ring& ring) {
         barrier_wait(full_at(ring, at.stage), at.parity);
         group_sync();
         release(ring, at.stage);
-        advance(at);
+        advance(at, STAGES);
     }
 }
 DEVICE void multiply(Sums& sums, u32 steps, Place& at, const Ring& ring) {
@@ -163,13 +145,14 @@ DEVICE void multiply(Sums& sums, u32 steps, Place& at, const Ring& ring) {
         products_wait<1>();
         if (step > 0) release(ring, done.stage);
         done = at;
-        advance(at);
+        advance(at, STAGES);
     }
     products_wait<0>();
     registers_hold(sums);
     release(ring, done.stage);
 }
 
+// Each group has a part.
 DEVICE u32 meeting_of(u32 block) { return GROUPS * block + threadIdx.x / 128; }
 DEVICE float4* part_of(const Meeting& m, u32 block) { return m.parts + meeting_of(block) * (32 * 128) + threadIdx.x % 128; }
 
@@ -180,17 +163,12 @@ DEVICE void leave(const Sums& sums, const Meeting& m) {
     for (int j = 0; j < 32; j++) part[j * 128] = make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
     __threadfence();
     group_sync();
-    if (threadIdx.x % 128 == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(m.left + meeting_of(blockIdx.x)), "r"(1) : "memory");
+    if (threadIdx.x % 128 == 0) say_left(m, meeting_of(blockIdx.x));
 }
 // The tile's other `steps` are in ranges of clusters with lower numbers, one after another.
 DEVICE void take_up(Sums& sums, u32 steps, const Meeting& m, const Shape& s) {
     for (u32 block = blockIdx.x - 2;; block -= 2) {
-        if (threadIdx.x % 128 == 0) {
-            u32* left = m.left + meeting_of(block);
-            u32 there = 0;
-            while (!there) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(left) : "memory");
-            *left = 0;
-        }
+        if (threadIdx.x % 128 == 0) wait_left(m, meeting_of(block));
         group_sync();
         const float4* part = part_of(m, block);
 #pragma unroll

@@ -9,6 +9,7 @@
 // many weights as fit there before the kernel before has ended.
 // variants for sm_90a: DTYPE=1,2 ROWS=16,32,64,128
 #include "cluster.cuh"
+#include "ring.cuh"
 #include "tensor_map.cuh"
 #include "wgmma.cuh"
 
@@ -24,12 +25,6 @@ struct Shape {
     u32 rows, n; // of out
     u32 tiles, steps, stages;
     u32 split; // blocks of a cluster, which share tiles; 1: blocks have ranges
-};
-
-// Where blocks leave sums of a tile that another block has the beginning of: one part a block; `left` is zeros between launches.
-struct Meeting {
-    float4* parts;
-    u32* left;
 };
 
 // Units that a block has still to do: so many, from a tile's step on.
@@ -50,19 +45,6 @@ DEVICE Units own_units(const Shape& s) {
     return {end - at, at / s.steps, at % s.steps};
 }
 
-// A ring's place.
-struct Place {
-    u32 stage, parity;
-};
-DEVICE void advance(Place& p, u32 stages) {
-    if (++p.stage == stages) p.stage = 0, p.parity ^= 1;
-}
-
-struct Ring {
-    u32 data, barriers, stages;
-};
-DEVICE u32 full_at(const Ring& r, u32 stage) { return r.barriers + 16 * stage; }
-DEVICE u32 empty_at(const Ring& r, u32 stage) { return r.barriers + 16 * stage + 8; }
 DEVICE u32 data_at(const Ring& r, u32 stage) { return r.data + STAGE_BYTES * stage; }
 
 enum Op { PLAIN, PLAIN_F32, SILU, ADD };
@@ -231,16 +213,12 @@ DEVICE void leave(const Sums& sums, const Meeting& m) {
     for (int j = 0; j < OCTETS; j++) part[j * THREADS] = make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(m.left + blockIdx.x), "r"(1) : "memory");
+    if (threadIdx.x == 0) say_left(m, blockIdx.x);
 }
 // The tile's other `steps` are in ranges of blocks with lower numbers, one after another.
 DEVICE void take_up(Sums& sums, u32 steps, const Meeting& m, const Shape& s) {
     for (u32 block = blockIdx.x - 1;; block--) {
-        if (threadIdx.x == 0) {
-            u32 there = 0;
-            while (!there) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(m.left + block) : "memory");
-            m.left[block] = 0;
-        }
+        if (threadIdx.x == 0) wait_left(m, block);
         __syncthreads();
         const float4* part = part_of(m, block);
 #pragma unroll
@@ -259,7 +237,7 @@ template <Op OP> DEVICE void product(const Target& to, const Sources& from, cons
     __shared__ u64 barriers[2 * STAGES_MAX];
     // Tiles' rows are swapped about by the address, so stages begin at multiples of 1,024 bytes.
     u8* const data = memory + (1024 - shared_address(memory) % 1024) % 1024;
-    const Ring ring{shared_address(data), shared_address(barriers), s.stages};
+    const Ring ring{shared_address(data), shared_address(barriers)};
     Units feed{};
     if (threadIdx.x == 0) {
         for (u32 i = 0; i < s.stages; i++) barrier_init(full_at(ring, i), 1), barrier_init(empty_at(ring, i), GROUPS);

@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Result},
     grid::{Grid, Spacing, Span, positions},
     model::{spec::ModelSpec, vision::VisionSpec},
-    request::{Media, Message, Prompt, Request},
+    request::{Media, Prompt, Request},
     schedule::{ImageId, PromptImage, PromptImages},
     vision::{self as pixels, Cut, Pads, Placed, Preprocessor, Recipe, Rgb, Size},
 };
@@ -175,22 +175,27 @@ impl Images {
 
 /// All images and videos of a request, in their order.
 pub(super) fn media_of(request: &Request) -> Result<Vec<Media>> {
-    let Prompt::Chat(messages) = &request.prompt else { return Ok(request.media.clone()) };
-    if !request.media.is_empty() {
-        return Err(Error::Request("images of a conversation belong to its messages".into()));
+    match request.prompt {
+        Prompt::Chat(_) if !request.media.is_empty() => {
+            Err(Error::Request("images of a conversation belong to its messages".into()))
+        }
+        _ => Ok(all_media(request).cloned().collect()),
     }
-    Ok(messages.iter().flat_map(|message| &message.media).map(|inset| inset.media.clone()).collect())
+}
+
+fn all_media(request: &Request) -> impl Iterator<Item = &Media> {
+    let messages = match &request.prompt {
+        Prompt::Chat(messages) => &messages[..],
+        _ => &[],
+    };
+    let insets = messages.iter().flat_map(|message| &message.media);
+    request.media.iter().chain(insets.map(|inset| &inset.media))
 }
 
 /// What `prepare` makes of each request. An image's id takes milliseconds, and requests that come together wait for the last of
 /// them: several threads share those with images.
 pub(super) fn each<T: Send>(requests: &[Request], prepare: impl Fn(&Request) -> T + Sync) -> Vec<T> {
-    let seen = |message: &Message| !message.media.is_empty();
-    let with_images = |request: &&Request| match &request.prompt {
-        Prompt::Chat(messages) => messages.iter().any(seen),
-        _ => !request.media.is_empty(),
-    };
-    match requests.iter().filter(with_images).count() {
+    match requests.iter().filter(|request| all_media(request).next().is_some()).count() {
         ..=1 => requests.iter().map(prepare).collect(),
         _ => side_by_side(requests.len(), |i| prepare(&requests[i])),
     }

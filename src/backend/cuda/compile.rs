@@ -54,6 +54,7 @@ const HEADERS: &[(&str, &str)] = &[
     ("cluster.cuh", include_str!("../../../kernels/cluster.cuh")),
     ("common.cuh", include_str!("../../../kernels/common.cuh")),
     ("gemv.cuh", include_str!("../../../kernels/gemv.cuh")),
+    ("ring.cuh", include_str!("../../../kernels/ring.cuh")),
     ("sample.cuh", include_str!("../../../kernels/sample.cuh")),
     ("tensor_map.cuh", include_str!("../../../kernels/tensor_map.cuh")),
     ("wgmma.cuh", include_str!("../../../kernels/wgmma.cuh")),

@@ -43,6 +43,20 @@ pub struct DeviceFacts {
 }
 
 impl DeviceFacts {
+    /// What an H200 is, as far as kernels are planned by it.
+    #[cfg(test)]
+    pub(super) fn h200() -> DeviceFacts {
+        DeviceFacts {
+            ordinal: 0,
+            name: String::new(),
+            compute: (9, 0),
+            memory_bytes: 0,
+            multiprocessors: 132,
+            l2_bytes: 0,
+            shared_per_block_max: 227 << 10,
+        }
+    }
+
     /// The architecture that kernels are compiled for. From Hopper on instructions of that very architecture are
     /// allowed.
     pub fn arch(&self) -> String {

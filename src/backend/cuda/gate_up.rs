@@ -66,11 +66,9 @@ impl Kernels {
     }
 }
 
-/// Whether the GPU has what the kernel needs.
-pub(super) fn runs_on(facts: &DeviceFacts) -> bool {
-    facts.arch() == "sm_90a"
-        && (2..=BLOCKS_MAX).contains(&facts.multiprocessors)
-        && facts.shared_per_block_max >= SHARED + FIXED_BYTES
+/// Whether a GPU of the kernel's architecture has what it needs besides.
+pub(super) fn fits(facts: &DeviceFacts) -> bool {
+    (2..=BLOCKS_MAX).contains(&facts.multiprocessors) && facts.shared_per_block_max >= SHARED + FIXED_BYTES
 }
 
 /// Makes what it takes to launch it, as far as that can be said before.
@@ -119,15 +117,7 @@ mod tests {
 
     /// With so many multiprocessors.
     fn hopper(multiprocessors: u32) -> DeviceFacts {
-        DeviceFacts {
-            ordinal: 0,
-            name: String::new(),
-            compute: (9, 0),
-            memory_bytes: 0,
-            multiprocessors,
-            l2_bytes: 0,
-            shared_per_block_max: 227 << 10,
-        }
+        DeviceFacts { multiprocessors, ..DeviceFacts::h200() }
     }
 
     #[test]

@@ -127,7 +127,7 @@ struct Target {
     bias: DevicePtr,
 }
 
-/// `Meeting` in gemm.cu and gate_up.cu.
+/// `Meeting` in ring.cuh.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Meeting {
@@ -220,7 +220,7 @@ impl Product<'_> {
         match rows {
             _ if !fits || rows <= FEW_ROWS => None,
             ..=ROWS_MAX => (stages(facts, variant(rows)) >= STAGES_MIN).then_some(Own::FewRows),
-            _ => (op == Op::Silu && gate_up::runs_on(facts)).then_some(Own::GateUp),
+            _ => (op == Op::Silu && gate_up::fits(facts)).then_some(Own::GateUp),
         }
     }
 
@@ -400,22 +400,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
 
-    fn h200() -> DeviceFacts {
-        DeviceFacts {
-            ordinal: 0,
-            name: String::new(),
-            compute: (9, 0),
-            memory_bytes: 0,
-            multiprocessors: 132,
-            l2_bytes: 0,
-            shared_per_block_max: 227 << 10,
-        }
-    }
-
     #[test]
     fn few_tiles_are_shared_and_many_dealt_out() {
         let of = |weights, k, rows| {
-            let (grid, shape) = plan(&h200(), weights, weights, k, rows);
+            let (grid, shape) = plan(&DeviceFacts::h200(), weights, weights, k, rows);
             (grid.blocks[0], shape.tiles, shape.split)
         };
         // 7b: queries, keys and values; what attention gives; gates and ups; down; the head.
@@ -437,7 +425,7 @@ mod tests {
         for weights in (8..20_000).step_by(88).chain([37_888, 59_136, 152_064]) {
             for k in [8, 64, 72, 640, 3584, 29_568] {
                 for rows in [9, 16, 17, 64, 65, 128] {
-                    let (grid, shape) = plan(&h200(), weights, weights, k, rows);
+                    let (grid, shape) = plan(&DeviceFacts::h200(), weights, weights, k, rows);
                     let (blocks, steps) = (grid.blocks[0], shape.steps);
                     let what = format!("{weights}x{k}, {rows} rows: {grid:?} {shape:?}");
                     assert!(shape.split <= steps && grid.cluster == shape.split, "{what}");

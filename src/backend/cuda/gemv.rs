@@ -285,15 +285,7 @@ mod tests {
     use super::*;
 
     fn gpu(shared_per_block_max: u32) -> DeviceFacts {
-        DeviceFacts {
-            ordinal: 0,
-            name: String::new(),
-            compute: (9, 0),
-            memory_bytes: 0,
-            multiprocessors: 132,
-            l2_bytes: 0,
-            shared_per_block_max,
-        }
+        DeviceFacts { shared_per_block_max, ..DeviceFacts::h200() }
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! Which of cublasLt's algorithms is the fastest for a product: they are tried.
 //!
 //! Not of products of many rows. An H200 that makes them without a pause is at the limit of its power, and there the fastest way is
-//! the one that takes the least energy, which no short time at the full clock shows: of four, what was quickest so lost up to 7.5% at work, and
-//! cublasLt's first guess nothing, in each of seven shapes of 7b and 72b of 1,536 to 8,192 rows. Own kernels are compared with cublasLt by short
-//! times all the same: what they save is traffic of memory, and what was faster so was no slower at work (docs/performance.md).
+//! the one that takes the least energy, which no short time at the full clock shows: of four, what was quickest so lost up to 7.5%
+//! at work, and cublasLt's first guess nothing, in each of seven shapes of 7b and 72b of 1,536 to 8,192 rows. Own kernels are
+//! compared with cublasLt by short times all the same: what they save is traffic of memory, and what was faster so was no slower at
+//! work (docs/performance.md).
 //!
 //! A process spends at most about [`BUDGET`] on trying on each GPU, nearly all of it while a model is loaded: see `warm_up`. An
-//! empty table costs 7b on an H200 about 100 products with few rows, 2 to 20 ms each, and some 30 of gates and ups with many. Decoders on several GPUs share the shapes out: see `choices`.
+//! empty table costs 7b on an H200 about 100 products with few rows, 2 to 20 ms each, and some 30 of gates and ups with many.
+//! Decoders on several GPUs share the shapes out: see `choices`.
 #![allow(unsafe_code)]
 
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
