@@ -271,12 +271,13 @@ impl Scheduler {
             self.sequences[slot].in_flight -= 1;
         }
         let mut wanted = sampled;
-        let mut slots = done.outputs.iter();
+        let (mut slots, mut full) = (done.outputs.iter(), Vec::new());
         wanted.retain(|token| {
             let &slot = slots.next().expect("as many as outputs; this is a bug");
             assert!(self.sequences[slot].new.seq == token.seq, "a token of no sequence; this is a bug");
-            self.note_token(slot, token.id)
+            self.note_token(slot, token.id, &mut full)
         });
+        self.publish_full(&full);
         for &slot in &done.parts {
             self.settle(slot);
         }
@@ -443,8 +444,8 @@ impl Scheduler {
         }
     }
 
-    /// Takes note of a token; whether anybody wants it.
-    fn note_token(&mut self, slot: u32, id: u32) -> bool {
+    /// Takes note of a token, and in `full` of a sequence that is to publish blocks; whether anybody wants the token.
+    fn note_token(&mut self, slot: u32, id: u32, full: &mut Vec<u32>) -> bool {
         let ahead = self.config.ahead;
         let sequence = &mut self.sequences[slot];
         if sequence.state == State::Ended {
@@ -456,7 +457,7 @@ impl Scheduler {
         let now = sequence.may_be_planned(ahead);
         if sequence.state == State::Decoding {
             if sequence.known() % KV_BLOCK == sequence.turn() {
-                self.publish_full(slot);
+                full.push(slot);
             }
             if now && !before {
                 self.sequences.make_ready(slot);

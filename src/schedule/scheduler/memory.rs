@@ -69,8 +69,11 @@ impl Scheduler {
         let sequence = &mut self.sequences[slot];
         let before = sequence.blocks.len();
         let more = more.min(BlockPool::blocks_for(sequence.new.tokens_max) - before);
-        let taken: Vec<u32> = std::iter::from_fn(|| self.pool.take()).take(more).collect();
-        sequence.blocks = sequence.blocks.iter().chain(&taken).copied().collect();
+        // Where the list is long this is faster than a chain of both.
+        let mut blocks = Vec::with_capacity(before + more);
+        blocks.extend_from_slice(&sequence.blocks);
+        blocks.extend(std::iter::from_fn(|| self.pool.take()).take(more));
+        sequence.blocks = blocks.into();
         // It could, or it would not have asked.
         self.growing -= usize::from(!sequence.may_grow());
         sequence.blocks.len() > before
@@ -102,7 +105,7 @@ impl Scheduler {
     pub(super) fn stop(&mut self, slot: u32) {
         self.forget_live(slot);
         self.sequences.unready(slot);
-        self.publish_full(slot);
+        self.publish_full(&[slot]);
         let sequence = &mut self.sequences[slot];
         match sequence.state {
             State::Prompt => {
@@ -196,19 +199,29 @@ impl Scheduler {
         true
     }
 
-    /// Lets blocks be found that are full of known tokens, by steps behind the latest one that has rows of the sequence.
-    pub(super) fn publish_full(&mut self, slot: u32) {
-        let sequence = &mut self.sequences[slot];
-        let full = sequence.planned.min(sequence.known()) / KV_BLOCK;
-        if !self.config.prefix_reuse || sequence.published >= full {
+    /// Lets blocks of sequences be found that are full of known tokens, by steps behind the latest one that has rows of theirs.
+    ///
+    /// All keys are made before the first is put into the table. Their places lie far apart in memory, and a core waits for several
+    /// at once if it has little else to do between them: 64 cost 3 µs more in a table of 32 MB than in one of 2, and 10 if
+    /// each key is made before its place is looked at.
+    pub(super) fn publish_full(&mut self, slots: &[u32]) {
+        if !self.config.prefix_reuse {
             return;
         }
-        for block in sequence.published..full {
-            let known = sequence.keys.get(block).copied();
-            let key = known.unwrap_or_else(|| sequence.block_key(&self.keys, sequence.last_key, block));
-            sequence.last_key = Some(key);
-            self.pool.publish(sequence.blocks[block], key, sequence.last);
+        let mut found = Vec::with_capacity(slots.len());
+        for &slot in slots {
+            let sequence = &mut self.sequences[slot];
+            let full = sequence.planned.min(sequence.known()) / KV_BLOCK;
+            for block in sequence.published..full {
+                let known = sequence.keys.get(block).copied();
+                let key = known.unwrap_or_else(|| sequence.block_key(&self.keys, sequence.last_key, block));
+                sequence.last_key = Some(key);
+                found.push((sequence.blocks[block], key, sequence.last));
+            }
+            sequence.published = sequence.published.max(full);
         }
-        sequence.published = full;
+        for (id, key, written) in found {
+            self.pool.publish(id, key, written);
+        }
     }
 }

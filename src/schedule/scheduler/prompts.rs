@@ -131,7 +131,7 @@ impl Scheduler {
             draft.batch.ids.extend(sequence.tokens(start, len));
             self.place_images(slot, start, &mut draft.batch.ids[row..]);
             self.push_rows(slot, len, draft);
-            self.publish_full(slot);
+            self.publish_full(&[slot]);
             self.prompt_tokens -= len;
             room.rows -= len;
             room.floor = room.floor.saturating_sub(len);
