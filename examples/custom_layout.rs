@@ -40,7 +40,10 @@ fn planned(spec: &ModelSpec) -> Result<String> {
     planner.kv_tokens = Some(100_000);
     let mut text = String::new();
     let (few, many) = (planner.plan_auto()?, planner.plan_any_order(devices.len())?);
-    for (name, layout) in [("auto", few), ("planned", many), ("even", planner.even(devices.len())?)] {
+    let even = planner.even(devices.len())?;
+    // All devices have a part of the head, which whole layers cannot always make up for: `,head@all` in the short form.
+    let split = even.clone().with_split_head(true);
+    for (name, layout) in [("auto", few), ("planned", many), ("even", even), ("split head", split)] {
         let told = planner.predict(&layout)?;
         text += &format!("{name}: {layout}, {:.0} new tokens/s\n", told.new_tokens_per_s);
         for stage in &told.stages {

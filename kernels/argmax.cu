@@ -62,6 +62,59 @@ argmax(u32* tokens, u32* last_tokens, const float* logits, const SampleParams* p
     choose(id, tokens + output, last_tokens, p);
 }
 
+// The best of each row of `n` logits of the tokens from `first` on, as they are. Grid: [outputs], 1024 threads. `found` may be
+// another GPU's memory.
+extern "C" __global__ void __launch_bounds__(1024)
+largest(u64* found, const float* logits, u32 n, u32 first) {
+    __shared__ u64 parts[32];
+    const float* row = logits + (u64)blockIdx.x * n;
+    wait_for_previous();
+    let_next_start();
+    u64 mine = 0;
+    auto see = [&](float logit, u32 i) {
+        const u32 key = key_of(logit);
+        const u64 r = key ? ranked(key, first + i) : 0;
+        mine = r > mine ? r : mine;
+    };
+    if (n % 4 == 0) {
+        // Several loads on their way at once.
+        for (u32 begin = threadIdx.x * 4; begin < n; begin += 4 * blockDim.x * 4) {
+            float4 v[4];
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) {
+                const u32 i = begin + j * blockDim.x * 4;
+                if (i < n) v[j] = *reinterpret_cast<const float4*>(row + i);
+            }
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) {
+                const u32 i = begin + j * blockDim.x * 4;
+                if (i < n) see(v[j].x, i), see(v[j].y, i + 1), see(v[j].z, i + 2), see(v[j].w, i + 3);
+            }
+        }
+    } else {
+        for (u32 i = threadIdx.x; i < n; i += blockDim.x) see(row[i], i);
+    }
+    mine = block_largest(mine, parts);
+    if (threadIdx.x == 0) found[blockIdx.x] = mine;
+}
+
+// Chooses the best of what `parts` have found, each [pitch]. A thread an output; `params` is null where `few` holds them. Blocks
+// of a warp find room beside others that have nearly all registers of a multiprocessor.
+extern "C" __global__ void __launch_bounds__(32)
+choose_found(u32* tokens, u32* last_tokens, const u64* found, const SampleParams* params, const __grid_constant__ FewParams few,
+             u32 parts, u32 pitch, u32 outputs) {
+    const u32 output = blockIdx.x * blockDim.x + threadIdx.x;
+    wait_for_previous();
+    let_next_start();
+    if (output >= outputs) return;
+    u64 best = 0;
+    for (u32 part = 0; part < parts; part++) {
+        const u64 r = found[(u64)part * pitch + output];
+        best = r > best ? r : best;
+    }
+    choose(id_of(best), tokens + output, last_tokens, params ? params[output] : few.rows[output]);
+}
+
 // Grid: [outputs], 1024 threads; outputs that want no log-probabilities are left as they are. `tokens` holds the chosen
 // ones. Of the logits as the model gave them.
 extern "C" __global__ void __launch_bounds__(1024)

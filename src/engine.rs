@@ -39,7 +39,7 @@ use crossbeam_channel as channel;
 pub use builder::{EngineBuilder, RUNNING_MAX, WeightSource};
 pub use measured::{Comparison, Watch};
 pub use meter::{Measurement, Measurements, VisionSpan};
-pub use place::{cpu_scratch, device_specs, gpus, profiles, scratch};
+pub use place::{cpu_scratch, device_specs, gpus, profiles, scratch, split_head};
 pub use progress::LoadProgress;
 pub use relayout::{MovedUnit, Relayout};
 

@@ -14,6 +14,7 @@ fn a_layout_of_ones_own_is_planned_written_run_and_compared() {
         "auto: 0-3@",
         "planned: ",
         "even: 0-1@cuda:0,2@cuda:1,3@cuda:2",
+        "split head: 0-1@cuda:0,2@cuda:1,3@cuda:2,head@all",
         "running 0@cpu,1-3@cpu",
         // On one device all units are where they were.
         "now 0-1@cpu,2-3@cpu; 0 units moved, ",

@@ -31,6 +31,7 @@ fn config() -> DecoderConfig {
     let model = open_model(&chat_llama(), false).unwrap();
     let spec = Arc::new(model.spec);
     DecoderConfig {
+        split_head: false,
         layers: 0..spec.layers.len(),
         spec,
         arch: model.arch,

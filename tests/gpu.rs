@@ -14,6 +14,8 @@ mod linear;
 mod load;
 #[path = "gpu/pages.rs"]
 mod pages;
+#[path = "gpu/parts.rs"]
+mod parts;
 #[path = "gpu/pixels.rs"]
 mod pixels;
 #[path = "gpu/rows.rs"]

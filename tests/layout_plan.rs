@@ -221,8 +221,16 @@ fn the_head_of_7b_costs_the_last_stage_layers_while_answers_are_written() {
     let (spec, devices) = (shape("7b"), DeviceSpec::list("4xh200-141g").unwrap());
     let mut planner = Planner::new(&spec, DType::BF16, &devices);
     planner.workload = Workload { prompt: 1, new: 512, ..Workload::default() };
-    let lens = lens(&planner.plan(4).unwrap());
-    assert!(lens[3] <= 6 && lens.iter().max() == Some(&8), "{lens:?}");
+    planner.split_head = Some(false);
+    let whole = planner.plan(4).unwrap();
+    let cut = lens(&whole);
+    assert!(cut[3] <= 6 && cut.iter().max() == Some(&8) && !whole.splits_head(), "{whole}");
+    // Unless all devices share it.
+    planner.split_head = None;
+    let split = planner.plan(4).unwrap();
+    assert_eq!((lens(&split), split.splits_head()), (vec![7; 4], true));
+    let rate = |layout: &Layout| planner.predict(layout).unwrap().requests_per_s;
+    assert!(rate(&split) > 1.03 * rate(&whole), "{} and {}", rate(&split), rate(&whole));
 }
 
 #[test]
@@ -249,7 +257,8 @@ fn orders_of_devices_are_chosen_where_asked() {
     // The head's matrix does not fit the small one beside a layer; the embedding's does not either.
     let spec = shape("7b");
     let devices = DeviceSpec::list("small:mem=1.7g,free=1.5g,bw=1t,bf16=100t,2xl4").unwrap();
-    let planner = Planner::new(&spec, DType::BF16, &devices);
+    let mut planner = Planner::new(&spec, DType::BF16, &devices);
+    planner.split_head = Some(false);
     let layout = planner.plan_any_order(3).unwrap();
     let small = layout.stages().iter().position(|stage| stage.device.to_string() == "cuda:0");
     assert_eq!(small, Some(1), "{layout}");

@@ -171,6 +171,8 @@ fn layouts_of_all_kinds_come_to_their_end() {
         "0@cuda:0,1@cpu,2-3@cuda:1",
         "0-1@cpu,2-3@cuda:0",
         "0-3@cuda:3",
+        "0@cuda:0,1@cuda:1,2-3@cuda:2,head@all",
+        "0-1@cuda:1,2@cpu,3@cuda:0,head@all",
     ] {
         let args =
             ["--model", model, "--layout", layout, "--prompt", "a b c", "--max-tokens", "40", "--ignore-eos"];
@@ -200,14 +202,18 @@ fn images_come_to_wherever_the_layers_are() {
 fn a_layer_moves_while_requests_run() {
     let place = Place::new();
     let model = place.model(8);
-    let mut args = vec!["bench", "relayout", "--model", &model, "--weights", "dummy", "--stages", "4"];
-    args.extend(["--to", "0-2@cuda:0,3@cuda:1,4-5@cuda:2,6-7@cuda:3"]);
-    args.extend(["--requests", "24", "--input-len", "100", "--output-len", "500", "--after", "20"]);
-    args.extend(["--format", "json"]);
-    let said = place.json(&args, &[]);
-    let runs = said["runs"].as_array().unwrap();
-    let moved = runs.iter().filter(|run| run["relayout"]["kv_bytes"].as_u64().is_some_and(|bytes| bytes > 0));
-    assert!(moved.count() > 1, "{said}");
+    for head in ["", ",head@all"] {
+        let cuts =
+            ["0-1@cuda:0,2-3@cuda:1,4-5@cuda:2,6-7@cuda:3", "0-2@cuda:0,3@cuda:1,4-5@cuda:2,6-7@cuda:3"];
+        let [from, to] = cuts.map(|cut| format!("{cut}{head}"));
+        let mut args = vec!["bench", "relayout", "--model", &model, "--weights", "dummy", "--layout", &from];
+        args.extend(["--to", &to, "--requests", "24", "--input-len", "100", "--output-len", "500"]);
+        args.extend(["--after", "20", "--format", "json"]);
+        let said = place.json(&args, &[]);
+        let runs = said["runs"].as_array().unwrap();
+        let moved = |run: &&Value| run["relayout"]["kv_bytes"].as_u64().is_some_and(|bytes| bytes > 0);
+        assert!(runs.iter().filter(moved).count() > 1, "{said}");
+    }
 }
 
 #[test]

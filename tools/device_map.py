@@ -2,10 +2,10 @@
 """Requests with an image each through transformers, its layers over all GPUs by device_map: what `bench throughput --images 1` of
 the same model is compared with. Weights are random, of the shapes in config.json, and so are pixels and words.
 
-    python3 tools/device_map.py MODEL [--requests 64] [--side 1036] [--words 32] [--new 1 128] [--batch 64] [--cpu]
+    python3 tools/device_map.py MODEL [--requests 64] [--side 1036] [--words 32] [--new 1 128] [--batch 64] [--runs 2] [--cpu]
 
 Requests go in batches of --batch at a time, as `generate` wants them. Prints a line of JSON for each number of new tokens: images and
-new tokens per second, the better of two runs after a first, and each GPU's peak memory.
+new tokens per second, the best of --runs after a first, and each GPU's peak memory.
 """
 import argparse, json, pathlib, time
 
@@ -68,7 +68,7 @@ def measure(model, config, args, new, device):
 
     run()
     seconds = []
-    for _ in range(2):
+    for _ in range(args.runs):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
@@ -83,6 +83,7 @@ def main():
     args.add_argument("--words", type=int, default=32)
     args.add_argument("--new", type=int, nargs="+", default=[1, 128])
     args.add_argument("--batch", type=int, default=64)
+    args.add_argument("--runs", type=int, default=2)
     args.add_argument("--cpu", action="store_true")
     args = args.parse_args()
     torch.manual_seed(0)

@@ -112,6 +112,15 @@ pub struct NormShape {
     pub eps: f32,
 }
 
+/// Where results go that are some columns of a matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Columns {
+    /// The first of them.
+    pub first: usize,
+    /// Numbers of a row of the matrix.
+    pub width: usize,
+}
+
 /// Attention heads. A row of `qkv` is `heads` queries, then `kv_heads` keys, then `kv_heads` values.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct HeadShape {
@@ -210,6 +219,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn succeed(&self, before: &Self, bytes: usize);
     /// Finds the way that pages will come by from another device; what has to be tried for it takes its time here.
     fn find_way(&self, from: &Self) -> Result<()>;
+    /// Makes sure that ops here can read buffers of `of` and write them; an error if they cannot, or if what is written does
+    /// not arrive.
+    fn find_way_back(&self, of: &Self) -> Result<()>;
+    /// What comes later on this device waits for all that `other` has been asked for.
+    fn await_all(&self, other: &Self) -> Result<()>;
     /// Copies runs of blocks from another device's pages of the same shape, by the way that has been found. Nothing else may
     /// use either side meanwhile. They have come when [`Backend::loaded`] returns.
     fn fetch_pages(&self, to: &mut Self::Kv, from: (&Self, &Self::Kv), runs: &[Range<usize>]) -> Result<()>;
@@ -266,6 +280,15 @@ pub trait Backend: Send + Sync + Sized + 'static {
         norm: Norm<'_, Self>,
         w: &Self::Matrix,
     ) -> Result<()>;
+    /// The same into some columns of a matrix. It and `x` may be a device's whose buffers can be read and written here.
+    fn norm_linear_columns(
+        &self,
+        out: (&mut Self::Buf, Columns),
+        normed: &mut Self::Buf,
+        x: &Self::Buf,
+        norm: Norm<'_, Self>,
+        w: &Self::Matrix,
+    ) -> Result<()>;
     /// `out = silu(gate) * up`, where a row of `norm(x) · wᵀ + bias` is all gates, then all ups. `normed` and
     /// `gate_up` are scratch for the rows in between.
     fn norm_gate_up(
@@ -308,6 +331,23 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Chooses a token for each output row, from `[outputs, vocab]` logits, with the state of its sequence;
     /// takes note of the sequences that start and end with this micro-batch.
     fn sample(&self, logits: &Self::Buf, sampler: &mut Self::Sampler, step: &Step) -> Result<Self::Pending>;
+    /// The largest of each row's logits, of these tokens, with its token, to a place in `found`: two numbers a row, which are the device's own
+    /// affair. `found` may be a device's whose buffers can be written here.
+    fn find_largest(
+        &self,
+        found: (&mut Self::Buf, usize),
+        logits: &Self::Buf,
+        tokens: &Range<usize>,
+        rows: usize,
+    ) -> Result<()>;
+    /// As `sample`, where all output rows want their most likely token and no more: from what so many parts of the vocabulary have
+    /// found, each for so many rows.
+    fn choose_found(
+        &self,
+        found: (&Self::Buf, usize, usize),
+        sampler: &mut Self::Sampler,
+        step: &Step,
+    ) -> Result<Self::Pending>;
     /// Waits for the tokens of a micro-batch's output rows.
     fn collect(&self, pending: Self::Pending, batch: &MicroBatch) -> Result<Vec<Sampled>>;
 }

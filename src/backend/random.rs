@@ -8,6 +8,8 @@ use super::DType;
 const SPREAD: f32 = 0.02;
 /// Numbers made at a time: they stay in the first-level cache.
 const CHUNK: usize = 4096;
+/// Between the keys of neighbours, as in SplitMix64.
+const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Nearly normal numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -22,6 +24,11 @@ impl Random {
     /// Number `index`.
     pub fn at(&self, index: u64) -> f32 {
         self.centre + SPREAD * normal(self.key, index)
+    }
+
+    /// The numbers from this one on.
+    pub(super) fn from(self, index: u64) -> Random {
+        Random { key: self.key.wrapping_add(index.wrapping_mul(STEP)), ..self }
     }
 
     /// Fills bytes with the first numbers, little-endian.
@@ -62,7 +69,7 @@ fn write(out: &mut [u8], values: &[f32], dtype: DType) {
 
 /// Nearly normal, mean 0, variance 1: a sum of four even numbers.
 fn normal(key: u64, index: u64) -> f32 {
-    let bits = mix(key.wrapping_add(index.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+    let bits = mix(key.wrapping_add(index.wrapping_mul(STEP)));
     let sum: i32 = (0..4).map(|i| (bits >> (16 * i) & 0xffff) as i32).sum();
     // Each part has mean 32767.5 and variance (2^32 - 1) / 12.
     (sum as f32 - 4.0 * 32767.5) / 37837.2

@@ -236,6 +236,23 @@ impl Tensor {
         Tensor::new(&*self.name, shape.to_vec(), self.dtype, Bytes::new(Arc::new(bytes), 0..size))
     }
 
+    /// Some of its rows.
+    pub fn rows(&self, rows: Range<usize>) -> Tensor {
+        let all = self.shape[0];
+        assert!(rows.end <= all, "rows that tensor {} does not have; this is a bug", self.name);
+        let row = self.len() / all.max(1);
+        let numbers = match &self.numbers {
+            Numbers::Bytes(bytes) => {
+                let at = |row_at: usize| row_at * row * self.dtype.size();
+                Numbers::Bytes(bytes.part(at(rows.start)..at(rows.end)))
+            }
+            Numbers::Random(random) => Numbers::Random(random.from((rows.start * row) as u64)),
+        };
+        let mut shape = self.shape.clone();
+        shape[0] = rows.len();
+        Tensor { name: self.name.clone(), shape, dtype: self.dtype, numbers }
+    }
+
     /// How many numbers.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
@@ -283,6 +300,17 @@ impl Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_of_a_tensor_are_those_of_the_whole() {
+        let tensor = Tensor::from_f32("t", vec![3, 2], DType::BF16, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
+        let rows = tensor.rows(1..3);
+        assert_eq!((rows.shape.clone(), rows.to_f32()), (vec![2, 2], vec![3.0, 4.0, 5.0, 6.0]));
+        assert!(tensor.rows(3..3).is_empty());
+        let random = Tensor::random("r", vec![9, 5], DType::F32, Random { key: 3, centre: 1.0 }).unwrap();
+        assert_eq!(random.rows(2..7).to_f32(), random.to_f32()[10..35]);
+        assert_eq!(random.rows(2..7).made().unwrap().to_f32(), random.made().unwrap().to_f32()[10..35]);
+    }
 
     #[test]
     fn padding_is_zeros_after_rows_and_numbers() {

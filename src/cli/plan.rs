@@ -51,7 +51,7 @@ struct PlanArgs {
     /// How they are cut: even (near-equal lengths) or planned (the slowest stage as fast as can be) [default: planned]
     #[arg(long, value_name = "SPLIT", conflicts_with_all = ["layout", "compare"])]
     split: Option<Cut>,
-    /// Explains this layout: 0-9@cuda:0,10-29@cuda:1, or a file that ends in .toml
+    /// Explains this layout: 0-9@cuda:0,10-29@cuda:1, perhaps with ,head@all behind it, or a file that ends in .toml
     #[arg(long, value_name = "STAGES")]
     layout: Option<String>,
     /// In any order of the devices, where they differ
@@ -159,6 +159,9 @@ fn run(matches: &ArgMatches) -> Result<u8> {
     let known = args.model()?;
     let (spec, dtype) = (&known.spec, args.dtype.dtype().unwrap_or(known.dtype));
     let mut planner = Planner::new(spec, dtype, &devices);
+    if args.devices_are_here() {
+        planner.split_head = engine::split_head(&devices)?;
+    }
     planner.images = args.asked.images(&known)?;
     planner.workload = args.asked.workload(planner.images);
     planner.kv_tokens = args.kv_tokens.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
@@ -199,13 +202,16 @@ fn run(matches: &ArgMatches) -> Result<u8> {
 }
 
 impl PlanArgs {
+    /// Whether no device is a described one.
+    fn devices_are_here(&self) -> bool {
+        let here = |part: &str| part == "cpu" || part == "cuda" || part.starts_with("cuda:");
+        self.devices.as_ref().is_none_or(|text| text.split(',').all(|part| here(part.trim())))
+    }
+
     fn devices(&self) -> Result<Vec<DeviceSpec>> {
         let limits = self.device_memory.as_ref().map(|text| text.parse::<MemoryLimits>()).transpose()?;
-        let here = |part: &str| part == "cpu" || part == "cuda" || part.starts_with("cuda:");
         let mut devices = match &self.devices {
-            Some(text) if text.split(',').all(|part| here(part.trim())) => {
-                engine::device_specs(&named_devices(text)?, None)?
-            }
+            Some(text) if self.devices_are_here() => engine::device_specs(&named_devices(text)?, None)?,
             Some(text) => DeviceSpec::list(text)?,
             None => self.gpus()?,
         };

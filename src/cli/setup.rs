@@ -32,7 +32,7 @@ pub(super) struct Setup {
     #[arg(long, value_name = "SPLIT", conflicts_with = "layout")]
     pub(super) split: Option<Cut>,
     /// Which layers make each stage, and on which device: 0-9,10-29 or 0-9@cuda:0,10-29@cuda:1, or a file that
-    /// ends in .toml
+    /// ends in .toml; with ,head@all behind them the head is split over the stages' devices
     #[arg(long, value_name = "STAGES")]
     pub(super) layout: Option<String>,
     /// Where the stages run: auto (GPUs if there are any), cpu, cuda (successive GPUs) or cuda:N; a layout names devices itself

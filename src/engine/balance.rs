@@ -183,7 +183,7 @@ impl Balancer {
             return None;
         }
         let layer = |stage: usize| {
-            let head = if stage + 1 == stages.len() { self.head } else { 0.0 };
+            let head = self.head * self.layout.head_share(stage);
             seconds(stage) / (stages[stage].layers.len() as f64 + head)
         };
         let after = |to: usize| {
@@ -223,7 +223,8 @@ impl Balancer {
         }
         let shifted =
             Layout::new(stages).and_then(|layout| layout.with_vision(self.layout.vision().to_vec()));
-        shifted.expect("a layer fewer of several, one more elsewhere; this is a bug")
+        let shifted = shifted.expect("a layer fewer of several, one more elsewhere; this is a bug");
+        shifted.with_split_head(self.layout.splits_head())
     }
 }
 
@@ -265,7 +266,7 @@ mod tests {
                 let layout = self.balancer.layout.clone();
                 for (i, stage) in layout.stages().iter().enumerate() {
                     let Device::Cuda(device) = stage.device else { panic!("{stage}") };
-                    let head = if i + 1 == layout.stages().len() { self.balancer.head } else { 0.0 };
+                    let head = self.balancer.head * layout.head_share(i);
                     let noise = 1.0 + 0.02 * (((self.step * 7 + i as u64 * 3) % 5) as f64 - 2.0);
                     let busy = noise * layer(device) * (stage.layers.len() as f64 + head) / 1e4;
                     let busy = Duration::from_secs_f64(busy);

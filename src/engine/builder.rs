@@ -26,7 +26,7 @@ use crate::{
     backend::DType,
     batch::KV_BLOCK,
     error::{Error, Result},
-    layout::{Device, Layout, MemoryLimits, Stage, planner::Split},
+    layout::{Device, Layout, MemoryLimits, planner::Split},
     model::{
         decoder::{DecoderConfig, weight_bytes},
         open_model,
@@ -350,8 +350,8 @@ impl EngineBuilder {
         let (layout, runs) = self.plan(model, (ahead, wire), meter.clone())?;
         let config = &runs.config;
         let read = self.open_images(&config.spec)?;
-        let weights = |stage: &Stage| weight_bytes(&config.spec, config.dtype, &stage.layers);
-        let progress = Progress::new(self.observer.take(), layout.stages().iter().map(weights).sum());
+        let weights = |stage| weight_bytes(&config.spec, config.dtype, &layout.units(stage, &config.spec));
+        let progress = Progress::new(self.observer.take(), (0..layout.stages().len()).map(weights).sum());
         let (spec, dtype, blocks) = (config.spec.clone(), config.dtype, config.kv_blocks);
         let (context_max, kv_tokens) = (config.limits.context_max, blocks * KV_BLOCK);
         let keys = runs.scheduling.prefix_reuse.then(|| runs.keys.clone());

@@ -92,7 +92,7 @@ fn wire(mode: Mode, plan: Arc<Plan>, patience: Duration) -> Arc<Wire> {
         };
         let backends = kinds.enumerate().map(backend).collect();
         let ways = Ways { ones: &Host, twos: &Host, one_to_two: &Host, two_to_one: &Host };
-        let on = On { backends, ways, lost: || false, vision: None };
+        let on = On { backends, ways, lost: || false, vision: None, asides: Vec::new() };
         wire_on(on, &mode.layout(), config, &shared, progress)
     })
 }

@@ -6,12 +6,14 @@ mod room;
 pub(super) use beside::Free;
 pub(super) use room::Room;
 
+use room::aside_bytes;
+
 use std::{collections::BTreeSet, sync::Arc};
 
 use super::vision::{Extent, tower_scratch};
 use crate::{
     backend::{
-        DType, Limits,
+        Backend, DType, Limits,
         cuda::{self, DeviceFacts},
     },
     error::{Error, Result},
@@ -164,18 +166,40 @@ impl Unplaced<'_> {
         let mut planner = Planner::new(self.spec, self.dtype, &devices);
         planner.workload = workload;
         self.describe(&mut planner);
+        planner.split_head = split_head(&devices)?;
         let differ = devices.iter().any(|device| device.device == Device::Cpu);
-        let layout = match count {
-            Count::Of(n) if differ => planner.plan_any_order(n)?,
-            Count::Of(n) => planner.plan(n)?,
+        let plan = |planner: &Planner<'_>| match count {
+            Count::Of(n) if differ => planner.plan_any_order(n),
+            Count::Of(n) => planner.plan(n),
             Count::Auto => match planner.plan_auto()? {
-                layout if split == Some(Split::Even) => planner.even(layout.stages().len())?,
-                layout => layout,
+                layout if split == Some(Split::Even) => planner.even(layout.stages().len()),
+                layout => Ok(layout),
             },
         };
+        let mut layout = plan(&planner)?;
+        if layout.splits_head() && !self.parts_reach(&layout)? {
+            planner.split_head = Some(false);
+            layout = plan(&planner)?;
+        }
         let measured = planner.profiles.iter().flatten().count();
         tracing::info!(%layout, devices = devices.len(), measured, "planned");
         Ok(layout)
+    }
+
+    /// Whether what GPUs with parts of the head write for the last one arrives there: a driver that says that it may does not
+    /// always bring it. Where somebody asks for such a layout, that is an error; where plans do, the head stays whole.
+    fn parts_reach(&self, layout: &Layout) -> Result<bool> {
+        let gpus: Vec<usize> =
+            layout.head_stages().iter().filter_map(|&i| ordinal(layout.stages()[i].device)).collect();
+        let Some((last, others)) = gpus.split_last() else { return Ok(true) };
+        let (dtype, head_dim) = (self.dtype, self.spec.heads.head_dim);
+        let facts = cuda::PipelineFacts { dtype, head_dim, seats: 1, in_flight: 1 };
+        let views = cuda::Cuda::pipeline_with(&[*last], others, facts)?;
+        let outcome = views[1..].iter().try_for_each(|view| view.find_way_back(&views[0]));
+        if let Err(error) = &outcome {
+            tracing::warn!(%error, "the head is not split");
+        }
+        Ok(outcome.is_ok())
     }
 
     /// What a planner has to know besides the workload.
@@ -198,6 +222,20 @@ impl Unplaced<'_> {
     }
 }
 
+/// What plans for these devices of this machine have to know ([`Planner::split_head`]): GPUs that do not reach each other's memory
+/// cannot make parts of a head for each other.
+pub fn split_head(devices: &[DeviceSpec]) -> Result<Option<bool>> {
+    let gpus: Vec<usize> = devices.iter().filter_map(|spec| ordinal(spec.device)).collect();
+    Ok(if cuda::all_could_reach(&gpus)? { None } else { Some(false) })
+}
+
+fn ordinal(device: Device) -> Option<usize> {
+    match device {
+        Device::Cpu => None,
+        Device::Cuda(i) => Some(i),
+    }
+}
+
 /// `layers 0-3 are on the processor, which is far slower, and 4-27 on cuda:0`.
 fn halves(layout: &Layout) -> String {
     let layers = |on_cpu: bool| {
@@ -216,7 +254,7 @@ fn halves(layout: &Layout) -> String {
 
 /// What is added to an error that says that a GPU has too little room, if the host has enough.
 fn beside_cpu_helps(spec: &ModelSpec, dtype: DType) -> &'static str {
-    match weight_bytes(spec, dtype, &(0..spec.layers.len())) < DeviceSpec::cpu_free() {
+    match weight_bytes(spec, dtype, &units_of(spec, &(0..spec.layers.len()))) < DeviceSpec::cpu_free() {
         true => {
             "; --devices cuda,cpu puts on the processor, which is far slower, what has no room on the GPUs"
         }
@@ -232,6 +270,7 @@ fn place_on(devices: &[Device], layout: &Layout) -> Result<Layout> {
     let placed = Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())?;
     // Nobody has said where they go either.
     let first = |stage: &VisionStage| VisionStage { device: on(0), ..stage.clone() };
+    let placed = placed.with_split_head(layout.splits_head());
     placed.with_vision(layout.vision().iter().map(first).collect())
 }
 
@@ -343,7 +382,10 @@ pub fn scratch(spec: &ModelSpec, dtype: DType, workload: Workload, context_max: 
     let stage = of(None) + ring + lost(Unit::Embed);
     let head = of(Some(running_max)) - of(None) + lost(Unit::Head);
     let layer = cuda::kv_waste(1) + lost(Unit::Layer(0));
-    Scratch { stage, head, layer, tower: usual_tower(spec, dtype, true) }
+    // In two parts, the largest that there are; where the vocabulary is cut, weights do not end with pages.
+    let half = Unit::HeadPart { part: 1, parts: 2 };
+    let aside = aside_bytes(spec, dtype, running_max, half) + lost(half);
+    Scratch { stage, head, aside, layer, tower: usual_tower(spec, dtype, true) }
 }
 
 /// What a vision tower takes beside weights with passes and a store of the usual size, on GPUs or on the processor.
@@ -361,7 +403,7 @@ pub fn cpu_scratch(spec: &ModelSpec, workload: Workload) -> Scratch {
     let stage = of(None) + 2 * ring_bytes(scheduling.in_flight_max(), rows_max * spec.dim);
     // Of what matrix products read nothing depends on how weights are kept.
     let tower = usual_tower(spec, DType::F32, false);
-    Scratch { stage, head: of(Some(running)) - of(None), layer: 0, tower }
+    Scratch { stage, head: of(Some(running)) - of(None), aside: 0, layer: 0, tower }
 }
 
 /// Bytes of a stage's buffers on the CPU, where what matrix products read is f32.

@@ -25,7 +25,7 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// All four layers on the processor, one device each, and others.
-const LAYOUTS: [&str; 7] = [
+const LAYOUTS: [&str; 9] = [
     "0-3",
     "0,1-2,3",
     "0@cuda:0,1@cuda:1,2-3@cuda:2",
@@ -33,10 +33,12 @@ const LAYOUTS: [&str; 7] = [
     "0-2@cuda:1,3@cuda:0",
     "0@cuda:0,1@cuda:0,2@cuda:1,3@cuda:1",
     "0-3@cuda:3",
+    "0@cuda:0,1@cuda:1,2-3@cuda:2,head@all",
+    "0-1@cuda:1,2@cuda:0,3@cuda:1,head@all",
 ];
 
 /// The same with stages of two kinds beside each other: each has its neighbours, and the ends, of either kind.
-const MIXED: [&str; 8] = [
+const MIXED: [&str; 9] = [
     "0-3@cpu",
     "0@cpu,1-3@cuda:0",
     "0-1@cuda:0,2-3@cpu",
@@ -45,6 +47,7 @@ const MIXED: [&str; 8] = [
     "0@cpu,1@cpu,2@cuda:0,3@cuda:0",
     "0-2@cuda:1,3@cuda:0",
     "0@cuda:1,1@cpu,2@cuda:0,3@cpu",
+    "0@cuda:1,1@cpu,2@cuda:0,3@cuda:1,head@all",
 ];
 /// Of a model that reads images: three layers, and a tower of three blocks.
 const TOWERS: [&str; 6] = [
@@ -59,12 +62,15 @@ const TOWERS: [&str; 6] = [
 /// Stages on devices of the numbers that the layout says, of which each stage fails as planned.
 fn wire(ahead: bool, plan: Arc<Plan>) -> Arc<Wire> {
     Arc::new(move |layout, config, shared, progress| {
-        let stages = layout.stages().len();
-        let ones = Faulty::<false>::pipeline(stages, &plan).into_iter().map(Either::One);
-        let twos = Faulty::<true>::pipeline(stages, &plan).into_iter().map(Either::Two);
-        let backends = if ahead { twos.collect() } else { ones.collect() };
+        // Behind the stages come the parts of a split head.
+        let (stages, parts) = (layout.stages().len(), layout.head_stages().len());
+        let all = stages + if parts > 1 { parts } else { 0 };
+        let ones = Faulty::<false>::pipeline(all, &plan).into_iter().map(Either::One);
+        let twos = Faulty::<true>::pipeline(all, &plan).into_iter().map(Either::Two);
+        let mut backends: Vec<_> = if ahead { twos.collect() } else { ones.collect() };
+        let asides = backends.split_off(stages);
         let ways = Ways { ones: &Host, twos: &Host, one_to_two: &Host, two_to_one: &Host };
-        let on = On { backends, ways, lost: || false, vision: None };
+        let on = On { backends, ways, lost: || false, vision: None, asides };
         wire_on(on, layout, config, shared, progress)
     })
 }
@@ -76,6 +82,8 @@ fn mixed(plan: Arc<Plan>) -> Arc<Wire> {
         let tower = shared.vision.iter().flat_map(|vision| &vision.stages).map(|(device, _)| *device);
         let mut devices: Vec<Device> = layout.stages().iter().map(|stage| stage.device).collect();
         devices.extend(tower.chain([layout.stages()[0].device]));
+        let beside = if layout.head_stages().len() > 1 { layout.head_stages() } else { Vec::new() };
+        devices.extend(beside.iter().map(|&stage| layout.stages()[stage].device));
         let ones = Faulty::<false>::pipeline(devices.len(), &plan);
         let kinds = ones.into_iter().zip(Faulty::<true>::pipeline(devices.len(), &plan));
         let kind = |(device, (one, two))| match device {
@@ -83,11 +91,12 @@ fn mixed(plan: Arc<Plan>) -> Arc<Wire> {
             Device::Cuda(_) => Either::Two(two),
         };
         let mut backends: Vec<_> = devices.into_iter().zip(kinds).map(kind).collect();
+        let asides = backends.split_off(backends.len() - beside.len());
         let keeper = backends.pop().expect("one was added");
         let towers = backends.split_off(layout.stages().len());
         let vision = shared.vision.is_some().then_some(VisionOn { backends: towers, keeper });
         let ways = Ways { ones: &Host, twos: &Host, one_to_two: &Host, two_to_one: &Host };
-        let on = On { backends, ways, lost: || false, vision };
+        let on = On { backends, ways, lost: || false, vision, asides };
         wire_on(on, layout, config, shared, progress)
     })
 }
@@ -325,6 +334,34 @@ fn stages_are_built_anew_in_the_layout_that_there_is() {
     let stats = engine.stats();
     assert_eq!((stats.rebuilds, stats.stages.len()), (1, 2));
     assert_eq!(stats.stages[1].device, "cuda:1");
+}
+
+const SPLIT: &str = "0@cuda:0,1@cuda:1,2-3@cuda:2,head@all";
+
+/// Requests that want their most likely tokens alone, of which parts tell no more than the best; and others beside them.
+#[test]
+fn parts_of_the_head_choose_the_tokens_of_the_whole() {
+    for (ahead, all) in [(false, &[2, 4, 8][..]), (true, &[2, 4, 8]), (true, &[2, 4, 1, 8, 0, 3])] {
+        let engine = engine(ahead, Vec::new());
+        engine.relayout(layout(SPLIT)).unwrap();
+        let open: Vec<Events> = all.iter().map(|&i| engine.submit(request(i)).unwrap()).collect();
+        for (&i, events) in all.iter().zip(open) {
+            assert_eq!(ended(events).unwrap(), expected()[i as usize], "request {i} of {all:?}, {ahead}");
+        }
+    }
+}
+
+#[test]
+fn a_part_of_the_head_that_fails_is_a_fault_of_the_last_stage() {
+    for (ahead, part) in [false, true].into_iter().flat_map(|ahead| (3..6).map(move |part| (ahead, part))) {
+        for kind in [Kind::DeviceError, Kind::OutOfMemory, Kind::Panic] {
+            let engine = engine(ahead, vec![Fault::new(part, Point::Head, kind, 5..6)]);
+            engine.relayout(layout(SPLIT)).unwrap();
+            assert!(ended(engine.submit(request(0)).unwrap()).is_err(), "{kind:?} of part {part}");
+            assert_eq!(&ended(engine.submit(request(5)).unwrap()).unwrap(), &expected()[5]);
+            assert_eq!((engine.stats().rebuilds, engine.layout()), (1, layout(SPLIT)));
+        }
+    }
 }
 
 #[test]

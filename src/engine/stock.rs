@@ -11,8 +11,8 @@ use crate::{
     error::Result,
     layout::Device,
     model::{
-        decoder::{Decoder, DecoderConfig, Held},
-        units::{Unit, units_of},
+        decoder::{Aside, Decoder, DecoderConfig, Held},
+        units::Unit,
     },
 };
 
@@ -59,21 +59,43 @@ impl Stock {
         config: &DecoderConfig,
         tell: &dyn Fn(usize),
     ) -> Result<Decoder<B>> {
-        let found = before.map(|before| before.take::<B>(device, backend, config)).unwrap_or_default();
+        let units = config.units();
+        let found =
+            before.map(|before| before.take::<B>((device, backend), config, &units)).unwrap_or_default();
         let decoder = Decoder::load_told(&**backend, config, &found, tell)?;
         let units = Units { device, backend: backend.clone(), held: decoder.held() };
         self.lock().push(Arc::new(units));
         Ok(decoder)
     }
 
-    /// Units of a stage that are on its device already. The stage counts them as its own from now on.
-    fn take<B: Backend>(&self, device: Device, backend: &Arc<B>, config: &DecoderConfig) -> Held<B> {
-        let units = units_of(&config.spec, &config.layers);
+    /// The same of a part of the head, for the last stage on the device `of`.
+    pub(super) fn load_aside<B: Backend>(
+        &self,
+        before: Option<&Stock>,
+        (device, backend, of): (Device, &Arc<B>, &B),
+        config: &DecoderConfig,
+        unit: Unit,
+        tell: &dyn Fn(usize),
+    ) -> Result<Aside<B>> {
+        let found = before.map(|before| before.take::<B>((device, backend), config, &[unit]));
+        let aside = Aside::load((backend, of), config, unit, &found.unwrap_or_default(), tell)?;
+        let units = Units { device, backend: backend.clone(), held: aside.held() };
+        self.lock().push(Arc::new(units));
+        Ok(aside)
+    }
+
+    /// Of these units those that are on a device already. The backend counts them as its own from now on.
+    fn take<B: Backend>(
+        &self,
+        (device, backend): (Device, &Arc<B>),
+        config: &DecoderConfig,
+        units: &[Unit],
+    ) -> Held<B> {
         let kv_bytes = config.kv_blocks * crate::batch::KV_BLOCK;
         let mut found = Held::default();
         for place in self.lock().iter().filter(|place| place.device() == device) {
             let Some(there) = place.as_any().downcast_ref::<Units<B>>() else { continue };
-            let (part, taken) = there.held.part(&units);
+            let (part, taken) = there.held.part(units);
             let of = |unit: &Unit| {
                 unit.weight_bytes(&config.spec, config.dtype)
                     + kv_bytes * unit.kv_bytes_per_token(&config.spec, config.dtype)
@@ -119,7 +141,8 @@ impl Stock {
     fn place(&self, unit: Unit) -> Option<Arc<dyn Place>> {
         let here = |place: &&Arc<dyn Place>| match unit {
             Unit::Embed => place.has_ends().0,
-            Unit::Head => place.has_ends().1,
+            // Whichever part goes where tokens are chosen.
+            Unit::Head | Unit::HeadPart { .. } => place.has_ends().1,
             Unit::Layer(layer) => place.has_layer(layer),
         };
         self.lock().iter().find(here).cloned()

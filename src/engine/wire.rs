@@ -1,5 +1,6 @@
 //! From a layout to running threads.
 
+mod asides;
 mod sites;
 
 use std::{
@@ -15,7 +16,10 @@ pub(super) use super::vision::{VisionConfig, VisionOn};
 
 pub(super) use self::sites::{Either, On, Ways};
 
-use self::sites::{Ends, Site, Sites, Size, sites};
+use self::{
+    asides::PartOn,
+    sites::{Ends, Site, Sites, Size, sites},
+};
 use super::{
     StageFacts,
     meter::Meter,
@@ -93,6 +97,9 @@ pub(super) fn wire(
         Device::Cuda(i) => Some(i),
     };
     let gpus: Vec<usize> = layout.stages().iter().filter_map(gpu).collect();
+    let asides: Vec<&layout::Stage> =
+        asides::stages(layout).into_iter().map(|i| &layout.stages()[i]).collect();
+    let urgent: Vec<usize> = asides.iter().filter_map(|stage| gpu(stage)).collect();
     let facts = PipelineFacts {
         dtype: config.dtype,
         head_dim: config.spec.heads.head_dim,
@@ -101,16 +108,17 @@ pub(super) fn wire(
     };
     let lost = if gpus.is_empty() { || false } else { cuda::any_lost };
     // Views of the GPUs know of each other: they are made together, in the order of their stages.
-    let mut cuda = Cuda::pipeline(&gpus, facts)?.into_iter();
+    let mut cuda = Cuda::pipeline_with(&gpus, &urgent, facts)?.into_iter();
     let mut cpu: Option<Arc<Cpu>> = None;
-    let backend = |stage: &layout::Stage| match gpu(stage) {
+    let mut backend = |stage: &layout::Stage| match gpu(stage) {
         Some(_) => Either::Two(cuda.next().expect("a view for each stage on a GPU; this is a bug")),
         None => Either::One(cpu.get_or_insert_with(|| Arc::new(Cpu::new(shared.threads))).clone()),
     };
-    let backends: Vec<_> = layout.stages().iter().map(backend).collect();
+    let backends: Vec<_> = layout.stages().iter().map(&mut backend).collect();
+    let asides = asides.into_iter().map(backend).collect();
     let vision = shared.vision.as_ref().map(|config| vision_on(config, &backends[0], facts, shared.threads));
     let ways = Ways { ones: &Host, twos: &Peer::default(), one_to_two: &Staged, two_to_one: &Staged };
-    let on = On { backends, ways, lost, vision: vision.transpose()? };
+    let on = On { backends, ways, lost, vision: vision.transpose()?, asides };
     wire_on(on, layout, config, shared, progress)
 }
 
@@ -169,6 +177,7 @@ pub(super) fn wire_on<A: VisionOps, B: VisionOps>(
         (Some(config), Some(of), Some(store)) => Some(vision::start(of, &on.ways, config, store.clone())?),
         _ => None,
     };
+    let parts = std::mem::take(&mut on.asides);
     let Sites { all, collectors } = sites(on, ends, size, shared)?;
     let mut wired = Wired {
         stages: Vec::new(),
@@ -181,7 +190,7 @@ pub(super) fn wire_on<A: VisionOps, B: VisionOps>(
         lost,
     };
     let (turn, stock) = (Arc::default(), wired.stock.clone());
-    let start = Start { config, shared, progress, results: results_in, turn, stock };
+    let start = Start { layout, config, shared, progress, results: results_in, turn, stock };
     let mut sites = all.into_iter();
     // Stages on the processor cannot overlap. Others have a thread each, and their device shares itself out.
     for run in layout.stages().chunk_by(|a, b| a.device == Device::Cpu && b.device == Device::Cpu) {
@@ -190,11 +199,12 @@ pub(super) fn wire_on<A: VisionOps, B: VisionOps>(
             facts.push(match site {
                 Either::One(site) => {
                     let images = store.clone().and_then(Either::one).filter(|_| site.index == 0);
-                    start.stage(stage, site, images, &mut ones)
+                    let parts = asides::parts(layout, &parts, Either::one);
+                    start.stage(stage, site, (images, parts), &mut ones)
                 }
                 Either::Two(site) => {
                     let images = store.clone().and_then(Either::two).filter(|_| site.index == 0);
-                    start.stage(stage, site, images, &mut twos)
+                    start.stage(stage, site, (images, asides::parts(layout, &parts, Either::two)), &mut twos)
                 }
             });
         }
@@ -203,11 +213,13 @@ pub(super) fn wire_on<A: VisionOps, B: VisionOps>(
         wired.stages.push((facts, handle?));
     }
     wired.count_keeper();
+    wired.count_asides(layout, config, &parts);
     Ok(wired)
 }
 
 /// What stages start with.
 struct Start<'a> {
+    layout: &'a Layout,
     config: &'a DecoderConfig,
     shared: &'a Shared,
     progress: Progress,
@@ -223,12 +235,14 @@ impl Start<'_> {
         &self,
         stage: &layout::Stage,
         site: Site<B>,
-        images: Option<ImageStore<B>>,
+        (images, parts): (Option<ImageStore<B>>, Vec<PartOn<B>>),
         thread: &mut Vec<Stage<B>>,
     ) -> StageFacts {
         let Site { index, backend, input, output, probe } = site;
         let metrics = self.shared.metrics[index].clone();
-        let own = DecoderConfig { layers: stage.layers.clone(), ..self.config.clone() };
+        let split_head = !asides::stages(self.layout).is_empty();
+        let own = DecoderConfig { layers: stage.layers.clone(), split_head, ..self.config.clone() };
+        let parts = if index + 1 == self.layout.stages().len() { parts } else { Vec::new() };
         let layer_kv_bytes = own.kv_blocks * KV_BLOCK * own.spec.kv_bytes_per_token(own.dtype);
         let kv_bytes = stage.layers.len() * layer_kv_bytes;
         let (device, layers) = (stage.device.to_string(), stage.to_string());
@@ -244,7 +258,7 @@ impl Start<'_> {
         thread.push(Stage {
             index,
             backend,
-            load: Box::new(move |_: &B| load_stage(index, &on, (&own, images), &stocks, &progress)),
+            load: Box::new(move |_: &B| load_stage(index, &on, (&own, images, parts), &stocks, &progress)),
             input: input.expect(unconnected),
             output: output.expect(unconnected),
             results: self.results.clone(),
@@ -261,14 +275,22 @@ impl Start<'_> {
 fn load_stage<B: Backend>(
     index: usize,
     (device, backend): &(Device, Arc<B>),
-    (config, images): (&DecoderConfig, Option<ImageStore<B>>),
+    (config, images, parts): (&DecoderConfig, Option<ImageStore<B>>, Vec<PartOn<B>>),
     (stock, before): &(Arc<Stock>, Option<Arc<Stock>>),
     progress: &Progress,
 ) -> Result<Decoder<B>> {
     progress.begin();
     let tell = |bytes| progress.add(bytes);
-    let decoder = stock.load(before.as_deref(), (*device, backend), config, &tell)?;
+    let mut decoder = stock.load(before.as_deref(), (*device, backend), config, &tell)?;
     let backend = &**backend;
+    if !parts.is_empty() {
+        let aside = |part: &PartOn<B>| {
+            let on = (part.device, &part.backend, backend);
+            stock.load_aside(before.as_deref(), on, config, part.unit, &tell)
+        };
+        let asides = parts.iter().map(aside).collect::<Result<_>>()?;
+        decoder = decoder.with_parts(backend, config.limits, asides)?;
+    }
     let mut decoder = match images {
         Some(store) => decoder.with_images(store),
         None => decoder,
@@ -290,7 +312,7 @@ impl Wired {
             for mut stage in run.drain(..) {
                 let i = stages.len();
                 let gone = |_| Err(Error::Engine(format!("stage {i} ended while loading; this is a bug")));
-                stage.weight_bytes = handle.loaded.recv().unwrap_or_else(gone)?;
+                stage.weight_bytes += handle.loaded.recv().unwrap_or_else(gone)?;
                 stages.push(stage);
             }
         }

@@ -23,6 +23,9 @@ const OVERLAP_POWER: f64 = 4.0;
 /// larger, 6 to 9% for 4 to 8. This is between them: each is predicted within a tenth.
 const FEW_ROWS_READING: f64 = 0.012;
 
+/// Latencies of a link that a split head costs a micro-batch: there, back, and until kernels on the other devices have ended.
+const GATHERING_LATENCIES: f64 = 3.0;
+
 /// Rows of prompts at which a GPU's attention runs at half of its rate: fewer tiles than multiprocessors leave some of those
 /// idle, or share a tile's tokens out among blocks, in a kernel that is half as fast.
 const ATTENTION_HALF_ROWS: f64 = 192.0;
@@ -78,6 +81,20 @@ impl Costs<'_> {
     /// Seconds of a pass, beside its units.
     pub fn pass(&self) -> f64 {
         self.device.pass
+    }
+
+    /// Seconds from a micro-batch's last layer to its tokens where the head is split: the parts' work, or crossing if that takes
+    /// their logits longer, and until their kernels have found room between those of their devices' stages. No stage is busy with
+    /// the next micro-batch for less of it; but none comes round faster.
+    pub fn gathering(&self, parts: usize, pass: Pass) -> f64 {
+        if parts == 1 || pass.outputs() == 0 {
+            return 0.0;
+        }
+        let last = Unit::HeadPart { part: parts - 1, parts };
+        let others = self.spec.vocab - last.tokens(self.spec.vocab).len();
+        let Link { latency, bandwidth } = self.device.link;
+        let coming = (pass.outputs() * others * DType::F32.size()) as f64 / bandwidth;
+        GATHERING_LATENCIES * latency + coming.max(self.seconds(last, pass))
     }
 
     /// Seconds until a pass's rows have crossed to the next device.

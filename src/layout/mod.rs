@@ -1,6 +1,6 @@
 //! Which layers run on which device, and which had better.
 //!
-//! The first stage holds the embedding, the last one the head. `parse` reads layouts as users write them; `plan` cuts a model
+//! The first stage holds the embedding, the last one the head, unless all share it (`head`). `parse` reads layouts as users write them; `plan` cuts a model
 //! where costs say, which `cost` predicts for the devices that `devices` describes and `profile` has measured; `planner`
 //! puts these together, with a vision tower as `tower` and `joint` place it, and `predict` says what a layout will do; `measured` gathers what it did, and `compare` puts the two
 //! beside each other.
@@ -8,6 +8,7 @@
 pub mod compare;
 pub mod cost;
 pub mod devices;
+mod head;
 pub mod joint;
 pub mod limits;
 pub mod measured;
@@ -107,6 +108,7 @@ pub struct Stage {
 pub struct Layout {
     stages: Vec<Stage>,
     vision: Vec<VisionStage>,
+    split_head: bool,
 }
 
 impl Layout {
@@ -114,7 +116,7 @@ impl Layout {
     pub fn new(stages: Vec<Stage>) -> Result<Self> {
         match fault(&stages) {
             Some((_, why)) => Err(Error::usage("--layout", why)),
-            None => Ok(Layout { stages, vision: Vec::new() }),
+            None => Ok(Layout { stages, vision: Vec::new(), split_head: false }),
         }
     }
 
@@ -229,7 +231,7 @@ impl fmt::Display for Layout {
             let comma = if i == 0 { "" } else { "," };
             write!(f, "{comma}{stage}@{}", stage.device)?;
         }
-        Ok(())
+        if self.split_head { write!(f, ",{}", head::SPLIT) } else { Ok(()) }
     }
 }
 

@@ -5,7 +5,7 @@ use std::{fs, ops::Range, path::Path, str::FromStr};
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::{Device, Layout, Stage, VisionStage, fault, vision};
+use super::{Device, Layout, Stage, VisionStage, fault, head, vision};
 use crate::error::{Error, Result, shown};
 
 /// A layout's file is a few KiB.
@@ -60,6 +60,17 @@ impl Given {
         };
         let file: FileForm =
             toml::from_str(text).map_err(|e| wrong(e.span().map(|span| span.start), shown(e.message())))?;
+        let split = match &file.head {
+            None => false,
+            Some(head) if head.get_ref() == "all" => true,
+            Some(head) => {
+                let why = format!(
+                    "head = \"{}\": it can be split over \"all\" devices alone",
+                    shown(head.get_ref())
+                );
+                return Err(wrong(Some(head.span().start), why));
+            }
+        };
         let line_of = |i: usize| file.stage.get(i).map(|stage| stage.span().start);
         let mut stages = Vec::new();
         for (i, stage) in file.stage.iter().enumerate() {
@@ -93,8 +104,8 @@ impl Given {
         match fault(&stages) {
             Some((i, why)) => Err(wrong(line_of(i), why)),
             None => {
-                let layout = with_towers(Layout::new(stages)?, towers);
-                Ok(Given { layout: layout.map_err(|e| wrong(None, why(e)))?, placed })
+                let layout = with_towers(Layout::new(stages)?, towers).map_err(|e| wrong(None, why(e)))?;
+                Ok(Given { layout: layout.with_split_head(split), placed })
             }
         }
     }
@@ -108,7 +119,10 @@ impl FromStr for Given {
             Error::usage(what(text), format!("stage {i}, \"{}\": {why}", shown(part)))
         };
         let (mut towers, mut parts) = (Vec::new(), Vec::new());
-        for part in text.split(',') {
+        let before =
+            text.trim_end().strip_suffix(head::SPLIT).and_then(|text| text.trim_end().strip_suffix(','));
+        let (stages, split) = (before.unwrap_or(text), before.is_some());
+        for part in stages.split(',') {
             match vision::parse(part) {
                 None => parts.push((parts.len(), part)),
                 Some(tower) => towers.push(tower.map_err(|why| {
@@ -129,12 +143,14 @@ impl FromStr for Given {
         let stages = parts.iter().map(stage).collect::<Result<Vec<_>>>()?;
         let placed = placed(&stages, &towers).map_err(|i| wrong(parts[i], SOME_PLACED.into()))?;
         let layout = Layout::new(on_devices(stages)).and_then(|layout| with_towers(layout, towers));
-        Ok(Given { layout: layout.map_err(|e| Error::usage(what(text), why(e)))?, placed })
+        let layout = layout.map_err(|e| Error::usage(what(text), why(e)))?;
+        Ok(Given { layout: layout.with_split_head(split), placed })
     }
 }
 
 /// `0-9,10-29`, or with devices: `0-9@cpu,10-29@cuda:1`. Without them all stages are on the processor. The vision tower
-/// is where the embedding is, or on stages of its own: `vision@cuda:2,…`, or `v0-15@cuda:2,v16-31@cuda:3,…`.
+/// is where the embedding is, or on stages of its own: `vision@cuda:2,…`, or `v0-15@cuda:2,v16-31@cuda:3,…`. With
+/// `…,head@all` at its end the head is split over the devices: see [`Layout::with_split_head`].
 impl FromStr for Layout {
     type Err = Error;
 
@@ -145,7 +161,7 @@ impl FromStr for Layout {
 
 impl Layout {
     /// Reads a TOML file: a table `[[stage]]` for each stage, with `layers = "0-20"` and `device = "cuda:0"`, and if wanted
-    /// `[[vision]]` with `blocks = "0-15"` and `device`. Without devices all stages are on the processor.
+    /// `[[vision]]` with `blocks = "0-15"` and `device`, and before all tables `head = "all"` for a split head. Without devices all stages are on the processor.
     pub fn open(path: &Path) -> Result<Layout> {
         Given::open(path).map(|given| given.layout)
     }
@@ -170,7 +186,8 @@ impl Layout {
             let blocks = s.blocks.as_ref().map(|b| format!("blocks = \"{}-{}\"\n", b.start, b.end - 1));
             format!("[[vision]]\n{}device = \"{}\"\n", blocks.unwrap_or_default(), s.device)
         };
-        let tables = self.vision().iter().map(vision).chain(self.stages().iter().map(stage));
+        let head = self.splits_head().then(|| "head = \"all\"\n".to_owned()).into_iter();
+        let tables = head.chain(self.vision().iter().map(vision).chain(self.stages().iter().map(stage)));
         tables.collect::<Vec<_>>().join("\n")
     }
 }
@@ -230,6 +247,7 @@ pub(super) fn layers(text: &str) -> Result<Range<usize>, String> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FileForm {
+    head: Option<Spanned<String>>,
     #[serde(default)]
     stage: Vec<Spanned<StageForm>>,
     #[serde(default)]
@@ -264,7 +282,13 @@ mod tests {
 
     #[test]
     fn text_form_goes_both_ways() {
-        for text in ["0-9@cpu,10-29@cpu", "0@cpu,1-2@cuda:3", "0@cpu", "0-1@cuda:0,2-3@cuda:0,4@cuda:1"] {
+        for text in [
+            "0-9@cpu,10-29@cpu",
+            "0@cpu,1-2@cuda:3",
+            "0@cpu",
+            "0-1@cuda:0,2-3@cuda:0,4@cuda:1",
+            "v0-3@cuda:0,0-1@cuda:0,2-3@cuda:1,head@all",
+        ] {
             let layout = text.parse::<Layout>().unwrap();
             assert_eq!(layout.to_string(), text);
             assert_eq!(Layout::from_toml(&layout.to_toml(), "x".as_ref()).unwrap(), layout);
@@ -287,6 +311,9 @@ mod tests {
             ("0-18446744073709551615", "no model has so many layers"),
             ("0-99999999999999999999999", "no model has so many layers"),
             ("0-1,x", "stage 1, \"x\": it is not of the form"),
+            ("0-1,head@cuda:0", "stage 1, \"head@cuda:0\": it is not of the form"),
+            ("head@all", "stage 0, \"head@all\": device \"all\""),
+            ("head@all,0-1", "stage 0, \"head@all\""),
             ("0-1@cuda:0,2-3", "stage 1, \"2-3\": it names no device, and other stages name GPUs"),
         ] {
             assert!(message(text).contains(want), "{text}: {}", message(text));
@@ -321,6 +348,7 @@ mod tests {
             ("[[stage]]\nlayers = 3", "line 2: invalid type: integer `3`".into()),
             ("[[stage]]\ndevice = \"cpu\"", "line 1: missing field `layers`".into()),
             ("[[stage\n", "l.toml: line 1: ".into()),
+            ("head = 'cpu'\n[[stage]]\nlayers = '0'", "line 1: head = \"cpu\": it can be split over".into()),
             ("[stage]\nlayers = \"0\"", "line 1: invalid type: map".into()),
             (&format!("{good}[[stage]]\nlayers = \"5-9\""), "line 3: stage 1 begins with layer 5".into()),
             (&format!("{good}[[stage]]\nlayers = \"3-9\""), "layer 3 is in two stages".into()),

@@ -26,6 +26,8 @@ use crate::{
 
 /// Of fewer stages that reach as many tokens a second within this share, the fewest are taken.
 const STAGE_WORTH: f64 = 0.01;
+/// A split head has to reach so much more than a whole one: devices wait for each other.
+const SPLIT_WORTH: f64 = 0.01;
 /// Orders of devices that are tried; of more, the given one and its reverse alone.
 const ORDERS_MAX: usize = 1000;
 /// Of more, the best without a vision tower is taken.
@@ -103,6 +105,8 @@ pub struct Scratch {
     pub stage: usize,
     /// Of the last one besides: logits, sampling.
     pub head: usize,
+    /// Of every one with a part of a split head besides.
+    pub aside: usize,
     /// Of every layer: what is lost where its pages end.
     pub layer: usize,
     /// Of a vision tower.
@@ -116,9 +120,11 @@ pub struct Scratch {
 ///
 /// let spec = shapes::find("7b").unwrap()?;
 /// let devices = DeviceSpec::list("4xh200-141g")?;
-/// let layout = Planner::new(&spec, DType::BF16, &devices).plan(4)?;
-/// // The last stage has the head, which weighs more than two layers.
-/// assert!(layout.stages()[3].layers.len() < layout.stages()[0].layers.len());
+/// let mut planner = Planner::new(&spec, DType::BF16, &devices);
+/// // All four devices have a part of the head. Where the last stage has all of it, it has fewer layers.
+/// assert!(planner.plan(4)?.splits_head());
+/// planner.split_head = Some(false);
+/// assert!(planner.plan(4)?.stages()[3].layers.len() < 7);
 /// # Ok::<(), pipeline_infer::Error>(())
 /// ```
 #[derive(Debug, Clone)]
@@ -137,6 +143,9 @@ pub struct Planner<'a> {
     pub images: Option<ImageLoad>,
     /// Tokens whose keys and values must have room. `None`: those of the workload, or as many as there is room for.
     pub kv_tokens: Option<usize>,
+    /// Whether the head is split over the devices ([`Layout::with_split_head`]), as far as they are GPUs. `None`: if that
+    /// reaches more requests a second, or as many and more tokens while answers are written.
+    pub split_head: Option<bool>,
     /// What stages take besides, on GPUs.
     pub scratch: Scratch,
     /// The same on a processor.
@@ -159,6 +168,7 @@ impl<'a> Planner<'a> {
             workload,
             images,
             kv_tokens: None,
+            split_head: None,
             scratch,
             cpu_scratch: scratch,
         }
@@ -217,6 +227,7 @@ impl<'a> Planner<'a> {
         let on = |i: usize| self.devices[i * devices / stages].device;
         let cut = layout.stages().iter().enumerate();
         let placed = Layout::new(cut.map(|(i, stage)| Stage { device: on(i), ..stage.clone() }).collect())?;
+        let placed = placed.with_split_head(layout.splits_head());
         let (vision, tower) = (layout.vision().iter().enumerate(), layout.vision().len().max(1));
         let on = |i: usize| self.devices[i * devices / tower].device;
         placed.with_vision(vision.map(|(i, stage)| VisionStage { device: on(i), ..stage.clone() }).collect())
@@ -243,6 +254,17 @@ impl<'a> Planner<'a> {
 
     /// The best layout on these devices for the wanted KV tokens, or, where nobody says how many, for as many as fit.
     fn fitted(&self, order: &[usize], stages: usize) -> Option<Layout> {
+        if self.split_head.is_none() {
+            let with = |split| Planner { split_head: Some(split), ..self.clone() }.fitted(order, stages);
+            let whole = with(false);
+            let split = if self.can_split(order) { with(true) } else { None };
+            return match (whole, split) {
+                (Some(whole), Some(split)) => {
+                    Some(if self.is_worth_it(&split, &whole) { split } else { whole })
+                }
+                (whole, split) => whole.or(split),
+            };
+        }
         let of = |kv_tokens| self.solved(order, stages, kv_tokens);
         let on_cpu = |&device: &usize| self.devices[device].device == Device::Cpu;
         match self.kv_tokens {
@@ -250,6 +272,20 @@ impl<'a> Planner<'a> {
             None if order.iter().any(on_cpu) && order.len() > 1 => self.fitted_beside_cpu(order, stages),
             None => of(self.workload.kv_tokens()).or_else(|| of(self.kv_most(order, stages)?)),
         }
+    }
+
+    /// Whether a split head is: for more requests a second, or for as many and more tokens while answers alone are written, when
+    /// there is nothing beside layers that could make up for a whole head.
+    fn is_worth_it(&self, split: &Layout, whole: &Layout) -> bool {
+        let rates = |layout| {
+            let told = self.predict(layout).ok()?;
+            Some((told.requests_per_s, told.decode_tokens_per_s))
+        };
+        let (Some(split), Some(whole)) = (rates(split), rates(whole)) else { return false };
+        let more = |(split, whole): (f64, f64), worth: f64| split > whole * (1.0 + worth);
+        let requests = (split.0, whole.0);
+        more(requests, SPLIT_WORTH)
+            || more(requests, -SPLIT_WORTH) && more((split.1, whole.1), 2.0 * SPLIT_WORTH)
     }
 
     /// Room for KV tokens on GPUs costs layers, which a processor takes its time for: as many as bring the most tokens a second.
@@ -281,7 +317,7 @@ impl<'a> Planner<'a> {
             );
         }
         let covers = "a cut covers all in order; this is a bug";
-        let layout = Layout::new(all).expect(covers);
+        let layout = Layout::new(all).expect(covers).with_split_head(self.splits(order));
         Some(layout.with_vision(self.vision_stages(order, cuts.blocks)).expect(covers))
     }
 
@@ -308,6 +344,7 @@ impl<'a> Planner<'a> {
     fn problem(&self, order: &[usize], stages: usize, kv_tokens: usize) -> Problem {
         let passes = self.workload.passes(order.len());
         let layers = self.spec.layers.len();
+        let parts = if self.splits(order) { order.len() } else { 1 };
         let store = |i: usize, device| match self.seen() {
             Some(_) if i == 0 => self.tower_scratch_of(device).store,
             _ => 0,
@@ -320,6 +357,13 @@ impl<'a> Planner<'a> {
                 let seconds: f64 = passes.iter().map(|&(pass, weight)| weight * of(pass)).sum();
                 (seconds * 1e12) as u64
             };
+            // A part of the head beside the layers, where the last slot has not all of it.
+            let unit = Unit::HeadPart { part: i, parts };
+            let aside = Some(unit).filter(|_| i + 1 < parts);
+            let of_aside = |pass| aside.map_or(0.0, |unit| costs.seconds(unit, pass));
+            let last = if parts == 1 { Unit::Head } else { Unit::HeadPart { part: parts - 1, parts } };
+            let aside_bytes = aside.map_or(0, |unit| unit.weight_bytes(self.spec, self.dtype))
+                + if parts > 1 { self.scratch.aside } else { 0 };
             let mut by_window = HashMap::new();
             let mut layer = |i: usize| {
                 let window = self.spec.layers[i].window;
@@ -330,18 +374,30 @@ impl<'a> Planner<'a> {
             Slot {
                 layers: (0..layers).map(&mut layer).collect(),
                 embed: weighted(&|pass| costs.seconds(Unit::Embed, pass)),
-                head: weighted(&|pass| costs.seconds(Unit::Head, pass)),
-                pass: own as u64 * weighted(&|_| costs.pass()),
+                head: weighted(&|pass| costs.seconds(last, pass)),
+                pass: own as u64 * weighted(&|_| costs.pass()) + weighted(&of_aside),
                 boundary: weighted(&|pass| next.map_or(0.0, |next| costs.boundary(next, pass))),
-                room: costs.device.free.saturating_sub(own * self.scratch_of(device).stage + store(i, device))
+                room: costs
+                    .device
+                    .free
+                    .saturating_sub(own * self.scratch_of(device).stage + store(i, device) + aside_bytes)
                     as u64,
                 layers_min: own,
             }
         };
-        Problem { sizes: self.sizes(kv_tokens), slots: order.iter().enumerate().map(slot).collect() }
+        Problem { sizes: self.sizes(kv_tokens, parts), slots: order.iter().enumerate().map(slot).collect() }
     }
 
-    fn sizes(&self, kv_tokens: usize) -> Sizes {
+    /// Whether the head is split over devices in this order.
+    fn splits(&self, order: &[usize]) -> bool {
+        self.split_head == Some(true) && self.can_split(order)
+    }
+
+    fn can_split(&self, order: &[usize]) -> bool {
+        order.len() > 1 && order.iter().all(|&device| self.devices[device].device != Device::Cpu)
+    }
+
+    fn sizes(&self, kv_tokens: usize, parts: usize) -> Sizes {
         let (spec, dtype) = (self.spec, self.dtype);
         let bytes = |unit: Unit| unit.weight_bytes(spec, dtype) as u64;
         // Where they differ, of the one that takes more.
@@ -351,8 +407,9 @@ impl<'a> Planner<'a> {
             let kv = (Unit::Layer(i).kv_bytes_per_token(spec, dtype) as u64).saturating_mul(kv_tokens as u64);
             kv.saturating_add(bytes(Unit::Layer(i)) + layer_scratch)
         };
-        let (embed, head) = (bytes(Unit::Embed), bytes(Unit::Head) + head_scratch);
-        let head_tied = spec.tied.then(|| head - embed);
+        let last = if parts == 1 { Unit::Head } else { Unit::HeadPart { part: parts - 1, parts } };
+        let (embed, head) = (bytes(Unit::Embed), bytes(last) + head_scratch);
+        let head_tied = (spec.tied && parts == 1).then(|| head - embed);
         Sizes { layers: (0..spec.layers.len()).map(layer).collect(), embed, head, head_tied }
     }
 

@@ -9,7 +9,7 @@ use crate::{
     batch::KV_BLOCK,
     error::{Error, Result},
     model::{
-        units::{Pass, Unit, units_of},
+        units::{Pass, Unit},
         vision::VisionPass,
     },
 };
@@ -52,6 +52,8 @@ pub struct Prediction {
     pub imbalance: f64,
     /// While answers are written.
     pub decode: Vec<DecodeRate>,
+    /// The same with as many requests as run at once.
+    pub decode_tokens_per_s: f64,
     /// While prompts are read.
     pub prompt_tokens_per_s: f64,
     /// Of the workload, prompts and images included.
@@ -74,8 +76,10 @@ pub struct StagePrediction {
     pub layers: String,
     /// Whether it has the embedding.
     pub embed: bool,
-    /// Whether it has the head.
+    /// Whether it has the head, or a part of it.
     pub head: bool,
+    /// How much of it.
+    pub head_share: f64,
     /// Bytes of its weights.
     pub weight_bytes: usize,
     /// Bytes of keys and values of a token.
@@ -172,6 +176,7 @@ pub(super) fn predict(planner: &Planner<'_>, layout: &Layout) -> Result<Predicti
         bubble: 1.0 - running.working / running.seconds,
         imbalance: slowest / mean - 1.0,
         decode: decode.to_vec(),
+        decode_tokens_per_s: workload.running as f64 / running.seconds,
         prompt_tokens_per_s: chunk.rows() as f64 / chunk_s,
         requests_per_s: 1.0 / request_s,
         images_per_s: planner.seen().map(|(_, images)| images.per_request as f64 / request_s),
@@ -318,7 +323,7 @@ impl<'a> Pipeline<'a> {
     }
 
     fn units(&self, stage: usize) -> Vec<Unit> {
-        units_of(self.planner.spec, &self.layout.stages()[stage].layers)
+        self.layout.units(stage, self.planner.spec)
     }
 
     /// Seconds of a stage's pass, until its rows have left it.
@@ -352,12 +357,29 @@ impl<'a> Pipeline<'a> {
             Pass::Decode { rows: requests.div_ceil(slots).max(1), context: self.planner.workload.context() };
         let times: Vec<f64> = (0..self.places.len()).map(|i| self.seconds(i, pass)).collect();
         let working: Vec<f64> = (0..self.places.len()).map(|i| self.units_seconds(i, pass)).collect();
-        let round: f64 = times.iter().sum();
+        let round = times.iter().sum::<f64>() + self.gathering(slots, pass);
         let by_device = self.by_device(&times);
         let (slowest, taken) =
             by_device.iter().fold((0, 0.0), |a, (&i, &b)| if b > a.1 { (i, b) } else { a });
         let (taken, working) = (slots as f64 * taken, slots as f64 * self.by_device(&working)[&slowest]);
         Cycle { seconds: taken.max(round), taken, working }
+    }
+
+    /// What a split head adds to a round through all stages, whose times have its parts' in them. A micro-batch waits for its own
+    /// logits, and stages wait while they do the parts of the others that are on their way.
+    fn gathering(&self, slots: usize, pass: Pass) -> f64 {
+        let stages = self.layout.head_stages();
+        let (parts, last) = (stages.len(), self.places[self.places.len() - 1]);
+        let part = |&i: &usize| {
+            let costs = self.planner.costs(self.places[i]);
+            self.layout.head_of(i).map_or(0.0, |unit| costs.seconds(unit, pass))
+        };
+        if parts == 1 {
+            return 0.0;
+        }
+        let own = stages.iter().map(part).sum::<f64>() / parts as f64;
+        let others = (slots as f64 - 1.0 - parts as f64) * own;
+        self.planner.costs(last).gathering(parts, pass) + others
     }
 
     /// Tokens whose keys and values a stage's device has room for, beside those of its other stages.
@@ -396,7 +418,8 @@ impl<'a> Pipeline<'a> {
             name: device.name.clone(),
             layers: stage.to_string(),
             embed: units.contains(&Unit::Embed),
-            head: units.contains(&Unit::Head),
+            head: self.layout.head_of(i).is_some(),
+            head_share: self.layout.head_share(i),
             weight_bytes: self.weight_bytes(i),
             kv_bytes_per_token: self.kv_bytes_per_token(i),
             scratch_bytes: self.scratch_bytes(i),
@@ -413,13 +436,14 @@ impl<'a> Pipeline<'a> {
     }
 
     fn weight_bytes(&self, stage: usize) -> usize {
-        let layers = &self.layout.stages()[stage].layers;
-        crate::model::decoder::weight_bytes(self.planner.spec, self.planner.dtype, layers)
+        crate::model::decoder::weight_bytes(self.planner.spec, self.planner.dtype, &self.units(stage))
     }
 
     fn scratch_bytes(&self, stage: usize) -> usize {
         let scratch = self.planner.scratch_of(self.places[stage]);
         let head = if stage + 1 == self.places.len() { scratch.head } else { 0 };
+        let split = matches!(self.layout.head_of(stage), Some(Unit::HeadPart { .. }));
+        let head = head + if split { scratch.aside } else { 0 };
         scratch.stage + head + scratch.layer * self.layout.stages()[stage].layers.len()
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     error::{Error, Result},
     model::{
         spec::ModelSpec,
-        units::{Pass, Unit, units_of},
+        units::{Pass, Unit},
     },
 };
 
@@ -107,7 +107,7 @@ impl From<Unit> for Kind {
         match unit {
             Unit::Embed => Kind::Embed,
             Unit::Layer(_) => Kind::Layer,
-            Unit::Head => Kind::Head,
+            Unit::Head | Unit::HeadPart { .. } => Kind::Head,
         }
     }
 }
@@ -216,6 +216,8 @@ impl Profile {
 
     /// What a prediction is to be multiplied with: from measured passes of the same kind with fewer and with more rows.
     pub fn factor(&self, costs: &Costs<'_>, unit: Unit, pass: Pass) -> f64 {
+        // A part of the head is to what is predicted of it as all of it is.
+        let unit = if let Unit::HeadPart { .. } = unit { Unit::Head } else { unit };
         let tells = |p: &&Point| costs.roofline(unit, p.pass) > 0.0;
         let same = |p: &&Point| p.unit == unit.into() && p.pass.decodes() == pass.decodes() && tells(p);
         // Rows count first, then how much they attend to.
@@ -262,11 +264,14 @@ fn points(
     let layer = predicted(Unit::Layer(0));
     let (mut measured, mut expected, mut last) = (0.0, 0.0, None);
     for time in times.iter().filter(|t| t.pass == pass) {
-        let Some(stage) = layout.stages().get(time.stage) else { continue };
-        let has_head = time.stage + 1 == layout.stages().len();
+        if time.stage >= layout.stages().len() {
+            continue;
+        }
+        // Parts of the head are little beside the layers, and their devices do them while they do something else.
+        let has_head = layout.head_of(time.stage) == Some(Unit::Head);
         let next = devices.get(time.stage + 1);
         let beside = costs.pass() + next.map_or(0.0, |next| costs.boundary(next, pass));
-        let units = units_of(costs.spec, &stage.layers);
+        let units = layout.units(time.stage, costs.spec);
         let of_units = (time.seconds - beside).max(0.0);
         if has_head {
             last = Some((of_units, units));
@@ -323,7 +328,10 @@ fn file_name(shape: &str, device: &str, dtype: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{batch::PassShape, model::shapes};
+    use crate::{
+        batch::PassShape,
+        model::{shapes, units::units_of},
+    };
 
     fn spec() -> ModelSpec {
         shapes::find("7b").unwrap().unwrap()

@@ -1,8 +1,14 @@
 //! The one forward pass, over the ops of a backend.
 
+mod aside;
 mod held;
+mod sizes;
 
+use aside::{Parts, outputs_shape};
+
+pub use aside::Aside;
 pub use held::Held;
+pub use sizes::{buffer_sizes, weight_bytes, weight_sizes};
 
 use std::{
     ops::Range,
@@ -12,7 +18,7 @@ use std::{
 use super::{
     arch::Arch,
     spec::{ModelSpec, Norm, Role},
-    units::units_of,
+    units::{Unit, units_of},
     weights::Weights,
 };
 use crate::{
@@ -34,6 +40,8 @@ pub struct DecoderConfig {
     pub weights: Arc<Weights>,
     /// The layers that this decoder holds.
     pub layers: Range<usize>,
+    /// Whether the head is in parts, which do not belong to the decoder with the last layer: it is given them.
+    pub split_head: bool,
     /// How weights, keys and values are kept.
     pub dtype: DType,
     /// The largest micro-batch.
@@ -81,16 +89,27 @@ struct LayerWeights<B: Backend> {
 }
 
 struct HeadWeights<B: Backend> {
+    unit: Unit,
     norm: Arc<B::Buf>,      // [dim]
-    matrix: Arc<B::Matrix>, // [vocab, dim]
+    matrix: Arc<B::Matrix>, // [tokens, dim]
 }
 
+/// Parts that other devices work on go first: see there.
 struct Head<B: Backend> {
-    weights: HeadWeights<B>,
+    work: Work<B>,
     sampler: B::Sampler,
     rows: B::Buf,   // [outputs, dim]
-    normed: B::Buf, // [outputs, dim]
     logits: B::Buf, // [outputs, vocab]
+}
+
+/// Who makes the logits.
+enum Work<B: Backend> {
+    Whole {
+        weights: HeadWeights<B>,
+        normed: B::Buf, // [outputs, dim]
+    },
+    /// `None` until they are given.
+    Parts(Option<Parts<B>>),
 }
 
 /// Buffers of a pass, made once.
@@ -103,33 +122,12 @@ struct Scratch<B: Backend> {
     act: B::Buf,     // [rows, ffn]
 }
 
-/// Bytes of the weights of the stage with these layers.
-pub fn weight_bytes(spec: &ModelSpec, dtype: DType, layers: &Range<usize>) -> usize {
-    weight_sizes(spec, dtype, layers).into_iter().sum()
-}
-
-/// Bytes of each matrix, and of each vector, of the stage with these layers, in the order in which they are loaded.
-pub fn weight_sizes(spec: &ModelSpec, dtype: DType, layers: &Range<usize>) -> Vec<usize> {
-    let units = units_of(spec, layers);
-    let mut sizes: Vec<usize> = units.iter().flat_map(|unit| unit.tensor_sizes(spec, dtype)).collect();
-    if spec.tied && layers.len() == spec.layers.len() {
-        // The head's matrix comes last, and is the embedding's.
-        sizes.pop();
+impl DecoderConfig {
+    /// The units that the decoder holds.
+    pub fn units(&self) -> Vec<Unit> {
+        let units = units_of(&self.spec, &self.layers).into_iter();
+        units.filter(|unit| !self.split_head || *unit != Unit::Head).collect()
     }
-    sizes
-}
-
-/// Bytes of each of a stage's buffers for so many rows, and for so many output rows if it has the head, on a device that
-/// keeps what matrix products read as `dtype`.
-pub fn buffer_sizes(spec: &ModelSpec, dtype: DType, rows: usize, outputs: Option<usize>) -> Vec<usize> {
-    let (heads, wide) = (spec.heads, DType::F32.size());
-    let working = [spec.dim, heads.qkv_dim(), heads.q_dim(), 2 * spec.ffn, spec.ffn];
-    let mut sizes = vec![rows * spec.dim * wide];
-    sizes.extend(working.map(|dim| rows * dim * dtype.size()));
-    if let Some(outputs) = outputs {
-        sizes.extend([spec.dim * wide, spec.dim * dtype.size(), spec.vocab * wide].map(|row| outputs * row));
-    }
-    sizes
 }
 
 impl<B: Backend> Decoder<B> {
@@ -147,19 +145,16 @@ impl<B: Backend> Decoder<B> {
         tell: &dyn Fn(usize),
     ) -> Result<Self> {
         let spec = &config.spec;
-        let last = config.layers.end == spec.layers.len();
         let mut loader = Loader { backend, config, there, tell, bytes: 0, told: 0 };
         let embed = match config.layers.start {
             0 => Some(loader.embed()?),
             _ => None,
         };
         let layers = config.layers.clone().map(|i| loader.layer(i)).collect::<Result<_>>()?;
-        let head = match last {
-            true => Some(loader.head(embed.as_ref())?),
-            false => None,
-        };
+        let last = config.layers.end == spec.layers.len();
+        let head = if last { Some(loader.head(embed.as_ref())?) } else { None };
         loader.end()?;
-        let weight_bytes = weight_bytes(spec, config.dtype, &config.layers);
+        let weight_bytes = weight_bytes(spec, config.dtype, &config.units());
         let rows_max = backend.rows_room(config.limits.rows_max);
         let working = |dim: usize| backend.working_buf(rows_max * dim);
         let scratch = Scratch {
@@ -183,6 +178,13 @@ impl<B: Backend> Decoder<B> {
         assert!(self.embed.is_some(), "images of a stage without the embedding; this is a bug");
         self.images = Some(store);
         self
+    }
+
+    /// With the parts of a split head, in their order. Before the first pass.
+    pub fn with_parts(mut self, backend: &B, limits: Limits, parts: Vec<Aside<B>>) -> Result<Self> {
+        let head = self.head.as_mut().expect("parts of a head in a stage without one; this is a bug");
+        head.work = Work::Parts(Some(Parts::new(backend, limits, parts)?));
+        Ok(self)
     }
 
     /// Shows the device what it will be asked for, within the limits that this was loaded with: what it compiles, chooses
@@ -217,9 +219,23 @@ impl<B: Backend> Decoder<B> {
                 let step = Step { step: i as u64, after: None, batch: batch.clone() };
                 let pending = self.sample(backend, &step)?;
                 backend.collect(pending, batch)?;
+                if let Some(pending) = self.sample_plainly(backend, &step)? {
+                    backend.collect(pending, batch)?;
+                }
             }
         }
         Ok(())
+    }
+
+    /// What is tried wants more than most likely tokens. These again by the way that is for them alone, if there is one.
+    fn sample_plainly(&mut self, backend: &B, step: &Step) -> Result<Option<B::Pending>> {
+        let Decoder { head, spec, batch, scratch, .. } = self;
+        let Some(Head { work: Work::Parts(Some(parts)), sampler, rows, logits }) = head else {
+            return Ok(None);
+        };
+        parts
+            .sample_as(true, backend, spec, (batch, &scratch.hidden), (rows, logits, sampler), step)
+            .map(Some)
     }
 
     /// Bytes of the weights as they are kept.
@@ -289,8 +305,17 @@ impl<B: Backend> Decoder<B> {
 
     /// Asks for the output rows' tokens, after [`Decoder::forward`]. The head must be here.
     pub fn sample(&mut self, backend: &B, step: &Step) -> Result<B::Pending> {
-        let head = self.head.as_mut().expect("sampling in a stage without the head; this is a bug");
-        backend.sample(&head.logits, &mut head.sampler, step)
+        let Decoder { head, spec, batch, scratch, .. } = self;
+        let head = head.as_mut().expect("sampling in a stage without the head; this is a bug");
+        let Head { work, sampler, rows, logits } = head;
+        match work {
+            Work::Whole { .. } => backend.sample(logits, sampler, step),
+            // On several devices: nothing that one of them could repeat.
+            Work::Parts(parts) => {
+                let parts = parts.as_mut().expect("parts of a head that are missing; this is a bug");
+                parts.sample(backend, spec, (batch, &scratch.hidden), (rows, logits, sampler), step)
+            }
+        }
     }
 }
 
@@ -331,11 +356,11 @@ impl<B: Backend> LayerWeights<B> {
 
 impl<B: Backend> Head<B> {
     fn forward(&mut self, backend: &B, spec: &ModelSpec, batch: &B::Batch, hidden: &B::Buf) -> Result<()> {
-        let Norm::Rms { eps } = spec.norm;
-        let shape = NormShape { rows: backend.outputs(batch), dim: spec.dim, eps };
+        let Work::Whole { weights, normed } = &mut self.work else { return Ok(()) };
         backend.gather_outputs(&mut self.rows, hidden, batch, spec.dim)?;
-        let norm = backend::Norm { w: &*self.weights.norm, shape };
-        backend.norm_linear(&mut self.logits, &mut self.normed, &self.rows, norm, &self.weights.matrix)
+        let shape = outputs_shape(backend, spec, batch);
+        let norm = backend::Norm { w: &*weights.norm, shape };
+        backend.norm_linear(&mut self.logits, normed, &self.rows, norm, &weights.matrix)
     }
 }
 
@@ -393,25 +418,39 @@ impl<B: Backend> Loader<'_, B> {
 
     fn head(&mut self, embed: Option<&Arc<B::Matrix>>) -> Result<Head<B>> {
         let spec = self.config.spec.clone();
-        let there = self.there.head.clone();
-        let matrix = match (spec.tied, embed, &there) {
-            (true, Some(embed), _) => embed.clone(),
+        let outputs_max = self.backend.rows_room(self.config.limits.outputs_max);
+        let work = match self.config.split_head {
+            true => Work::Parts(None),
+            false => Work::Whole {
+                weights: self.head_weights(Unit::Head, embed)?,
+                normed: self.backend.working_buf(outputs_max * spec.dim)?,
+            },
+        };
+        Ok(Head {
+            work,
+            sampler: self.backend.sampler(spec.vocab)?,
+            rows: self.backend.buf(outputs_max * spec.dim)?,
+            logits: self.backend.buf(outputs_max * spec.vocab)?,
+        })
+    }
+
+    fn head_weights(&mut self, unit: Unit, embed: Option<&Arc<B::Matrix>>) -> Result<HeadWeights<B>> {
+        let spec = self.config.spec.clone();
+        let there = self.there.head.clone().filter(|there| there.unit == unit);
+        let matrix = match (spec.tied, unit, embed, &there) {
+            (true, Unit::Head, Some(embed), _) => embed.clone(),
             (.., Some(there)) => there.matrix.clone(),
-            (true, None, None) => Arc::new(self.matrix(&[Role::Embed], &[])?),
-            (false, _, None) => Arc::new(self.matrix(&[Role::Head], &[])?),
+            _ => {
+                let role = if spec.tied { Role::Embed } else { Role::Head };
+                let whole = self.tensor(role)?;
+                Arc::new(self.matrix_of(vec![whole.rows(unit.tokens(spec.vocab))], &[])?)
+            }
         };
         let norm = match there {
             Some(there) => there.norm,
             None => Arc::new(self.vector(Role::FinalNorm)?),
         };
-        let outputs_max = self.backend.rows_room(self.config.limits.outputs_max);
-        Ok(Head {
-            weights: HeadWeights { norm, matrix },
-            sampler: self.backend.sampler(spec.vocab)?,
-            rows: self.backend.buf(outputs_max * spec.dim)?,
-            normed: self.backend.working_buf(outputs_max * spec.dim)?,
-            logits: self.backend.buf(outputs_max * spec.vocab)?,
-        })
+        Ok(HeadWeights { unit, norm, matrix })
     }
 
     fn vector(&mut self, role: Role) -> Result<B::Buf> {
@@ -424,9 +463,12 @@ impl<B: Backend> Loader<'_, B> {
 
     /// Tensors `[n, k]` under each other, in the wanted type.
     fn matrix(&mut self, roles: &[Role], biases: &[Role]) -> Result<B::Matrix> {
+        self.matrix_of(roles.iter().map(|&role| self.tensor(role)).collect::<Result<_>>()?, biases)
+    }
+
+    fn matrix_of(&mut self, parts: Vec<Tensor>, biases: &[Role]) -> Result<B::Matrix> {
         let dtype = self.config.dtype;
-        let parts: Vec<Tensor> =
-            roles.iter().map(|&role| self.tensor(role)?.to_dtype(dtype)).collect::<Result<_>>()?;
+        let parts: Vec<Tensor> = parts.iter().map(|part| part.to_dtype(dtype)).collect::<Result<_>>()?;
         let biases: Vec<Tensor> = biases.iter().map(|&role| self.tensor(role)).collect::<Result<_>>()?;
         self.tell();
         self.bytes += parts.iter().map(|part| part.len() * dtype.size()).sum::<usize>();

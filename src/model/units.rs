@@ -17,6 +17,14 @@ pub enum Unit {
     Layer(usize),
     /// The last norm, the logits and the choice of tokens; always on the last stage.
     Head,
+    /// The same for one of several near-equal parts of the vocabulary. The last of them is on the last stage, which chooses
+    /// tokens from the logits of all.
+    HeadPart {
+        /// Which.
+        part: usize,
+        /// Of how many.
+        parts: usize,
+    },
 }
 
 /// The shape of a micro-batch, as far as its cost goes.
@@ -91,12 +99,15 @@ pub struct Work {
 /// Up to so many rows, products are made by kernels of which each starts while the one before it runs, and which make the
 /// norms and sums beside them.
 pub const FEW_ROWS: usize = 8;
+/// Where the vocabulary is cut, logits begin at 256 bytes, as the fastest products want them. A vocabulary of fewer tokens has
+/// empty parts.
+const PART_STEP: usize = 64;
 /// A layer's kernels with more rows; and what attention to prompts, of one or two kernels, costs beside them in passes that
 /// are not recorded.
 const KERNELS: usize = 7;
 const PROMPT_KERNELS: usize = 3;
 
-/// The units of a stage with these layers, in order.
+/// The units of a stage with these layers, in order, where one stage has the whole head.
 ///
 /// ```
 /// use pipeline_infer::{backend::DType, model::{shapes, units::{Unit, units_of}}};
@@ -221,6 +232,25 @@ impl fmt::Display for Pass {
 }
 
 impl Unit {
+    /// The tokens of a vocabulary whose logits it makes; none if it is not of the head.
+    ///
+    /// ```
+    /// # use pipeline_infer::model::units::Unit;
+    /// let part = |part| Unit::HeadPart { part, parts: 3 }.tokens(1000);
+    /// assert_eq!([part(0), part(1), part(2)], [0..320, 320..640, 640..1000]);
+    /// assert_eq!(Unit::Head.tokens(1000), 0..1000);
+    /// ```
+    pub fn tokens(self, vocab: usize) -> Range<usize> {
+        match self {
+            Unit::Embed | Unit::Layer(_) => 0..0,
+            Unit::Head => 0..vocab,
+            Unit::HeadPart { part, parts } => {
+                let cut = |i: usize| vocab / PART_STEP * i / parts * PART_STEP;
+                cut(part)..if part + 1 == parts { vocab } else { cut(part + 1) }
+            }
+        }
+    }
+
     /// Bytes of each of its tensors, in the order in which they are loaded. A tied head counts in full: only a stage that
     /// holds the embedding too shares it.
     pub fn tensor_sizes(self, spec: &ModelSpec, dtype: DType) -> Vec<usize> {
@@ -229,7 +259,9 @@ impl Unit {
         let matrix = |n: usize, k: usize, bias: bool| n * k * dtype.size() + if bias { vector(n) } else { 0 };
         match self {
             Unit::Embed => vec![matrix(spec.vocab, dim, false)],
-            Unit::Head => vec![vector(dim), matrix(spec.vocab, dim, false)],
+            Unit::Head | Unit::HeadPart { .. } => {
+                vec![vector(dim), matrix(self.tokens(spec.vocab).len(), dim, false)]
+            }
             Unit::Layer(_) => {
                 let mut sizes = vec![vector(dim), matrix(heads.qkv_dim(), dim, bias.qkv)];
                 if spec.qk_norm {
@@ -255,7 +287,7 @@ impl Unit {
     pub fn kv_bytes_per_token(self, spec: &ModelSpec, dtype: DType) -> usize {
         match self {
             Unit::Layer(_) => spec.kv_bytes_per_token(dtype),
-            Unit::Embed | Unit::Head => 0,
+            Unit::Embed | Unit::Head | Unit::HeadPart { .. } => 0,
         }
     }
 
@@ -268,12 +300,13 @@ impl Unit {
             }
             Unit::Layer(i) => layer_work(spec, dtype, pass, spec.layers[i].window),
             // Nobody wants logits.
-            Unit::Head if pass.outputs() == 0 => Work::default(),
-            Unit::Head => {
-                let (rows, numbers) = (pass.outputs(), (spec.vocab * spec.dim) as f64);
-                let weights = self.weight_bytes(spec, dtype) as f64;
-                // Logits are written once, and read to find the largest and by what may change them.
-                let logits = 3 * rows * spec.vocab * DType::F32.size();
+            Unit::Head | Unit::HeadPart { .. } if pass.outputs() == 0 => Work::default(),
+            Unit::Head | Unit::HeadPart { .. } => {
+                let (rows, tokens) = (pass.outputs(), self.tokens(spec.vocab).len());
+                let (numbers, weights) = ((tokens * spec.dim) as f64, self.weight_bytes(spec, dtype) as f64);
+                // Logits are written once, and read to find the largest and by what may change them: of a part's by the former alone.
+                let times = if self == Unit::Head { 3 } else { 2 };
+                let logits = times * rows * tokens * DType::F32.size();
                 Work {
                     rows,
                     products: Demand { bytes: weights, flops: 2.0 * rows as f64 * numbers },
@@ -322,7 +355,7 @@ mod tests {
         for layers in &stages {
             let units = units_of(&spec, layers);
             let bytes: usize = units.iter().map(|unit| unit.weight_bytes(&spec, DType::BF16)).sum();
-            assert_eq!(bytes, weight_bytes(&spec, DType::BF16, layers));
+            assert_eq!(bytes, weight_bytes(&spec, DType::BF16, &units));
             all.extend(units);
         }
         assert_eq!((all.len(), all[0], all[1], all[29]), (30, Unit::Embed, Unit::Layer(0), Unit::Head));

@@ -26,9 +26,11 @@ pub struct Machine {
     /// From a stage's end until the next device can begin with what it made, and for tokens from the last device to the
     /// first.
     pub boundary: Nanos,
+    /// From the last stage's end until tokens are chosen, where parts of a split head do that beside the stages.
+    pub gathering: Nanos,
     /// The host's time to plan a step and send it.
     pub planning: Nanos,
-    /// From the end of the last stage until the host has the tokens.
+    /// From when tokens are chosen until the host has them.
     pub results: Nanos,
 }
 
@@ -104,6 +106,7 @@ impl Machine {
         Machine {
             stages: costs.into_iter().enumerate().map(stage).collect(),
             boundary: 14_000,
+            gathering: 0,
             planning: 20_000,
             results: 20_000,
         }
@@ -378,8 +381,9 @@ impl<'a, W: World> Run<'a, W> {
         if next > 0 {
             self.after(way, Event::Input(next, step));
         } else {
-            self.after(way, Event::Tokens(step));
-            self.after(self.machine.results, Event::Message(Message::Result(step)));
+            let Machine { gathering, results, .. } = *self.machine;
+            self.after(gathering.saturating_add(way), Event::Tokens(step));
+            self.after(gathering.saturating_add(results), Event::Message(Message::Result(step)));
         }
         self.device_busy[stages[stage].device] = false;
         self.begin(self.machine.stages[stage].device);

@@ -15,7 +15,7 @@ fn described_devices_are_planned_for() {
         "7b: 28 layers, bf16; 4 devices, predicted",
         "256 requests at once of 512 prompt and 256 new tokens",
         "stage  device",
-        "0      cuda:0  h200-141g   embed, 0-",
+        "0      cuda:0  h200-141g  embed, 0-6, head/4",
         "stage   1 row  32 rows  256 rows  chunk of 2048",
         "3      ",
         "layout  ",
@@ -27,7 +27,9 @@ fn described_devices_are_planned_for() {
         assert!(text.lines().any(|line| line.starts_with(start)), "{start}\n{text}");
     }
     assert!(text.is_ascii() && !text.contains('\x1b'), "what is no terminal gets ASCII without colours");
-    assert!(text.lines().all(|line| line.len() <= 80 && line == line.trim_end()), "{text}");
+    // A layout is for copying: it is not broken.
+    let fits = |line: &str| line.len() <= 80 || line.starts_with("layout ");
+    assert!(text.lines().all(|line| fits(line) && line == line.trim_end()), "{text}");
 }
 
 #[test]

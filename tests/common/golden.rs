@@ -71,6 +71,7 @@ pub(crate) fn logits<B: Backend>(
     let blocks: Arc<[u32]> = (0..ids.len().div_ceil(KV_BLOCK) as u32).rev().collect();
     let limits = Limits { rows_max: chunk, seqs_max: 1, outputs_max: chunk, context_max: ids.len() };
     let config = DecoderConfig {
+        split_head: false,
         spec: spec.clone(),
         arch: model.arch,
         weights: Arc::new(model.weights),

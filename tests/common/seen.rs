@@ -193,6 +193,7 @@ impl<'a, B: Backend> Stages<'a, B> {
         let blocks_each = limits.context_max.div_ceil(KV_BLOCK);
         let load = |layers: &Range<usize>| {
             let config = DecoderConfig {
+                split_head: false,
                 spec: Arc::new(model.spec.clone()),
                 arch: model.arch,
                 weights: weights.clone(),

@@ -1,6 +1,6 @@
 //! Choosing tokens. Greedy ones are the CPU's; drawn ones are too, but where the last bit of a weight decides.
 
-use std::sync::Arc;
+use std::{ops::Range, slice, sync::Arc};
 
 use pipeline_infer::{
     SamplingParams,
@@ -47,6 +47,27 @@ fn choose<B: Backend>(b: &B, vocab: usize, steps: &[Asked]) -> Vec<Vec<Sampled>>
         b.collect(pending, &step.batch).unwrap()
     };
     steps.iter().enumerate().map(step).collect()
+}
+
+/// What comes out where parts of the vocabulary tell their best tokens.
+fn choose_in_parts<B: Backend>(
+    b: &B,
+    vocab: usize,
+    cuts: &[Range<usize>],
+    (logits, batch): &Asked,
+) -> Vec<Sampled> {
+    let (rows, mut sampler) = (batch.outputs.len(), b.sampler(vocab).unwrap());
+    let pitch = rows + 3;
+    let mut found = filled(b, Room::Wide, 2 * cuts.len() * pitch, &[]);
+    for (part, tokens) in cuts.iter().enumerate() {
+        let own: Vec<f32> = logits.chunks_exact(vocab).flat_map(|row| row[tokens.clone()].to_vec()).collect();
+        let own = filled(b, Room::Wide, own.len().max(1), &own);
+        b.find_largest((&mut found, part * pitch), &own, tokens, rows).unwrap();
+    }
+    b.loaded().unwrap();
+    let step = Step { step: 0, after: None, batch: Arc::new(batch.clone()) };
+    let pending = b.choose_found((&found, cuts.len(), pitch), &mut sampler, &step).unwrap();
+    b.collect(pending, &step.batch).unwrap()
 }
 
 /// The same tokens, with log-probabilities as near as two orders of summation and exponentials of f32 are.
@@ -103,7 +124,23 @@ fn greedy_takes_the_first_of_the_largest() {
             let seqs: Vec<u64> = (0..rows as u64).collect();
             let starts = seqs.iter().map(|&s| start(s, s as u32, s, &plain, &[])).collect();
             let batch = MicroBatch { outputs: outputs(&seqs), starts, ..MicroBatch::default() };
-            both(&format!("greedy, {vocab} tokens, {rows} rows"), vocab, &[(logits, batch)]);
+            let what = format!("greedy, {vocab} tokens, {rows} rows");
+            let asked = [(logits, batch)];
+            let (one, cpu) = (gpu(DType::BF16, 64), cpu());
+            let want = choose(&cpu, vocab, &asked).remove(0);
+            let third = vocab / 3;
+            for cuts in [vec![0..third, third..vocab], vec![0..third, third..third, third..vocab]] {
+                let what = format!("{what}, in parts {cuts:?}");
+                assert_same(&what, &[choose_in_parts(&cpu, vocab, &cuts, &asked[0])], slice::from_ref(&want));
+                if let Some(gpu) = &one {
+                    assert_same(
+                        &what,
+                        &[choose_in_parts(gpu, vocab, &cuts, &asked[0])],
+                        slice::from_ref(&want),
+                    );
+                }
+            }
+            both(&what, vocab, &asked);
         }
     }
 }

@@ -4,7 +4,7 @@ use pipeline_infer::{backend::DType, model::open_model};
 
 use crate::{
     common::golden::{F32_BOUND, checkpoints, difference, floats, golden, greedy_tokens_agree, logits},
-    device::{gpu, gpus},
+    device::{gpu, gpus, layout},
     on_gpus,
 };
 
@@ -66,6 +66,13 @@ fn greedy_tokens_agree_with_transformers_in_every_number_of_stages() {
         for stages in 1..=layers {
             let engine = on_gpus(&dir, stages, DType::F32, |b| b.slots(stages));
             greedy_tokens_agree(&engine, &golden, &format!("{}, {stages} stages", dir.display()));
+            if stages == 1 || gpus() == 1 {
+                continue;
+            }
+            let split = layout(stages, layers).with_split_head(true);
+            let engine = on_gpus(&dir, stages, DType::F32, |b| b.slots(stages).layout(split.clone()));
+            assert!(engine.layout().splits_head());
+            greedy_tokens_agree(&engine, &golden, &format!("{}, {split}", dir.display()));
         }
     }
 }

@@ -93,6 +93,7 @@ fn logits(layout: &Layout, dir: &std::path::Path, dtype: DType, ids: &[u32], chu
     let mut parts: Vec<Box<dyn Part>> = Vec::new();
     for stage in layout.stages() {
         let config = DecoderConfig {
+            split_head: false,
             spec: spec.clone(),
             arch: model.arch,
             weights: weights.clone(),

@@ -74,6 +74,39 @@ fn no_bit_changes_when_layers_move() {
     }
 }
 
+/// Of several at once some draw, some are penalized, some want log-probabilities, and some their most likely tokens alone: with
+/// these by themselves parts tell their best ones. Sums may be rounded otherwise, but hardly ever so that a token changes.
+#[test]
+fn a_split_head_chooses_the_tokens_of_a_whole_one() {
+    if gpus() < 2 {
+        return;
+    }
+    let dir = Shape { layers: 4, ..Shape::SMALL }.write(DType::F32);
+    let tokens = |split: bool, all: &[u32]| {
+        let of = crate::device::layout(gpus().min(4), 4).with_split_head(split);
+        let engine = on_gpus(dir.path(), 4, DType::F32, |b| {
+            b.weights(WeightSource::Dummy).layout(of).kv_memory(64 << 20).running(32)
+        });
+        let ask = |&i: &u32| {
+            let ids: Vec<u32> = (0..5 + 17 * (i % 7)).map(|t| (t * 13 + i * 7) % 200).collect();
+            let mut request = request(&ids, 60);
+            request.stop.ignore_eos = true;
+            let sampling = &mut request.sampling;
+            sampling.logprobs = (i % 4 == 3).then_some(2);
+            (sampling.seed, sampling.temperature) = (Some(u64::from(i)), [0.0, 0.8][i as usize % 2]);
+            if i.is_multiple_of(3) {
+                (sampling.repetition_penalty, sampling.frequency_penalty) = (1.2, 0.2);
+            }
+            engine.submit(request).unwrap()
+        };
+        let open: Vec<_> = all.iter().map(ask).collect();
+        open.into_iter().map(|events| logprob_bits(&collect(events)).0).collect::<Vec<_>>()
+    };
+    for all in [&[2, 4, 8, 10, 14][..], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]] {
+        assert_eq!(tokens(true, all), tokens(false, all), "requests {all:?}");
+    }
+}
+
 /// Memory does not grow with relayouts, and passes are repeated as ever.
 #[test]
 fn there_and_back_again_leaves_nothing_behind() {

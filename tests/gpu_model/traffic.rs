@@ -93,6 +93,7 @@ impl<'a, B: Backend> Chain<'a, B> {
         let weights = Arc::new(model.weights);
         let stage = |(i, &backend): (usize, &&'a B)| {
             let config = DecoderConfig {
+                split_head: false,
                 spec: spec.clone(),
                 arch: model.arch,
                 weights: weights.clone(),

@@ -22,7 +22,8 @@ fn devices(text: &str) -> Vec<DeviceSpec> {
 }
 
 fn planner<'a>(spec: &'a ModelSpec, devices: &'a [DeviceSpec], workload: Workload) -> Planner<'a> {
-    Planner { workload, kv_tokens: Some(16), ..Planner::new(spec, DType::BF16, devices) }
+    let split_head = Some(false);
+    Planner { workload, kv_tokens: Some(16), split_head, ..Planner::new(spec, DType::BF16, devices) }
 }
 
 /// What each device takes for a request with such a cut over devices in this order, the slowest first; `None` if it does not
@@ -32,7 +33,10 @@ fn taken(planner: &Planner<'_>, order: &[usize], own: usize, lens: &[usize]) -> 
     let (mut start, mut all) = (0, Vec::new());
     for (i, (&place, &len)) in order.iter().zip(lens).enumerate() {
         let (costs, layers) = (planner.costs(place), start..start + len);
-        let units = units_of(spec, &layers);
+        let split = planner.split_head == Some(true);
+        let part = split.then_some(Unit::HeadPart { part: i, parts: order.len() });
+        let units = units_of(spec, &layers).into_iter().filter(|unit| !split || *unit != Unit::Head);
+        let units: Vec<Unit> = units.chain(part).collect();
         let last = layers.end == spec.layers.len();
         let seconds = |(pass, weight): &(_, f64)| {
             let of_units: f64 = units.iter().map(|&unit| costs.seconds(unit, *pass)).sum();
@@ -255,4 +259,23 @@ fn case_15_what_would_make_it_fit_does_and_less_does_not() {
     assert!(fits(&given, tokens) && !fits(&given, tokens + 16), "{told}");
     let with = |more: usize| vec![given[0].clone(); 2 + more];
     assert!(fits(&with(more), 1_000_000) && !fits(&with(more - 1), 1_000_000), "{told}");
+}
+
+#[test]
+fn case_13_devices_that_share_the_head() {
+    let spec = shape("7b");
+    for text in ["4xh200-141g", "2xh200-141g,h100-80g,a100-80g", "a:mem=10g,bw=2t,bf16=400t,2xh100-80g"] {
+        let devices = devices(text);
+        for workload in [ANSWERS, Workload::default(), PROMPTS] {
+            let of = |split_head| Planner { split_head, ..planner(&spec, &devices, workload) };
+            let split = planned(&of(Some(true)));
+            // Which of both it is, if nobody says, is what reaches more.
+            let rate = |of: Planner<'_>| {
+                let layout = of.plan(devices.len()).unwrap();
+                (of.predict(&layout).unwrap().requests_per_s, layout.splits_head())
+            };
+            let (whole, parts, best) = (rate(of(Some(false))), rate(of(Some(true))), rate(of(None)));
+            assert!(parts.1 && !whole.1 && best.0 >= whole.0.max(parts.0) * 0.99, "{text}: {split:?}");
+        }
+    }
 }

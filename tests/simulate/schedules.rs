@@ -81,7 +81,7 @@ impl Schedule {
     /// From a request's coming to its end, steps are under way all the time: all of them one after another would take longer.
     fn never_idle(&self, trace: &Trace) {
         let machine = &self.simulation.machine;
-        let ways = machine.stages.len() as u64 * machine.boundary + machine.planning + machine.results;
+        let ways = ways(machine);
         for (i, answer) in trace.answers.iter().enumerate() {
             let end = answer.end.expect("every request ends").0;
             let meanwhile = trace
@@ -96,6 +96,12 @@ impl Schedule {
             assert!(took <= most, "request {i} took {took} ns, of which {} nothing happens", took - most);
         }
     }
+}
+
+/// What a step takes beside its passes.
+fn ways(machine: &Machine) -> Nanos {
+    let Machine { boundary, gathering, planning, results, .. } = *machine;
+    machine.stages.len() as Nanos * boundary + gathering + planning + results
 }
 
 fn machine(random: &mut Random, stages_max: usize) -> Machine {
@@ -119,7 +125,7 @@ fn machine(random: &mut Random, stages_max: usize) -> Machine {
     };
     let stages = (0..stages).map(stage).collect();
     let mut delay = || [0, random.scale(100) as Nanos, random.scale(5000) as Nanos][random.within(0, 2)];
-    Machine { stages, boundary: delay(), planning: delay(), results: delay() }
+    Machine { stages, boundary: delay(), gathering: delay(), planning: delay(), results: delay() }
 }
 
 /// Requests that share beginnings, come in bursts and are cancelled at any moment. A pass takes about so long.
@@ -187,7 +193,7 @@ fn patience(machine: &Machine, work: &[Arrival]) -> Nanos {
     let attended = work.iter().map(tokens_max).max().unwrap_or(0) as f64;
     let pass = |c: StageCost| c.base + c.row + attended * (c.attended + c.read) + c.output;
     let step: f64 = machine.stages.iter().map(|s| pass(s.cost)).sum();
-    let ways = machine.stages.len() as u64 * machine.boundary + machine.planning + machine.results;
+    let ways = ways(machine);
     let last = work.iter().map(|a| a.at).max().unwrap_or(0);
     last + AGAIN * rows as u64 * ((1e9 * step) as u64 + 1 + ways) + 1
 }

@@ -17,7 +17,10 @@ use super::{
     memory::{Scratch, Shared, prefix, prefix_mut, with_scratch},
     simd::{Kernel, LANES, Simd, Vector, narrow, widen},
 };
-use crate::{backend::DType, error::Result};
+use crate::{
+    backend::{self, DType},
+    error::Result,
+};
 
 thread_local! {
     /// The input, rounded to bf16, of the thread that calls.
@@ -42,17 +45,28 @@ pub(super) enum Out<'a> {
 }
 
 pub(super) fn linear(cpu: &Cpu, out: Out, x: &[f32], w: &Matrix, rows: usize) -> Result<()> {
+    linear_columns(cpu, out, backend::Columns { first: 0, width: w.n }, (x, w, rows))
+}
+
+/// The same into some columns of a matrix.
+pub(super) fn linear_columns(
+    cpu: &Cpu,
+    out: Out,
+    backend::Columns { first, width }: backend::Columns,
+    (x, w, rows): (&[f32], &Matrix, usize),
+) -> Result<()> {
     let (out, add) = match out {
         Out::Set(out) => (out, false),
         Out::Add(out) => (out, true),
     };
-    let (x, out) = (prefix(x, rows * w.k), prefix_mut(out, rows * w.n));
+    assert!(first + w.n <= width, "columns of another matrix; this is a bug");
+    let (x, out) = (prefix(x, rows * w.k), prefix_mut(out, rows * width));
     let bf16 = w.parts.iter().any(|p| p.weights.dtype == DType::BF16);
     with_scratch(&ROUNDED, if bf16 { x.len() } else { 0 }, |rounded| {
         if bf16 {
             round(cpu, x, rounded, w.k);
         }
-        let job = Job { x, rounded, w, rows, out: Shared::new(out), add };
+        let job = Job { x, rounded, w, rows, out: Shared::new(out), first, width, add };
         let columns = columns_per_task(w, rows, cpu.pool.threads());
         cpu.pool.run(w.n.div_ceil(columns), &|i| {
             job.columns(cpu.simd, i * columns..w.n.min((i + 1) * columns));
@@ -106,7 +120,10 @@ struct Job<'a> {
     rounded: &'a [u16], // [rows, k] if there are bf16 weights
     w: &'a Matrix,      // [n, k]
     rows: usize,
-    out: Shared<'a, f32>, // [rows, n]
+    out: Shared<'a, f32>, // [rows, width]
+    /// Where the weights' columns begin there.
+    first: usize,
+    width: usize,
     add: bool,
 }
 
@@ -170,8 +187,9 @@ impl Columns<'_> {
             for (total, bias) in totals.iter_mut().zip(bias.unwrap_or(&[])) {
                 *total += bias;
             }
+            let Job { out, first, width, .. } = self.job;
             // SAFETY: a task's columns are its own.
-            let out = unsafe { self.job.out.part((row + r) * self.job.w.n + column, C) };
+            let out = unsafe { out.part((row + r) * width + first + column, C) };
             match self.job.add {
                 true => out.iter_mut().zip(totals).for_each(|(out, total)| *out += total),
                 false => out.copy_from_slice(&totals),

@@ -43,8 +43,8 @@ use self::{
 };
 use crate::{
     backend::{
-        AttentionShape, Backend, DeviceMemory, HeadShape, KvShape, Limits, Norm, NormShape, QkNorm, Rotation,
-        Tensor, WarmUp,
+        AttentionShape, Backend, Columns, DeviceMemory, HeadShape, KvShape, Limits, Norm, NormShape, QkNorm,
+        Rotation, Tensor, WarmUp,
     },
     batch::{MicroBatch, Sampled, Step},
     error::{Error, Result},
@@ -168,6 +168,16 @@ impl Backend for Cpu {
         // Nobody counts.
     }
 
+    fn find_way_back(&self, _: &Self) -> Result<()> {
+        // One memory.
+        Ok(())
+    }
+
+    fn await_all(&self, _: &Self) -> Result<()> {
+        // What has been asked for is done.
+        Ok(())
+    }
+
     fn find_way(&self, _: &Self) -> Result<()> {
         Ok(())
     }
@@ -262,6 +272,18 @@ impl Backend for Cpu {
         self.linear(out, normed, w, norm.shape.rows)
     }
 
+    fn norm_linear_columns(
+        &self,
+        (out, columns): (&mut Self::Buf, Columns),
+        normed: &mut Self::Buf,
+        x: &Self::Buf,
+        norm: Norm<'_, Self>,
+        w: &Self::Matrix,
+    ) -> Result<()> {
+        self.rms_norm(normed, x, norm.w, norm.shape);
+        linear::linear_columns(self, linear::Out::Set(out), columns, (normed, w, norm.shape.rows))
+    }
+
     fn norm_gate_up(
         &self,
         out: &mut Self::Buf,
@@ -315,6 +337,26 @@ impl Backend for Cpu {
 
     fn sample(&self, logits: &Self::Buf, sampler: &mut Self::Sampler, step: &Step) -> Result<Self::Pending> {
         Ok(sampler.sample(logits, &step.batch))
+    }
+
+    fn find_largest(
+        &self,
+        (found, at): (&mut Self::Buf, usize),
+        logits: &Self::Buf,
+        tokens: &Range<usize>,
+        rows: usize,
+    ) -> Result<()> {
+        sample::find_largest(&mut found[2 * at..], logits, tokens, rows);
+        Ok(())
+    }
+
+    fn choose_found(
+        &self,
+        (found, parts, pitch): (&Self::Buf, usize, usize),
+        sampler: &mut Self::Sampler,
+        step: &Step,
+    ) -> Result<Self::Pending> {
+        Ok(sampler.choose_found(found, (parts, pitch), &step.batch))
     }
 
     fn collect(&self, pending: Self::Pending, _: &MicroBatch) -> Result<Vec<Sampled>> {

@@ -7,12 +7,13 @@
 use std::{
     cmp::Ordering,
     collections::{HashMap, hash_map::Entry},
+    ops::Range,
     sync::Arc,
 };
 
 use crate::{
     backend::mix,
-    batch::{MicroBatch, Sampled, SeqId, SeqStart},
+    batch::{MicroBatch, OutputRow, Sampled, SeqId, SeqStart},
     request::{Logprobs, SamplingParams},
 };
 
@@ -61,14 +62,41 @@ impl Sampler {
     /// Takes note of the sequences that end and start with this micro-batch, and chooses a token for each
     /// of its output rows from `logits`, which are `[outputs, vocab]`.
     pub fn sample(&mut self, logits: &[f32], batch: &MicroBatch) -> Vec<Sampled> {
+        self.start_and_end(batch);
+        let rows = logits.chunks_exact(self.vocab);
+        batch.outputs.iter().zip(rows).map(|(output, row)| self.sample_row(output.seq, row)).collect()
+    }
+
+    /// The same where each output row wants its most likely token alone, of which each part of the vocabulary has found one, or none,
+    /// for each of `pitch` rows.
+    pub fn choose_found(
+        &mut self,
+        found: &[f32],
+        (parts, pitch): (usize, usize),
+        batch: &MicroBatch,
+    ) -> Vec<Sampled> {
+        self.start_and_end(batch);
+        let (pairs, _) = found.as_chunks::<2>();
+        let choose = |(row, output): (usize, &OutputRow)| {
+            let of_parts = (0..parts).map(|part| pairs[part * pitch + row]);
+            let offered = of_parts.filter(|[logit, _]| !logit.is_nan());
+            let best = offered.reduce(|best, next| if next[0] > best[0] { next } else { best });
+            let id = best.map_or(0, |[_, id]| id.to_bits());
+            if let Some(state) = self.seqs.get_mut(&output.seq) {
+                state.record(id);
+            }
+            Sampled { seq: output.seq, id, logprobs: None }
+        };
+        batch.outputs.iter().enumerate().map(choose).collect()
+    }
+
+    fn start_and_end(&mut self, batch: &MicroBatch) {
         for seq in &batch.ends {
             self.seqs.remove(seq);
         }
         for start in &batch.starts {
             self.seqs.insert(start.seq, SeqState::new(start));
         }
-        let rows = logits.chunks_exact(self.vocab);
-        batch.outputs.iter().zip(rows).map(|(output, row)| self.sample_row(output.seq, row)).collect()
     }
 
     fn sample_row(&mut self, seq: SeqId, row: &[f32]) -> Sampled {
@@ -158,6 +186,17 @@ fn argmax(row: &[f32]) -> u32 {
         }
     }
     best.map_or(0, |(id, _)| id as u32)
+}
+
+/// The largest of each row's logits and its token, as `Sampler::choose_found` reads them. NaN where all are.
+pub(super) fn find_largest(found: &mut [f32], logits: &[f32], tokens: &Range<usize>, rows: usize) {
+    let (pairs, _) = found.as_chunks_mut::<2>();
+    for (row, pair) in pairs[..rows].iter_mut().enumerate() {
+        let of_row = &logits[row * tokens.len()..][..tokens.len()];
+        let best = argmax(of_row);
+        let logit = of_row.get(best as usize).copied().unwrap_or(f32::NAN);
+        *pair = [logit, f32::from_bits(tokens.start as u32 + best)];
+    }
 }
 
 /// Draws a token; `u` is from `0.0..1.0`.

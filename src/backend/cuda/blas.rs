@@ -7,6 +7,7 @@
 use std::{
     collections::HashMap,
     ffi::c_void,
+    fmt,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -40,10 +41,12 @@ const SPLIT_SUMS: u32 = 2;
 const TRANSPOSED: i32 = 1;
 
 /// A product `out[rows, n] = x[rows, k] · w[n, k]ᵀ (+ bias[n]) (+ out)`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shape {
     pub(super) rows: usize,
     pub(super) n: usize,
+    /// Numbers from a row of out to the next: `n` or more.
+    pub(super) width: usize,
     pub(super) k: usize,
     /// Of x, w and the bias.
     pub(super) dtype: DType,
@@ -53,6 +56,17 @@ pub(super) struct Shape {
     pub(super) bias: bool,
     /// Whether what is in `out` is added.
     pub(super) add: bool,
+}
+
+/// By this its choice is known in later runs.
+impl fmt::Debug for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Shape { rows, n, width, k, dtype, out, bias, add } = self;
+        let mut shown = f.debug_struct("Shape");
+        shown.field("rows", rows).field("n", n).field("k", k).field("dtype", dtype).field("out", out);
+        shown.field("bias", bias).field("add", add);
+        if width != n { shown.field("width", width).finish() } else { shown.finish() }
+    }
 }
 
 /// Where the numbers are.
@@ -340,10 +354,11 @@ impl Plan {
     }
 
     fn make(shape: Shape, bias: DevicePtr) -> Result<Plan, CublasError> {
-        let Shape { rows, n, k, dtype, out, .. } = shape;
-        let layout = |dtype, rows: usize, columns: usize| {
-            result::create_matrix_layout(data_type(dtype), rows as u64, columns as u64, rows as i64)
+        let Shape { rows, n, width, k, dtype, out, .. } = shape;
+        let wide = |dtype, rows: usize, columns: usize, width: usize| {
+            result::create_matrix_layout(data_type(dtype), rows as u64, columns as u64, width as i64)
         };
+        let layout = |dtype, rows, columns| wide(dtype, rows, columns, rows);
         let plan = Plan {
             operation: result::create_matmul_desc(
                 sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -351,7 +366,7 @@ impl Plan {
             )?,
             w: layout(dtype, k, n)?,
             x: layout(dtype, k, rows)?,
-            out: layout(out, n, rows)?,
+            out: wide(out, n, rows, width)?,
             add: shape.add,
         };
         use cublasLtMatmulDescAttributes_t::*;

@@ -77,8 +77,16 @@ fn multiply(cuda: &Cuda, product: &Product<'_>, out: DevicePtr) -> Result<()> {
     }
     let dtype = if op == Op::Plain { w.dtype } else { DType::F32 };
     let bias = w.bias(dtype);
-    let shape =
-        Shape { rows, n: w.n, k: w.k, dtype: w.dtype, out: dtype, bias: bias.is_some(), add: op == Op::Add };
+    let shape = Shape {
+        rows,
+        n: w.n,
+        width: w.n,
+        k: w.k,
+        dtype: w.dtype,
+        out: dtype,
+        bias: bias.is_some(),
+        add: op == Op::Add,
+    };
     let operands = Operands { out, x, w: w.weights(), bias: bias.unwrap_or(DevicePtr::NULL) };
     cuda.after_kernel.store(false, std::sync::atomic::Ordering::Relaxed);
     // SAFETY: the buffers have been checked; they belong to the decoder, which outlives its stream's work.

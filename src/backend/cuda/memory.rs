@@ -161,6 +161,21 @@ impl Stream {
         Ok(Stream { context, raw })
     }
 
+    /// One whose kernels go before those of others on the GPU, where both have some to begin.
+    pub(super) fn urgent(context: Context) -> Result<Self> {
+        context.enter()?;
+        let (mut raw, mut least, mut greatest) = (std::ptr::null_mut(), 0, 0);
+        let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: writes two numbers, and then a handle.
+        let made = unsafe {
+            sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest)
+                .result()
+                .and_then(|()| sys::cuStreamCreateWithPriority(&mut raw, flags, greatest).result())
+        };
+        context.check("making a stream", made)?;
+        Ok(Stream { context, raw })
+    }
+
     /// Waits until everything in it has ended.
     pub(super) fn synchronize(&self) -> Result<()> {
         self.context.enter()?;

@@ -7,6 +7,7 @@
 
 mod account;
 mod act;
+mod aside;
 mod attention;
 mod batch;
 mod blas;
@@ -67,6 +68,7 @@ pub use lost::any as any_lost;
 pub use matrix::Matrix;
 pub use memory::Event;
 pub use patches::Cutter;
+pub use peer::all_could_reach;
 pub use probe::{Gpu, Link, LinkKind, Probe, probe};
 pub use sample::{Pending, Sampler};
 pub use segments::Images;
@@ -109,6 +111,8 @@ pub struct Cuda {
     free_before: AtomicUsize,
     /// How pages come from other GPUs.
     ways: pages::Ways,
+    /// Is recorded where others are to wait for all that this has been asked for until then.
+    asked: Event,
 }
 
 /// One file an op.
@@ -187,30 +191,42 @@ struct Shared {
 impl Cuda {
     /// A backend for each stage, on these GPUs in order.
     pub fn pipeline(ordinals: &[usize], facts: PipelineFacts) -> Result<Vec<Arc<Cuda>>> {
+        Cuda::pipeline_with(ordinals, &[], facts)
+    }
+
+    /// The same, and behind those of the stages one for each of `asides`: what these are asked for goes before what others are.
+    pub fn pipeline_with(
+        ordinals: &[usize],
+        asides: &[usize],
+        facts: PipelineFacts,
+    ) -> Result<Vec<Arc<Cuda>>> {
         let Some(&last) = ordinals.last() else { return Ok(Vec::new()) };
         lost::work_together(ordinals);
+        let all = || ordinals.iter().chain(asides);
         // Before the first stage takes something: stages may share a GPU.
-        let free: Vec<usize> = ordinals.iter().map(|&i| free_bytes(i)).collect::<Result<_>>()?;
+        let free: Vec<usize> = all().map(|&i| free_bytes(i)).collect::<Result<_>>()?;
         let tokens = Arc::new(Tokens::new(Context::of(last)?, facts.seats, facts.in_flight)?);
         let shared = Shared { of: facts, tokens, stages: ordinals.len() };
-        ordinals.iter().zip(free).map(|(&i, free)| Cuda::open(i, free, &shared).map(Arc::new)).collect()
+        let urgent = (0..).map(|i| i >= ordinals.len());
+        let each = all().zip(free).zip(urgent);
+        each.map(|((&i, free), urgent)| Cuda::open(i, (free, urgent), &shared).map(Arc::new)).collect()
     }
 
     /// A backend that stands alone.
     pub fn new(ordinal: usize, facts: PipelineFacts) -> Result<Cuda> {
         let free = free_bytes(ordinal)?;
         let tokens = Arc::new(Tokens::new(Context::of(ordinal)?, facts.seats, facts.in_flight)?);
-        Cuda::open(ordinal, free, &Shared { of: facts, tokens, stages: 1 })
+        Cuda::open(ordinal, (free, false), &Shared { of: facts, tokens, stages: 1 })
     }
 
-    fn open(ordinal: usize, free_before: usize, shared: &Shared) -> Result<Cuda> {
+    fn open(ordinal: usize, (free_before, urgent): (usize, bool), shared: &Shared) -> Result<Cuda> {
         let of = shared.of;
         let context = Context::of(ordinal)?;
         let facts = &devices()?[ordinal];
         let kernels = Kernels::load(&Loading { context, facts, of })?;
         let blas = Blas::new(context, facts)?;
         let taken = kernels.attention.scratch_bytes() + blas.workspace_bytes();
-        let stream = Arc::new(Stream::new(context)?);
+        let stream = Arc::new(if urgent { Stream::urgent(context)? } else { Stream::new(context)? });
         shared.tokens.depend_on(&stream);
         Ok(Cuda {
             context,
@@ -225,6 +241,7 @@ impl Cuda {
             taken: AtomicUsize::new(taken),
             free_before: AtomicUsize::new(free_before),
             ways: pages::Ways::default(),
+            asked: Event::new(context)?,
         })
     }
 

@@ -7,13 +7,13 @@ use std::{
 };
 
 use super::{
-    Batch, Buf, Cuda, Event, Kv, Matrix, Pending, Sampler, attention, blas::Blas, copy, embed, linear,
+    Batch, Buf, Cuda, Event, Kv, Matrix, Pending, Sampler, aside, attention, blas::Blas, copy, embed, linear,
     pad_rows, pages, rope, sample, warm_up,
 };
 use crate::{
     backend::{
-        AttentionShape, Backend, DType, DeviceMemory, HeadShape, KvShape, Limits, Norm, QkNorm, Rotation,
-        Tensor, WarmUp,
+        AttentionShape, Backend, Columns, DType, DeviceMemory, HeadShape, KvShape, Limits, Norm, QkNorm,
+        Rotation, Tensor, WarmUp,
     },
     batch::{MicroBatch, Sampled, Step},
     error::Result,
@@ -84,6 +84,14 @@ impl Backend for Cuda {
 
     fn find_way(&self, from: &Cuda) -> Result<()> {
         pages::find_way(self, from)
+    }
+
+    fn find_way_back(&self, of: &Cuda) -> Result<()> {
+        aside::find_way_back(self, of)
+    }
+
+    fn await_all(&self, other: &Cuda) -> Result<()> {
+        aside::await_all(self, other)
     }
 
     fn fetch_pages(&self, to: &mut Kv, from: (&Cuda, &Kv), runs: &[Range<usize>]) -> Result<()> {
@@ -177,6 +185,17 @@ impl Backend for Cuda {
         linear::norm_linear(self, out, normed, x, norm, w)
     }
 
+    fn norm_linear_columns(
+        &self,
+        out: (&mut Buf, Columns),
+        normed: &mut Buf,
+        x: &Buf,
+        norm: Norm<'_, Self>,
+        w: &Matrix,
+    ) -> Result<()> {
+        aside::norm_linear_columns(self, out, normed, x, norm, w)
+    }
+
     fn norm_gate_up(
         &self,
         out: &mut Buf,
@@ -219,7 +238,26 @@ impl Backend for Cuda {
     }
 
     fn sample(&self, logits: &Buf, sampler: &mut Sampler, step: &Step) -> Result<Pending> {
-        sample::sample(self, logits, sampler, step)
+        sample::sample(self, sample::From::Logits(logits), sampler, step)
+    }
+
+    fn find_largest(
+        &self,
+        found: (&mut Buf, usize),
+        logits: &Buf,
+        tokens: &Range<usize>,
+        rows: usize,
+    ) -> Result<()> {
+        aside::find_largest(self, found, logits, tokens, rows)
+    }
+
+    fn choose_found(
+        &self,
+        found: (&Buf, usize, usize),
+        sampler: &mut Sampler,
+        step: &Step,
+    ) -> Result<Pending> {
+        sample::sample(self, sample::From::Found(found.0, found.1, found.2), sampler, step)
     }
 
     fn collect(&self, pending: Pending, batch: &MicroBatch) -> Result<Vec<Sampled>> {

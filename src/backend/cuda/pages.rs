@@ -71,7 +71,7 @@ impl Cuda {
 }
 
 /// Reads what has been written on the other GPU. Tells what is wrong.
-fn read_test(cuda: &Cuda, from: &Cuda) -> Result<Option<String>> {
+pub(super) fn read_test(cuda: &Cuda, from: &Cuda) -> Result<Option<String>> {
     let mut wanted = Pinned::new(from.context, TEST_BYTES_ALL)?;
     // SAFETY: no GPU knows of it yet.
     fill_packets(unsafe { wanted.as_mut_slice() });

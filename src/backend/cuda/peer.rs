@@ -5,6 +5,7 @@ use cudarc::driver::sys;
 
 use super::{
     Cuda, DevicePtr, copy,
+    driver::Context,
     memory::{DeviceBuf, Event, Pinned},
 };
 use crate::{backend::mix, error::Result};
@@ -57,18 +58,34 @@ impl Ring {
     }
 }
 
+/// Whether each of these GPUs could reach the memory of all others.
+pub fn all_could_reach(ordinals: &[usize]) -> Result<bool> {
+    let contexts = ordinals.iter().map(|&i| Context::of(i)).collect::<Result<Vec<_>>>()?;
+    for &from in &contexts {
+        for &to in contexts.iter().filter(|to| to.ordinal != from.ordinal) {
+            if !could_reach(from, to)? {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+fn could_reach(from: Context, to: Context) -> Result<bool> {
+    let mut possible = 0;
+    // SAFETY: both devices exist; writes one number.
+    let asked = unsafe { sys::cuDeviceCanAccessPeer(&mut possible, from.device, to.device) };
+    from.check("asking for access to another GPU", asked.result())?;
+    Ok(possible != 0)
+}
+
 impl Cuda {
     /// Whether kernels here may write to memory of `to`, after asking the driver for it.
     pub(crate) fn reaches(&self, to: &Cuda) -> Result<bool> {
         if self.context.ordinal == to.context.ordinal {
             return Ok(true);
         }
-        let mut possible = 0;
-        // SAFETY: both devices exist; writes one number.
-        let asked =
-            unsafe { sys::cuDeviceCanAccessPeer(&mut possible, self.context.device, to.context.device) };
-        self.context.check("asking for access to another GPU", asked.result())?;
-        if possible == 0 {
+        if !could_reach(self.context, to.context)? {
             return Ok(false);
         }
         let allowed = self.context.allow_access_to(to.context);

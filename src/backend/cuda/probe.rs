@@ -268,7 +268,16 @@ impl Rig {
     /// TFLOP a second.
     fn matmul_rate(&self) -> Result<f64> {
         let n = MATMUL_SIZE;
-        let shape = Shape { rows: n, n, k: n, dtype: DType::BF16, out: DType::BF16, bias: false, add: false };
+        let shape = Shape {
+            rows: n,
+            n,
+            width: n,
+            k: n,
+            dtype: DType::BF16,
+            out: DType::BF16,
+            bias: false,
+            add: false,
+        };
         let bytes = 2 * n * n;
         assert!(2 * bytes <= COPY_BYTES, "no room for two matrices; this is a bug");
         let (x, w) = (self.source.ptr(), self.source.ptr().add(bytes));

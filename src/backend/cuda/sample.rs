@@ -38,6 +38,8 @@ const STATIC_SHARED: usize = 16 << 10;
 pub(super) struct Kernels {
     sample: Kernel,
     argmax: Kernel,
+    pub(super) largest: Kernel,
+    choose_found: Kernel,
     logprobs: Kernel,
     clear_words: Kernel,
     mark_prompt: Kernel,
@@ -53,6 +55,8 @@ impl Kernels {
         Ok(Kernels {
             sample: sample.kernel("sample")?,
             argmax: argmax.kernel("argmax")?,
+            largest: argmax.kernel("largest")?,
+            choose_found: argmax.kernel("choose_found")?,
             logprobs: argmax.kernel("logprobs")?,
             clear_words: argmax.kernel("clear_words")?,
             mark_prompt: argmax.kernel("mark_prompt")?,
@@ -128,6 +132,16 @@ struct SampleParams {
 #[repr(C)]
 struct FewParams([SampleParams; FEW_OUTPUTS]);
 
+/// What tokens are chosen from.
+#[derive(Clone, Copy)]
+pub(super) enum From<'a> {
+    /// Rows of the vocabulary's length.
+    Logits(&'a Buf),
+    /// The best that so many parts of the vocabulary have to offer, where nothing else is wanted: a number of 8 bytes each, and so
+    /// many of each part.
+    Found(&'a Buf, usize, usize),
+}
+
 /// Tokens that may not have been chosen yet.
 pub struct Pending {
     tokens: Arc<Tokens>,
@@ -139,7 +153,7 @@ pub struct Pending {
 }
 
 /// Takes note of the sequences that end and start with this step, and chooses a token for each of its output rows.
-pub(super) fn sample(cuda: &Cuda, logits: &Buf, sampler: &mut Sampler, step: &Step) -> Result<Pending> {
+pub(super) fn sample(cuda: &Cuda, from: From<'_>, sampler: &mut Sampler, step: &Step) -> Result<Pending> {
     let batch = &*step.batch;
     let outputs = batch.outputs.len();
     assert!(outputs <= sampler.outputs_max, "more outputs than seats; this is a bug");
@@ -151,8 +165,7 @@ pub(super) fn sample(cuda: &Cuda, logits: &Buf, sampler: &mut Sampler, step: &St
     let mut wanted = Vec::new();
     if outputs > 0 {
         let params: Vec<SampleParams> = batch.outputs.iter().map(|o| sampler.next(o)).collect();
-        let at = logits.expect(DType::F32, outputs * sampler.vocab);
-        sampler.choose(cuda, at, &params, &mut slot)?;
+        sampler.choose(cuda, from, &params, &mut slot)?;
         if params.iter().any(|p| p.logprobs > 0) {
             wanted.extend(params.iter().map(|p| p.logprobs > 0));
         }
@@ -215,7 +228,7 @@ impl Sampler {
         params
     }
 
-    fn choose(&self, cuda: &Cuda, logits: DevicePtr, params: &[SampleParams], slot: &mut Slot) -> Result<()> {
+    fn choose(&self, cuda: &Cuda, from: From<'_>, params: &[SampleParams], slot: &mut Slot) -> Result<()> {
         let outputs = params.len();
         let mut few = FewParams([params[0]; FEW_OUTPUTS]);
         let many = if outputs <= FEW_OUTPUTS {
@@ -233,6 +246,12 @@ impl Sampler {
         };
         let kernels = &cuda.kernels.sample;
         let (vocab, tokens, last) = (self.vocab as u32, slot.tokens.ptr(), cuda.tokens.table());
+        let logits = match from {
+            From::Logits(logits) => logits.expect(DType::F32, outputs * self.vocab),
+            From::Found(found, parts, pitch) => {
+                return choose_found(cuda, (found, parts, pitch), (tokens, last), (many, few), outputs);
+            }
+        };
         if params.iter().all(|p| p.temperature == 0.0) {
             let parts = self.vocab.div_ceil(ARGMAX_SPAN) as u32;
             let grid = Grid { blocks: [parts, outputs as u32, 1], threads: 256, shared: 0, cluster: 1 };
@@ -370,6 +389,27 @@ impl Sampler {
         }
         // Only after a failure: slots of steps that may still run do not come back.
         Slot::new(cuda, self.outputs_max)
+    }
+}
+
+/// Of what so many parts have found, each for `pitch` rows.
+fn choose_found(
+    cuda: &Cuda,
+    (found, parts, pitch): (&Buf, usize, usize),
+    (tokens, last): (DevicePtr, DevicePtr),
+    (many, few): (DevicePtr, FewParams),
+    outputs: usize,
+) -> Result<()> {
+    let from = found.expect(DType::F32, 2 * parts * pitch);
+    let grid = Grid::row(outputs.div_ceil(32) as u32, 32);
+    let (parts, pitch, outputs) = (parts as u32, pitch as u32, outputs as u32);
+    // SAFETY: (u32*, u32*, const u64*, const SampleParams*, FewParams, u32, u32, u32) as in argmax.cu.
+    unsafe {
+        cuda.launch(
+            &cuda.kernels.sample.choose_found,
+            grid,
+            &mut args![tokens, last, from, many, few, parts, pitch, outputs],
+        )
     }
 }
 

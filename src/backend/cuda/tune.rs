@@ -38,7 +38,8 @@ const BUDGET: Duration = Duration::from_secs(6);
 
 /// How many algorithms are asked for.
 pub(super) fn candidates(shape: Shape) -> usize {
-    if shape.rows <= TRIED_ROWS_MAX { CANDIDATES } else { 1 }
+    // Nor of columns of a wider matrix: a start would load as much code again, for logits that are wanted less often.
+    if shape.rows <= TRIED_ROWS_MAX && shape.width == shape.n { CANDIDATES } else { 1 }
 }
 
 /// Whether ways are to be tried for so many rows, after so much time.
@@ -163,6 +164,7 @@ mod tests {
         let of = |rows| Shape {
             rows,
             n: 37888,
+            width: 37888,
             k: 3584,
             dtype: DType::BF16,
             out: DType::BF16,

@@ -12,7 +12,7 @@ use crate::{
     layout::{Device, DeviceSpec},
     model::{
         spec::ModelSpec,
-        units::{Pass, Unit, units_of},
+        units::{Pass, Unit},
         vision::{VisionPass, VisionSpec, vision_units},
     },
 };
@@ -103,13 +103,15 @@ impl Demands {
             None => crate::engine::gpus()?,
         };
         let on = |device: Device| known.iter().find(|spec| spec.device == device).cloned();
-        let stages = layout.stages().iter();
+        let stages = layout.stages().iter().enumerate();
         let vision = tower.into_iter().zip(spec.vision.iter().cycle());
         let of_tower = |((device, blocks), tower): ((Device, Range<usize>), &Arc<VisionSpec>)| {
             VisionDemand::of(tower, dtype, blocks, on(device))
         };
         Ok(Demands {
-            stages: stages.map(|s| Demand::of(spec, dtype, &s.layers, on(s.device))).collect(),
+            stages: stages
+                .map(|(i, s)| Demand::of(spec, dtype, &layout.units(i, spec), on(s.device)))
+                .collect(),
             vision: vision.map(of_tower).collect(),
         })
     }
@@ -214,20 +216,15 @@ impl Done {
 }
 
 impl Demand {
-    fn of(
-        spec: &ModelSpec,
-        dtype: DType,
-        layers: &std::ops::Range<usize>,
-        device: Option<DeviceSpec>,
-    ) -> Demand {
+    fn of(spec: &ModelSpec, dtype: DType, units: &[Unit], device: Option<DeviceSpec>) -> Demand {
         let dtype_rate = rate_of(device.as_ref(), dtype);
         let mut demand = Demand { device, dtype_rate, ..Demand::default() };
-        for unit in units_of(spec, layers) {
+        for &unit in units {
             let work = unit.work(spec, dtype, Pass::Decode { rows: 1, context: 1 });
             match unit {
                 // A row of it is little beside everything else.
                 Unit::Embed => (),
-                Unit::Head => {
+                Unit::Head | Unit::HeadPart { .. } => {
                     demand.head_bytes = work.products.bytes;
                     demand.output_flops = work.products.flops;
                 }
@@ -291,7 +288,7 @@ mod tests {
     use crate::{
         batch::{OutputRow, SeqId, SeqRows},
         grid::Grid,
-        model::shapes,
+        model::{shapes, units::units_of},
     };
 
     fn batch(sequences: usize, rows: usize, cached: usize) -> MicroBatch {
@@ -318,7 +315,7 @@ mod tests {
         let devices = DeviceSpec::list("4xmine:mem=100g,bw=4t,bf16=700t").unwrap();
         let each = spec.layers.len() / stages;
         let stage = |(i, device): (usize, DeviceSpec)| {
-            Demand::of(&spec, DType::BF16, &(i * each..(i + 1) * each), Some(device))
+            Demand::of(&spec, DType::BF16, &units_of(&spec, &(i * each..(i + 1) * each)), Some(device))
         };
         Demands {
             stages: devices.into_iter().take(stages).enumerate().map(stage).collect(),

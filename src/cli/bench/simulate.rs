@@ -17,7 +17,7 @@ use crate::{
         table::{columns, seconds},
     },
     error::{Error, Result},
-    layout::{Device, Layout},
+    layout::{Device, Given, Layout, Stage},
     schedule::{SchedulerConfig, StageCost},
     simulate::{Blank, Machine, Nanos, Percentiles, Report, Simulation, Workload, nanos, read_costs},
 };
@@ -28,6 +28,8 @@ pub(super) const SUBCOMMAND: Subcommand =
 /// Tokens of all requests, times stages, at most: what the trace has room for.
 const TRACE_MAX: u64 = 1 << 30;
 const STAGES_MAX: i64 = 64;
+/// Microseconds that a quarter of 7b's head takes four H200s at 64 rows, beside what their stages do.
+const GATHERING_US: f64 = 120.0;
 /// Bytes of a file with costs, at most.
 const COSTS_BYTES_MAX: u64 = 4 << 20;
 
@@ -58,7 +60,7 @@ struct Pipeline {
     /// Cuts the layers into N stages of near-equal length [default: 4, or as --costs says]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=STAGES_MAX), conflicts_with = "layout")]
     stages: Option<u32>,
-    /// Which layers make each stage: 0-9,10-27
+    /// Which layers make each stage: 0-9,10-27; with ,head@all behind them all have a part of the head
     #[arg(long, value_name = "STAGES")]
     layout: Option<String>,
     /// What each stage's passes take: a JSON list of objects with base, row, attended, read and output in
@@ -92,10 +94,13 @@ struct Pipeline {
     /// From one device to the next
     #[arg(long, value_name = "US", default_value_t = 14.0, value_parser = time)]
     boundary_us: f64,
+    /// From the last stage's end until tokens are chosen, where the head is split [default: 120 if --layout splits it, or 0]
+    #[arg(long, value_name = "US", value_parser = time)]
+    gathering_us: Option<f64>,
     /// The host's time to plan a step and send it
     #[arg(long, value_name = "US", default_value_t = 20.0, value_parser = time)]
     planning_us: f64,
-    /// From the last stage's end until the host has the tokens
+    /// From when tokens are chosen until the host has them
     #[arg(long, value_name = "US", default_value_t = 20.0, value_parser = time)]
     results_us: f64,
 }
@@ -218,6 +223,17 @@ fn positive(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A layout whose stages have a device each, unless it says which.
+fn layout(text: &str) -> Result<Layout> {
+    let Given { layout, placed } = text.parse()?;
+    if placed {
+        return Ok(layout);
+    }
+    let on = |(i, stage): (usize, &Stage)| Stage { device: Device::Cuda(i), ..stage.clone() };
+    let stages = layout.stages().iter().enumerate().map(on).collect();
+    Ok(Layout::new(stages)?.with_split_head(layout.splits_head()))
+}
+
 impl Pipeline {
     fn machine(&self) -> Result<Machine> {
         let costs = self.costs()?;
@@ -235,6 +251,11 @@ impl Pipeline {
             }
         }
         machine.boundary = nanos(self.boundary_us / 1e6);
+        let gathering = match &self.layout {
+            Some(text) if layout(text)?.head_stages().len() > 1 => GATHERING_US,
+            _ => 0.0,
+        };
+        machine.gathering = nanos(self.gathering_us.unwrap_or(gathering) / 1e6);
         machine.planning = nanos(self.planning_us / 1e6);
         machine.results = nanos(self.results_us / 1e6);
         Ok(machine)
@@ -256,7 +277,7 @@ impl Pipeline {
             };
         }
         let layout = match &self.layout {
-            Some(text) => text.parse()?,
+            Some(text) => layout(text)?,
             None => {
                 let (stages, layers) =
                     (self.stages.unwrap_or(4) as usize, self.layers.unwrap_or(28) as usize);
@@ -271,9 +292,10 @@ impl Pipeline {
             output: 0.0,
         };
         let mut costs: Vec<StageCost> = layout.stages().iter().map(|s| cost(s.layers.len())).collect();
-        let head = costs.last_mut().expect("a layout has stages; this is a bug");
-        head.base += self.head_us / 1e6;
-        head.output = self.output_us / 1e6;
+        for (stage, cost) in costs.iter_mut().enumerate() {
+            cost.base += layout.head_share(stage) * self.head_us / 1e6;
+            cost.output = layout.head_share(stage) * self.output_us / 1e6;
+        }
         if costs.iter().any(|c| *c == StageCost::default()) {
             return Err(Error::usage(
                 "--layer-us 0 --row-us 0 --attended-us 0 --read-us 0",

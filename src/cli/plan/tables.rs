@@ -127,7 +127,11 @@ fn running(plan: &Prediction, wanted: usize) -> String {
 /// `embed, 0-7`.
 pub(super) fn units(stage: &StagePrediction) -> String {
     let embed = if stage.embed { "embed, " } else { "" };
-    let head = if stage.head { ", head" } else { "" };
+    let head = match stage.head_share {
+        0.0 => String::new(),
+        1.0 => ", head".into(),
+        share => format!(", head/{:.0}", 1.0 / share),
+    };
     format!("{embed}{}{head}", stage.layers)
 }
 

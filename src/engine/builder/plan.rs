@@ -86,6 +86,7 @@ impl EngineBuilder {
         let (context_max, blocks) = self.plan_kv(&room, context)?;
         scheduling.running_max = scheduling.running_max.min(blocks);
         let config = DecoderConfig {
+            split_head: false,
             layers: 0..spec.layers.len(),
             spec,
             arch: model.arch,

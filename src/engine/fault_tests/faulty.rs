@@ -12,8 +12,8 @@ use std::{
 
 use crate::{
     backend::{
-        AttentionShape, Backend, DeviceMemory, HeadShape, KvShape, Limits, Norm, QkNorm, Rotation, Tensor,
-        WarmUp, cpu::Cpu,
+        AttentionShape, Backend, Columns, DeviceMemory, HeadShape, KvShape, Limits, Norm, QkNorm, Rotation,
+        Tensor, WarmUp, cpu::Cpu,
     },
     batch::{MicroBatch, ON_DEVICE, Sampled, Step},
     error::Result,
@@ -39,6 +39,12 @@ impl<const ASYNC: bool> Faulty<ASYNC> {
 
     fn at(&self, point: Point) -> Result<()> {
         self.plan.at(point, self.stage)
+    }
+
+    /// To whoever embeds them.
+    fn hand_on(&self, step: &Step, chosen: &[Sampled]) {
+        let seats = step.batch.outputs.iter().map(|output| output.seat);
+        self.tokens.lock().unwrap().extend(seats.zip(chosen.iter().map(|token| token.id)));
     }
 }
 
@@ -99,6 +105,14 @@ impl<const ASYNC: bool> Backend for Faulty<ASYNC> {
 
     fn succeed(&self, before: &Self, bytes: usize) {
         self.cpu.succeed(&before.cpu, bytes);
+    }
+
+    fn find_way_back(&self, of: &Self) -> Result<()> {
+        self.cpu.find_way_back(&of.cpu)
+    }
+
+    fn await_all(&self, other: &Self) -> Result<()> {
+        self.cpu.await_all(&other.cpu)
     }
 
     fn find_way(&self, from: &Self) -> Result<()> {
@@ -214,6 +228,18 @@ impl<const ASYNC: bool> Backend for Faulty<ASYNC> {
         self.cpu.norm_linear(out, normed, x, norm(&of), w)
     }
 
+    fn norm_linear_columns(
+        &self,
+        out: (&mut Self::Buf, Columns),
+        normed: &mut Self::Buf,
+        x: &Self::Buf,
+        of: Norm<'_, Self>,
+        w: &Self::Matrix,
+    ) -> Result<()> {
+        self.at(Point::Head)?;
+        self.cpu.norm_linear_columns(out, normed, x, norm(&of), w)
+    }
+
     fn norm_gate_up(
         &self,
         out: &mut Self::Buf,
@@ -267,8 +293,30 @@ impl<const ASYNC: bool> Backend for Faulty<ASYNC> {
     fn sample(&self, logits: &Self::Buf, sampler: &mut Self::Sampler, step: &Step) -> Result<Self::Pending> {
         self.at(Point::Sample)?;
         let chosen = self.cpu.sample(logits, sampler, step)?;
-        let seats = step.batch.outputs.iter().map(|output| output.seat);
-        self.tokens.lock().unwrap().extend(seats.zip(chosen.iter().map(|token| token.id)));
+        self.hand_on(step, &chosen);
+        Ok(chosen)
+    }
+
+    fn find_largest(
+        &self,
+        found: (&mut Self::Buf, usize),
+        logits: &Self::Buf,
+        tokens: &Range<usize>,
+        rows: usize,
+    ) -> Result<()> {
+        self.at(Point::Head)?;
+        self.cpu.find_largest(found, logits, tokens, rows)
+    }
+
+    fn choose_found(
+        &self,
+        found: (&Self::Buf, usize, usize),
+        sampler: &mut Self::Sampler,
+        step: &Step,
+    ) -> Result<Self::Pending> {
+        self.at(Point::Sample)?;
+        let chosen = self.cpu.choose_found(found, sampler, step)?;
+        self.hand_on(step, &chosen);
         Ok(chosen)
     }
 

@@ -26,7 +26,7 @@ fn wire(plan: Arc<Plan>) -> Arc<Wire> {
         let keeper = take(1).pop().unwrap();
         let vision = Some(VisionOn { backends: tower, keeper });
         let ways = Ways { ones: &Host, twos: &Host, one_to_two: &Host, two_to_one: &Host };
-        let on = On { backends, ways, lost: || false, vision };
+        let on = On { backends, ways, lost: || false, vision, asides: Vec::new() };
         wire_on(on, layout, config, shared, progress)
     })
 }

@@ -1,6 +1,6 @@
 //! Room for another layout beside the one that runs.
 
-use super::{Room, Scratch, TowerScratch, Unplaced, units_of};
+use super::{Room, Scratch, TowerScratch, Unplaced};
 use crate::{
     backend::cuda,
     batch::KV_BLOCK,
@@ -19,7 +19,7 @@ pub(in crate::engine) type Free = fn(usize) -> Result<usize>;
 impl Unplaced<'_> {
     /// What stages take with room for a layer more, and for their buffers once more.
     pub(super) fn with_spare(&self, scratch: Scratch) -> Scratch {
-        let Scratch { stage, head, layer, tower } = scratch;
+        let Scratch { stage, head, aside, layer, tower } = scratch;
         let (one, tokens) = (Unit::Layer(0), self.kv_tokens.unwrap_or_default());
         let pages = tokens.saturating_mul(one.kv_bytes_per_token(self.spec, self.dtype));
         let more = one.weight_bytes(self.spec, self.dtype).saturating_add(pages);
@@ -30,7 +30,8 @@ impl Unplaced<'_> {
         };
         let tower =
             TowerScratch { stage: 2 * tower.stage, block: 2 * tower.block + block, store: 2 * tower.store };
-        Scratch { stage: (2 * stage + layer).saturating_add(more), head: 2 * head, layer, tower }
+        let stage = (2 * stage + layer).saturating_add(more);
+        Scratch { stage, head: 2 * head, aside: 2 * aside, layer, tower }
     }
 }
 
@@ -82,10 +83,10 @@ impl Room<'_> {
     /// Units of these stages that are not on this GPU yet.
     fn come(&self, now: &Layout, gpu: usize, stages: &[usize]) -> Vec<Unit> {
         let here = |unit: &Unit| {
-            let mut there = now.stages().iter().filter(|stage| stage.device == Device::Cuda(gpu));
-            there.any(|stage| units_of(self.spec, &stage.layers).contains(unit))
+            let on = |i: &usize| now.stages()[*i].device == Device::Cuda(gpu);
+            (0..now.stages().len()).filter(on).any(|i| now.units(i, self.spec).contains(unit))
         };
-        let of = |&i: &usize| units_of(self.spec, &self.layout.stages()[i].layers);
+        let of = |&i: &usize| self.layout.units(i, self.spec);
         stages.iter().flat_map(of).filter(|unit| !here(unit)).collect()
     }
 

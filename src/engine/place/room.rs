@@ -11,6 +11,7 @@ use crate::{
     model::{
         decoder::{buffer_sizes, weight_sizes},
         spec::ModelSpec,
+        units::Unit,
     },
     transport::ring_bytes,
 };
@@ -148,12 +149,14 @@ impl Room<'_> {
         let buffers = cpu_bytes(spec, rows_max, outputs);
         // Those of both boundaries: between a GPU and the CPU packets lie on the host.
         let rings = 2 * ring_bytes(self.in_flight, rows_max * spec.dim);
-        weight_sizes(spec, self.dtype, &stages[i].layers).into_iter().sum::<usize>() + buffers + rings
+        weight_sizes(spec, self.dtype, &self.layout.units(i, spec)).into_iter().sum::<usize>()
+            + buffers
+            + rings
     }
 
     /// Weights and buffers of a stage on a GPU, as the driver counts them.
     pub(super) fn bytes(&self, i: usize) -> usize {
-        let weights = weight_sizes(self.spec, self.dtype, &self.layout.stages()[i].layers);
+        let weights = weight_sizes(self.spec, self.dtype, &self.layout.units(i, self.spec));
         weights.into_iter().map(cuda::allocated).sum::<usize>() + self.working(i)
     }
 
@@ -170,6 +173,18 @@ impl Room<'_> {
         let vocab = last.then_some(spec.vocab);
         let (dim, head_dim) = (spec.dim, spec.heads.head_dim);
         let own = cuda::StageNeeds { limits: self.limits, dim, head_dim, vocab };
-        sizes.into_iter().map(cuda::allocated).sum::<usize>() + cuda::stage_bytes(&own)
+        let aside = match self.layout.head_of(i) {
+            Some(part @ Unit::HeadPart { .. }) => aside_bytes(spec, self.dtype, outputs_max, part),
+            _ => 0,
+        };
+        sizes.into_iter().map(cuda::allocated).sum::<usize>() + cuda::stage_bytes(&own) + aside
     }
+}
+
+/// What a part of the head takes beside its weights, for so many output rows.
+pub(super) fn aside_bytes(spec: &ModelSpec, dtype: DType, outputs_max: usize, part: Unit) -> usize {
+    let rows = cuda::rows_room(outputs_max);
+    // What its rows are before products, its logits, and what all parts have found, which is on the last stage's device.
+    let row = [spec.dim * dtype.size(), part.tokens(spec.vocab).len() * DType::F32.size(), 64 * 8];
+    row.map(|row| cuda::allocated(rows * row)).iter().sum::<usize>() + cuda::view_bytes()
 }

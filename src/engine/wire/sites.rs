@@ -29,6 +29,8 @@ pub(in crate::engine) struct On<'a, A: VisionOps, B: VisionOps> {
     pub(in crate::engine) lost: fn() -> bool,
     /// What the vision tower runs on, if there is one.
     pub(in crate::engine) vision: Option<VisionOn<A, B>>,
+    /// What the parts of a split head run on: of the last stage's kind, one for each, in their order.
+    pub(in crate::engine) asides: Vec<Either<Arc<A>, Arc<B>>>,
 }
 
 impl<A, B> Either<A, B> {

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use super::{Decoder, HeadWeights, Layer, rotation};
+use super::{Decoder, HeadWeights, Layer, Work, rotation};
 use crate::{
     backend::{Backend, KvShape, Limits, WarmUp},
     error::Result,
@@ -42,7 +42,7 @@ impl<B: Backend> Clone for Layer<B> {
 
 impl<B: Backend> Clone for HeadWeights<B> {
     fn clone(&self) -> Self {
-        HeadWeights { norm: self.norm.clone(), matrix: self.matrix.clone() }
+        HeadWeights { unit: self.unit, norm: self.norm.clone(), matrix: self.matrix.clone() }
     }
 }
 
@@ -52,9 +52,13 @@ impl<B: Backend> Held<B> {
         self.layers.contains_key(&layer)
     }
 
-    /// Whether the embedding is, and the head.
+    /// Whether the embedding is, and the head, or the part of it that is where tokens are chosen.
     pub fn has_ends(&self) -> (bool, bool) {
-        (self.embed.is_some(), self.head.is_some())
+        let is_last = |unit| match unit {
+            Unit::HeadPart { part, parts } => part + 1 == parts,
+            _ => true,
+        };
+        (self.embed.is_some(), self.head.as_ref().is_some_and(|head| is_last(head.unit)))
     }
 
     /// A layer's pages.
@@ -71,9 +75,11 @@ impl<B: Backend> Held<B> {
                     part.embed = self.embed.clone();
                     part.embed.is_some()
                 }
-                Unit::Head => {
-                    part.head = self.head.clone();
-                    part.head.is_some()
+                Unit::Head | Unit::HeadPart { .. } => {
+                    let same = self.head.as_ref().filter(|head| head.unit == unit).cloned();
+                    let found = same.is_some();
+                    part.head = same.or(part.head);
+                    found
                 }
                 Unit::Layer(i) => {
                     let layer = self.layers.get(&i).map(|layer| part.layers.insert(i, layer.clone()));
@@ -98,7 +104,10 @@ impl<B: Backend> Decoder<B> {
     pub fn held(&self) -> Held<B> {
         Held {
             embed: self.embed.clone(),
-            head: self.head.as_ref().map(|head| head.weights.clone()),
+            head: self.head.as_ref().and_then(|head| match &head.work {
+                Work::Whole { weights, .. } => Some(weights.clone()),
+                Work::Parts(_) => None,
+            }),
             layers: (self.first..).zip(self.layers.iter().cloned()).collect(),
         }
     }

@@ -267,6 +267,26 @@ fn end_with_all_work() {
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) -> Status {
+    // SAFETY: the caller's.
+    unsafe { put(least, 0).max(put(greatest, -5)) }
+}
+
+/// Each stream has a thread of its own here: none goes before others.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreateWithPriority(
+    stream: *mut *mut c_void,
+    flags: c_uint,
+    priority: c_int,
+) -> Status {
+    if !(-5..=0).contains(&priority) {
+        return INVALID_VALUE;
+    }
+    // SAFETY: the caller's.
+    unsafe { cuStreamCreate(stream, flags) }
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamCreate(stream: *mut *mut c_void, _flags: c_uint) -> Status {
     let Ok(gpu) = current() else { return INVALID_VALUE };
     end_with_all_work();

@@ -1,0 +1,80 @@
+//! Parts of a split head: which devices they are on, and who counts what they take.
+
+use std::sync::Arc;
+
+use super::{Either, Wired};
+use crate::{
+    backend::{Backend, DeviceMemory},
+    layout::{Device, Layout},
+    model::{decoder::DecoderConfig, units::Unit},
+};
+
+/// A part of the head, which the last stage asks for its logits.
+pub(super) struct PartOn<B: Backend> {
+    pub(super) device: Device,
+    pub(super) backend: Arc<B>,
+    pub(super) unit: Unit,
+}
+
+/// The stages on whose devices they are; none where the head is whole.
+pub(super) fn stages(layout: &Layout) -> Vec<usize> {
+    let stages = layout.head_stages();
+    if stages.len() > 1 { stages } else { Vec::new() }
+}
+
+/// Those on devices of one kind, of which `pick` gives the backend.
+pub(super) fn parts<E: Clone, B: Backend>(
+    layout: &Layout,
+    backends: &[E],
+    pick: impl Fn(E) -> Option<Arc<B>>,
+) -> Vec<PartOn<B>> {
+    let of = |(backend, stage): (&E, usize)| {
+        let (device, unit) = (layout.stages()[stage].device, layout.head_of(stage)?);
+        Some(PartOn { device, backend: pick(backend.clone())?, unit })
+    };
+    backends.iter().zip(stages(layout)).filter_map(of).collect()
+}
+
+impl Wired {
+    /// What parts of the head take belongs to the stages on whose devices they are.
+    pub(super) fn count_asides<A: Backend, B: Backend>(
+        &mut self,
+        layout: &Layout,
+        config: &DecoderConfig,
+        backends: &[Either<Arc<A>, Arc<B>>],
+    ) {
+        let mut facts: Vec<_> = self.stages.iter_mut().flat_map(|(facts, _)| facts).collect();
+        for (stage, backend) in stages(layout).into_iter().zip(backends) {
+            let bytes = layout.head_of(stage).map_or(0, |unit| unit.weight_bytes(&config.spec, config.dtype));
+            // Whoever asks must not keep the device's memory from being given back.
+            let taken: Box<dyn Fn() -> Option<usize> + Send + Sync> = match backend {
+                Either::One(backend) => taken_of(backend),
+                Either::Two(backend) => taken_of(backend),
+            };
+            let (idle, own) = (
+                match backend {
+                    Either::One(backend) => idle_of(backend),
+                    Either::Two(backend) => idle_of(backend),
+                },
+                facts[stage].idle.clone(),
+            );
+            facts[stage].idle = Arc::new(move || Some(own()? && idle()?));
+            facts[stage].weight_bytes += bytes;
+            let own = std::mem::replace(&mut facts[stage].memory, Box::new(|| None));
+            facts[stage].memory = Box::new(move || {
+                let memory = own()?;
+                Some(DeviceMemory { taken: memory.taken + taken().unwrap_or(0), ..memory })
+            });
+        }
+    }
+}
+
+fn taken_of<B: Backend>(backend: &Arc<B>) -> Box<dyn Fn() -> Option<usize> + Send + Sync> {
+    let backend = Arc::downgrade(backend);
+    Box::new(move || Some(backend.upgrade()?.memory()?.taken))
+}
+
+fn idle_of<B: Backend>(backend: &Arc<B>) -> Box<dyn Fn() -> Option<bool> + Send + Sync> {
+    let backend = Arc::downgrade(backend);
+    Box::new(move || backend.upgrade()?.is_idle())
+}
