@@ -121,6 +121,19 @@ impl EngineBuilder {
     }
 
     /// Which layers run where.
+    ///
+    /// ```
+    /// # use pipeline_infer::{Engine, layout::Device};
+    /// let builder = Engine::builder().model("tests/data/chat-llama");
+    /// let engine = builder.clone().layout("0@cpu,1-3@cpu".parse()?).build()?;
+    /// assert_eq!((engine.stats().stages.len(), engine.layout().to_string()), (2, "0@cpu,1-3@cpu".into()));
+    /// // Cuts alone, on this device; or as many stages of near-equal length.
+    /// let engine = builder.clone().cuts("0-2,3".parse()?).device(Device::Cpu).build()?;
+    /// assert_eq!(engine.layout().to_string(), "0-2@cpu,3@cpu");
+    /// let engine = builder.stages(2).devices([Device::Cpu]).build()?;
+    /// assert_eq!(engine.layout().to_string(), "0-1@cpu,2-3@cpu");
+    /// # Ok::<(), pipeline_infer::Error>(())
+    /// ```
     pub fn layout(mut self, layout: Layout) -> Self {
         self.layout = Some(layout);
         self
@@ -301,6 +314,16 @@ impl EngineBuilder {
 
     /// Whether a layer moves to another device by itself where a stage is slower than the others for long: another process
     /// is on its GPU, or it is throttled. GPUs keep room for it, as if [`movable`](Self::movable). Default: no.
+    ///
+    /// ```
+    /// # use pipeline_infer::{Engine, Prompt, Request, layout::Device};
+    /// let builder = Engine::builder().model("tests/data/chat-llama").device(Device::Cpu).stages(2);
+    /// let engine = builder.balance(true).build()?;
+    /// engine.submit(Request::new(Prompt::Ids(vec![1, 2, 3])))?.for_each(drop);
+    /// // Stages of one device take as long whichever of them does the work: nothing moves.
+    /// assert_eq!(engine.stats().relayouts, 0);
+    /// # Ok::<(), pipeline_infer::Error>(())
+    /// ```
     pub fn balance(mut self, wanted: bool) -> Self {
         self.balance = wanted.then(Pace::default);
         self

@@ -31,6 +31,16 @@ use crate::{
 pub(super) const GAP: usize = 32;
 
 /// What a relayout did.
+///
+/// ```
+/// # use pipeline_infer::{Engine, layout::Device};
+/// let engine = Engine::builder().model("tests/data/chat-llama").device(Device::Cpu).build()?;
+/// let told = engine.relayout("0-1@cpu,2-3@cpu".parse()?)?;
+/// assert_eq!((told.from.to_string(), told.to), ("0-3@cpu".into(), engine.layout()));
+/// // Nothing came to a device that had it already.
+/// assert_eq!((told.moved.len(), told.weight_bytes, told.kv_bytes), (0, 0, 0));
+/// # Ok::<(), pipeline_infer::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Relayout {
     /// The layout before.

@@ -17,6 +17,17 @@ pub struct VisionStage {
 impl Layout {
     /// With the vision tower on these stages, in the order of its blocks; none where there is no tower, or where it goes by
     /// default.
+    ///
+    /// ```
+    /// # use pipeline_infer::{Layout, layout::{Device, VisionStage}};
+    /// let layers: Layout = "0-13@cuda:0,14-27@cuda:1".parse()?;
+    /// let on = |gpu, blocks| VisionStage { device: Device::Cuda(gpu), blocks: Some(blocks) };
+    /// let layout = layers.with_vision(vec![on(0, 0..12), on(1, 12..32)])?;
+    /// assert_eq!(layout.to_string(), "v0-11@cuda:0,v12-31@cuda:1,0-13@cuda:0,14-27@cuda:1");
+    /// // Of another tower some blocks would be nowhere.
+    /// assert!(layout.tower(Some(32)).is_ok() && layout.tower(Some(40)).is_err());
+    /// # Ok::<(), pipeline_infer::Error>(())
+    /// ```
     pub fn with_vision(mut self, vision: Vec<VisionStage>) -> Result<Self> {
         let mut next = 0;
         for (i, stage) in vision.iter().enumerate() {

@@ -76,7 +76,7 @@ pub(super) struct Figures {
     pub(super) energy: Option<Energy>,
     pub(super) host_cpu: HostCpu,
     pub(super) host_bytes_peak: Option<usize>,
-    scheduler: SchedulerFigures,
+    pub(super) scheduler: SchedulerFigures,
     /// What each stage's time is made of, in seconds; none where the runs did not tell.
     costs: Option<Vec<StageCost>>,
     /// What stages took for kinds of passes, beside what plans say.
@@ -135,13 +135,13 @@ pub(super) struct Pipeline {
 
 /// Over all runs.
 #[derive(Debug, Serialize)]
-struct SchedulerFigures {
-    in_flight_mean: f64,
+pub(super) struct SchedulerFigures {
+    pub(super) in_flight_mean: f64,
     #[serde(flatten)]
-    queues: Queues,
+    pub(super) queues: Queues,
     prefix_lookup_tokens: u64,
     prefix_hit_tokens: u64,
-    preemptions: u64,
+    pub(super) preemptions: u64,
 }
 
 /// A stage, over all runs.
@@ -345,6 +345,12 @@ impl Pipeline {
 }
 
 impl SchedulerFigures {
+    /// The share of prompt tokens that were found in the KV cache, if any were looked for.
+    pub(super) fn prefix_hits(&self) -> Option<f64> {
+        (self.prefix_lookup_tokens > 0)
+            .then(|| self.prefix_hit_tokens as f64 / self.prefix_lookup_tokens as f64)
+    }
+
     fn of(runs: &[Run], before: &EngineStats, after: &EngineStats) -> SchedulerFigures {
         let queues = Queues::together(runs.iter().map(|run| run.record.queues));
         let (was, is) = (&before.scheduler, &after.scheduler);

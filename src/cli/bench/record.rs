@@ -74,8 +74,8 @@ pub(super) struct Queues {
     #[serde(skip)]
     in_flight_sum: u64,
     in_flight_max: usize,
-    waiting_max: usize,
-    running_max: usize,
+    pub(super) waiting_max: usize,
+    pub(super) running_max: usize,
     kv_blocks_total: usize,
     kv_blocks_used_max: usize,
     #[serde(skip)]

@@ -113,10 +113,16 @@ impl Figures {
     /// What was used up.
     fn uses(&self) -> Rows {
         let percent = |share: f64| format!("{:.1}%", 100.0 * share);
+        let scheduler = &self.scheduler;
+        let (running, waiting) = (scheduler.queues.running_max, scheduler.queues.waiting_max);
         let mut rows = vec![
             row("share of the limit", self.limit_share.map_or("-".into(), percent)),
             row("KV cache in use, mean", percent(self.kv_use.mean)),
             row("KV cache in use, at most", percent(self.kv_use.max)),
+            row("prompt tokens found in it", scheduler.prefix_hits().map_or("-".into(), percent)),
+            row("sequences that lost their blocks", scheduler.preemptions.to_string()),
+            row("running and waiting, at most", format!("{running}, {waiting}")),
+            row("steps in flight, mean", format!("{:.1}", scheduler.in_flight_mean)),
             row("process memory, at most, MB", megabytes(self.host_bytes_peak)),
             row("host cores", format!("{:.2}", self.host_cpu.cores)),
         ];
