@@ -185,6 +185,11 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// Whether tokens of the prompt or the answer change what comes next.
+    pub(crate) fn penalizes(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
     /// An error names the first parameter that cannot be used with a vocabulary of `vocab` tokens.
     pub fn check(&self, vocab: usize) -> Result<()> {
         check_range("temperature", self.temperature, 0.0..=f32::MAX, "a number from 0 up")?;

@@ -190,7 +190,7 @@ impl Unplaced<'_> {
     /// always bring it. Where somebody asks for such a layout, that is an error; where plans do, the head stays whole.
     fn parts_reach(&self, layout: &Layout) -> Result<bool> {
         let gpus: Vec<usize> =
-            layout.head_stages().iter().filter_map(|&i| ordinal(layout.stages()[i].device)).collect();
+            layout.head_stages().iter().filter_map(|&i| layout.stages()[i].device.gpu()).collect();
         let Some((last, others)) = gpus.split_last() else { return Ok(true) };
         let (dtype, head_dim) = (self.dtype, self.spec.heads.head_dim);
         let facts = cuda::PipelineFacts { dtype, head_dim, seats: 1, in_flight: 1 };
@@ -225,15 +225,8 @@ impl Unplaced<'_> {
 /// What plans for these devices of this machine have to know ([`Planner::split_head`]): GPUs that do not reach each other's memory
 /// cannot make parts of a head for each other.
 pub fn split_head(devices: &[DeviceSpec]) -> Result<Option<bool>> {
-    let gpus: Vec<usize> = devices.iter().filter_map(|spec| ordinal(spec.device)).collect();
+    let gpus: Vec<usize> = devices.iter().filter_map(|spec| spec.device.gpu()).collect();
     Ok(if cuda::all_could_reach(&gpus)? { None } else { Some(false) })
-}
-
-fn ordinal(device: Device) -> Option<usize> {
-    match device {
-        Device::Cpu => None,
-        Device::Cuda(i) => Some(i),
-    }
 }
 
 /// `layers 0-3 are on the processor, which is far slower, and 4-27 on cuda:0`.

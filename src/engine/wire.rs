@@ -92,10 +92,7 @@ pub(super) fn wire(
     shared: &Shared,
     progress: Progress,
 ) -> Result<Wired> {
-    let gpu = |stage: &layout::Stage| match stage.device {
-        Device::Cpu => None,
-        Device::Cuda(i) => Some(i),
-    };
+    let gpu = |stage: &layout::Stage| stage.device.gpu();
     let gpus: Vec<usize> = layout.stages().iter().filter_map(gpu).collect();
     let asides: Vec<&layout::Stage> =
         asides::stages(layout).into_iter().map(|i| &layout.stages()[i]).collect();
@@ -130,18 +127,14 @@ fn vision_on(
     facts: PipelineFacts,
     threads: Option<usize>,
 ) -> Result<VisionOn<Cpu, Cuda>> {
-    let gpu = |device| match device {
-        Device::Cpu => None,
-        Device::Cuda(i) => Some(i),
-    };
-    let mut gpus: Vec<usize> = config.stages.iter().filter_map(|(device, _)| gpu(*device)).collect();
+    let mut gpus: Vec<usize> = config.stages.iter().filter_map(|(device, _)| device.gpu()).collect();
     if let Either::Two(first) = first {
         gpus.push(first.facts().ordinal);
     }
     let mut cuda = Cuda::pipeline(&gpus, facts)?.into_iter();
     let mut view = || Either::Two(cuda.next().expect("a view for each stage on a GPU; this is a bug"));
     let mut cpu: Option<Arc<Cpu>> = None;
-    let mut backend = |device| match gpu(device) {
+    let mut backend = |device: Device| match device.gpu() {
         Some(_) => view(),
         None => Either::One(cpu.get_or_insert_with(|| Arc::new(Cpu::new(threads))).clone()),
     };

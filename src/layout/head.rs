@@ -1,7 +1,5 @@
 //! A head that is split by vocabulary over the devices of the stages, where whole layers cannot balance what it weighs.
 
-use std::ops::Range;
-
 use super::{Device, Layout};
 use crate::model::{
     spec::ModelSpec,
@@ -48,7 +46,7 @@ impl Layout {
     pub fn head_of(&self, stage: usize) -> Option<Unit> {
         let stages = self.head_stages();
         let part = stages.iter().position(|&i| i == stage)?;
-        Some(if stages.len() == 1 { Unit::Head } else { Unit::HeadPart { part, parts: stages.len() } })
+        Some(Unit::head(part, stages.len()))
     }
 
     /// The share of the head that a stage has.
@@ -62,14 +60,9 @@ impl Layout {
 
     /// A stage's units, in order.
     pub fn units(&self, stage: usize, spec: &ModelSpec) -> Vec<Unit> {
-        units_with(spec, &self.stages[stage].layers, self.head_of(stage))
+        let units = units_of(spec, &self.stages[stage].layers).into_iter();
+        units.filter(|unit| *unit != Unit::Head).chain(self.head_of(stage)).collect()
     }
-}
-
-/// The units of a stage with these layers and as much of the head.
-fn units_with(spec: &ModelSpec, layers: &Range<usize>, head: Option<Unit>) -> Vec<Unit> {
-    let units = units_of(spec, layers).into_iter();
-    units.filter(|unit| *unit != Unit::Head).chain(head).collect()
 }
 
 #[cfg(test)]

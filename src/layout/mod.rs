@@ -52,6 +52,16 @@ pub enum Device {
     Cuda(usize),
 }
 
+impl Device {
+    /// A GPU's number.
+    pub(crate) fn gpu(self) -> Option<usize> {
+        match self {
+            Device::Cpu => None,
+            Device::Cuda(i) => Some(i),
+        }
+    }
+}
+
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -361,7 +361,7 @@ impl<'a> Planner<'a> {
             let unit = Unit::HeadPart { part: i, parts };
             let aside = Some(unit).filter(|_| i + 1 < parts);
             let of_aside = |pass| aside.map_or(0.0, |unit| costs.seconds(unit, pass));
-            let last = if parts == 1 { Unit::Head } else { Unit::HeadPart { part: parts - 1, parts } };
+            let last = Unit::head(parts - 1, parts);
             let aside_bytes = aside.map_or(0, |unit| unit.weight_bytes(self.spec, self.dtype))
                 + if parts > 1 { self.scratch.aside } else { 0 };
             let mut by_window = HashMap::new();
@@ -407,8 +407,7 @@ impl<'a> Planner<'a> {
             let kv = (Unit::Layer(i).kv_bytes_per_token(spec, dtype) as u64).saturating_mul(kv_tokens as u64);
             kv.saturating_add(bytes(Unit::Layer(i)) + layer_scratch)
         };
-        let last = if parts == 1 { Unit::Head } else { Unit::HeadPart { part: parts - 1, parts } };
-        let (embed, head) = (bytes(Unit::Embed), bytes(last) + head_scratch);
+        let (embed, head) = (bytes(Unit::Embed), bytes(Unit::head(parts - 1, parts)) + head_scratch);
         let head_tied = (spec.tied && parts == 1).then(|| head - embed);
         Sizes { layers: (0..spec.layers.len()).map(layer).collect(), embed, head, head_tied }
     }

@@ -233,9 +233,7 @@ impl<B: Backend> Decoder<B> {
         let Some(Head { work: Work::Parts(Some(parts)), sampler, rows, logits }) = head else {
             return Ok(None);
         };
-        parts
-            .sample_as(true, backend, spec, (batch, &scratch.hidden), (rows, logits, sampler), step)
-            .map(Some)
+        parts.sample(true, backend, spec, (batch, &scratch.hidden), (rows, logits, sampler), step).map(Some)
     }
 
     /// Bytes of the weights as they are kept.
@@ -313,7 +311,8 @@ impl<B: Backend> Decoder<B> {
             // On several devices: nothing that one of them could repeat.
             Work::Parts(parts) => {
                 let parts = parts.as_mut().expect("parts of a head that are missing; this is a bug");
-                parts.sample(backend, spec, (batch, &scratch.hidden), (rows, logits, sampler), step)
+                let plain = parts.is_plain(&step.batch);
+                parts.sample(plain, backend, spec, (batch, &scratch.hidden), (rows, logits, sampler), step)
             }
         }
     }

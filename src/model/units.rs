@@ -232,6 +232,11 @@ impl fmt::Display for Pass {
 }
 
 impl Unit {
+    /// A part of the head; of one, all of it.
+    pub(crate) fn head(part: usize, parts: usize) -> Unit {
+        if parts == 1 { Unit::Head } else { Unit::HeadPart { part, parts } }
+    }
+
     /// The tokens of a vocabulary whose logits it makes; none if it is not of the head.
     ///
     /// ```

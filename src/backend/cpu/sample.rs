@@ -82,9 +82,7 @@ impl Sampler {
             let offered = of_parts.filter(|[logit, _]| !logit.is_nan());
             let best = offered.reduce(|best, next| if next[0] > best[0] { next } else { best });
             let id = best.map_or(0, |[_, id]| id.to_bits());
-            if let Some(state) = self.seqs.get_mut(&output.seq) {
-                state.record(id);
-            }
+            state_of(&mut self.seqs, output.seq).record(id);
             Sampled { seq: output.seq, id, logprobs: None }
         };
         batch.outputs.iter().enumerate().map(choose).collect()
@@ -100,8 +98,7 @@ impl Sampler {
     }
 
     fn sample_row(&mut self, seq: SeqId, row: &[f32]) -> Sampled {
-        let state =
-            self.seqs.get_mut(&seq).expect("an output row of a sequence that never started; this is a bug");
+        let state = state_of(&mut self.seqs, seq);
         let params = Arc::clone(&state.sampling);
         let greedy = params.temperature == 0.0;
         let id = if greedy && !state.changes_logits() {
@@ -120,6 +117,10 @@ impl Sampler {
     }
 }
 
+fn state_of(seqs: &mut HashMap<SeqId, SeqState>, seq: SeqId) -> &mut SeqState {
+    seqs.get_mut(&seq).expect("an output row of a sequence that never started; this is a bug")
+}
+
 impl SeqState {
     fn new(start: &SeqStart) -> Self {
         let mut counts = HashMap::new();
@@ -132,13 +133,8 @@ impl SeqState {
         state
     }
 
-    fn penalizes(&self) -> bool {
-        let p = &self.sampling;
-        p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0
-    }
-
     fn changes_logits(&self) -> bool {
-        self.penalizes() || !self.sampling.logit_bias.is_empty()
+        self.sampling.penalizes() || !self.sampling.logit_bias.is_empty()
     }
 
     /// Bias, then penalties. Each token's number depends on no other, so the map's order does not matter.
@@ -149,7 +145,7 @@ impl SeqState {
                 *logit += bias;
             }
         }
-        if !self.penalizes() {
+        if !self.sampling.penalizes() {
             return;
         }
         for (&id, &count) in &self.counts {
@@ -166,7 +162,7 @@ impl SeqState {
 
     fn record(&mut self, id: u32) {
         self.answered += 1;
-        if self.penalizes() {
+        if self.sampling.penalizes() {
             match self.counts.entry(id) {
                 Entry::Occupied(mut count) => *count.get_mut() += 1,
                 Entry::Vacant(none) => _ = none.insert(1),

@@ -309,7 +309,7 @@ impl Sampler {
             self.end(start.seq);
             let (sampling, answered) = (start.sampling.clone(), start.generated.len() as u32);
             let mut state = SeqState { sampling, seed: start.seed, answered, counts: None, bias: None };
-            if penalizes(&start.sampling) {
+            if start.sampling.penalizes() {
                 let row = self.cleared_row(cuda)?;
                 let marks = start.sampling.repetition_penalty != 1.0;
                 for part in start.prompt.chunks(START_WORDS).filter(|_| marks) {
@@ -418,14 +418,10 @@ fn words_grid(words: usize) -> Grid {
     Grid::row(words.div_ceil(256).min(64) as u32, 256)
 }
 
-fn penalizes(p: &SamplingParams) -> bool {
-    p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0
-}
-
 /// The counts of the tokens that a sequence has chosen already if it begins again, as sample.cuh has them.
 fn counted(start: &SeqStart) -> BTreeMap<u32, u32> {
     let mut counts = BTreeMap::new();
-    if !penalizes(&start.sampling) {
+    if !start.sampling.penalizes() {
         return counts;
     }
     for &id in start.generated.iter() {

@@ -132,11 +132,7 @@ impl Room<'_> {
     pub(super) fn by_device(&self) -> BTreeMap<Option<usize>, Vec<usize>> {
         let mut by = BTreeMap::<_, Vec<usize>>::new();
         for (i, stage) in self.layout.stages().iter().enumerate() {
-            let gpu = match stage.device {
-                Device::Cpu => None,
-                Device::Cuda(i) => Some(i),
-            };
-            by.entry(gpu).or_default().push(i);
+            by.entry(stage.device.gpu()).or_default().push(i);
         }
         by
     }

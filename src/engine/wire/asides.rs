@@ -46,20 +46,13 @@ impl Wired {
         let mut facts: Vec<_> = self.stages.iter_mut().flat_map(|(facts, _)| facts).collect();
         for (stage, backend) in stages(layout).into_iter().zip(backends) {
             let bytes = layout.head_of(stage).map_or(0, |unit| unit.weight_bytes(&config.spec, config.dtype));
-            // Whoever asks must not keep the device's memory from being given back.
-            let taken: Box<dyn Fn() -> Option<usize> + Send + Sync> = match backend {
-                Either::One(backend) => taken_of(backend),
-                Either::Two(backend) => taken_of(backend),
+            let (taken, idle) = match backend {
+                Either::One(backend) => watched(backend),
+                Either::Two(backend) => watched(backend),
             };
-            let (idle, own) = (
-                match backend {
-                    Either::One(backend) => idle_of(backend),
-                    Either::Two(backend) => idle_of(backend),
-                },
-                facts[stage].idle.clone(),
-            );
-            facts[stage].idle = Arc::new(move || Some(own()? && idle()?));
             facts[stage].weight_bytes += bytes;
+            let own = facts[stage].idle.clone();
+            facts[stage].idle = Arc::new(move || Some(own()? && idle()?));
             let own = std::mem::replace(&mut facts[stage].memory, Box::new(|| None));
             facts[stage].memory = Box::new(move || {
                 let memory = own()?;
@@ -69,12 +62,11 @@ impl Wired {
     }
 }
 
-fn taken_of<B: Backend>(backend: &Arc<B>) -> Box<dyn Fn() -> Option<usize> + Send + Sync> {
-    let backend = Arc::downgrade(backend);
-    Box::new(move || Some(backend.upgrade()?.memory()?.taken))
-}
+/// Something that a backend says for as long as it is there.
+type Says<T> = Box<dyn Fn() -> Option<T> + Send + Sync>;
 
-fn idle_of<B: Backend>(backend: &Arc<B>) -> Box<dyn Fn() -> Option<bool> + Send + Sync> {
-    let backend = Arc::downgrade(backend);
-    Box::new(move || backend.upgrade()?.is_idle())
+/// The bytes that it has taken, and whether it is idle. Whoever asks must not keep the device's memory from being given back.
+fn watched<B: Backend>(backend: &Arc<B>) -> (Says<usize>, Says<bool>) {
+    let (of, same) = (Arc::downgrade(backend), Arc::downgrade(backend));
+    (Box::new(move || Some(of.upgrade()?.memory()?.taken)), Box::new(move || same.upgrade()?.is_idle()))
 }

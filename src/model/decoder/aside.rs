@@ -84,22 +84,9 @@ impl<B: Backend> Parts<B> {
         Ok(Parts { all, found, outputs, particular: HashSet::new() })
     }
 
-    /// Asks for the tokens of a pass's output rows, which end up in `rows` for all parts. Whoever chooses waits for the pass in any
-    /// case: its step is over when tokens have been chosen.
+    /// Asks for the tokens of a pass's output rows, which end up in `rows` for all parts; if these are `plain`, by best tokens alone. Whoever
+    /// chooses waits for the pass in any case: its step is over when tokens have been chosen.
     pub(super) fn sample(
-        &mut self,
-        backend: &B,
-        spec: &ModelSpec,
-        (batch, hidden): (&B::Batch, &B::Buf),
-        (rows, logits, sampler): (&mut B::Buf, &mut B::Buf, &mut B::Sampler),
-        step: &Step,
-    ) -> Result<B::Pending> {
-        let plain = self.is_plain(&step.batch);
-        self.sample_as(plain, backend, spec, (batch, hidden), (rows, logits, sampler), step)
-    }
-
-    /// The same by one of the two ways, whatever is wanted.
-    pub(super) fn sample_as(
         &mut self,
         plain: bool,
         backend: &B,
@@ -144,8 +131,8 @@ impl<B: Backend> Parts<B> {
         Ok(())
     }
 
-    /// Whether all output rows want their most likely token alone.
-    fn is_plain(&mut self, batch: &MicroBatch) -> bool {
+    /// Whether all output rows of the next step want their most likely token alone.
+    pub(super) fn is_plain(&mut self, batch: &MicroBatch) -> bool {
         for seq in &batch.ends {
             self.particular.remove(seq);
         }
@@ -161,8 +148,7 @@ impl<B: Backend> Parts<B> {
 }
 
 fn is_particular(p: &SamplingParams) -> bool {
-    let penalties = p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0;
-    p.temperature != 0.0 || penalties || !p.logit_bias.is_empty() || p.logprobs.is_some()
+    p.temperature != 0.0 || p.penalizes() || !p.logit_bias.is_empty() || p.logprobs.is_some()
 }
 
 impl<B: Backend> Aside<B> {
