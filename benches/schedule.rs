@@ -18,6 +18,10 @@ use pipeline_infer::{
 };
 
 const RUNNING: usize = 1024;
+/// Tokens that each has.
+const CONTEXTS: [usize; 2] = [128, 8192];
+/// Room for the longest: devices have as much memory whatever it is used for.
+const BLOCKS: usize = RUNNING * ((CONTEXTS[1] + STEPS + 64) / KV_BLOCK + 2);
 /// Steps of each sequence before it begins anew.
 const STEPS: usize = 256;
 
@@ -40,7 +44,7 @@ impl Running {
             prefix_reuse: true,
         };
         let tokens_max = context + STEPS + 64;
-        let mut scheduler = Scheduler::new(config, BlockPool::new(RUNNING * (tokens_max / KV_BLOCK + 2)));
+        let mut scheduler = Scheduler::new(config, BlockPool::new(BLOCKS));
         let sampling = Arc::new(SamplingParams::default());
         for id in 0..RUNNING as u32 {
             let prompt: Arc<[u32]> = (0..context as u32).map(|place| id << 16 | place).collect();
@@ -57,11 +61,10 @@ impl Running {
             });
         }
         let mut running = Running { scheduler, in_flight: VecDeque::new() };
-        let mut decoding = 0;
-        while decoding < 2 * slots {
+        // Those with prompts have been applied.
+        let decodes = |step: &Step| step.batch.rows() == RUNNING / slots;
+        while !(running.in_flight.len() == config.in_flight_max() && running.in_flight.iter().all(decodes)) {
             running.step();
-            let last = &running.in_flight.back().expect("nothing is planned").batch;
-            decoding = if last.rows() == RUNNING / slots { decoding + 1 } else { 0 };
         }
         running
     }
@@ -86,7 +89,7 @@ fn plan_and_apply(c: &mut Criterion) {
     let mut group = c.benchmark_group("plan and apply 1024");
     group.sample_size(10).measurement_time(Duration::from_secs(2));
     for slots in [1, 4] {
-        for context in [128, 8192] {
+        for context in CONTEXTS {
             let mut running = Running::new(slots, context);
             let mut left = STEPS * slots / 2;
             let mut all = Vec::new();

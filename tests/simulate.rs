@@ -107,13 +107,13 @@ fn two(step: &mut Step) -> Option<(&mut SeqRows, &mut SeqRows)> {
 const TAMPERS: &[(&str, Tamper)] = &[
     ("a block of another's", |step| {
         two(step)
-            .map(|(a, b)| a.blocks = b.blocks.iter().take(1).chain(&a.blocks[1..]).copied().collect())
+            .map(|(a, b)| a.blocks = b.blocks.iter().take(1).chain(a.blocks.iter().skip(1)).collect())
             .is_some()
     }),
     ("two blocks in the wrong order", |step| {
         let part = batch(step).seqs.iter_mut().find(|part| part.cached >= 2 * KV_BLOCK);
         part.map(|part| {
-            let mut blocks = part.blocks.to_vec();
+            let mut blocks: Vec<u32> = part.blocks.iter().collect();
             blocks.swap(0, 1);
             part.blocks = blocks.into();
         })
@@ -131,7 +131,7 @@ const TAMPERS: &[(&str, Tamper)] = &[
         let part = batch(step).seqs.iter_mut().find(|part| part.cached > 0 && part.cached % KV_BLOCK == 3);
         // Into a block that nobody has.
         part.map(|part| {
-            let mut blocks = part.blocks.to_vec();
+            let mut blocks: Vec<u32> = part.blocks.iter().collect();
             blocks[part.cached / KV_BLOCK] = 299;
             part.blocks = blocks.into();
         })

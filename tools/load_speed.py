@@ -3,10 +3,10 @@
 
     python3 load_speed.py FOLDER [--bundle BUNDLE] [--model 7b] [--stages N ...] [--goal 20] [--times 2]
 
-Writes a checkpoint of random bf16 weights, in shards as hubs have them, to FOLDER (15 GB for 7b; one that is there is used
-again), then loads it some times for each number of stages: first by what the page cache has of it, last from the page cache.
-Needs Python 3.9, what tools/gpu_bundle.sh has built, and what gpu_check.py needs. Fails if the last loading is slower than the
-goal, in GB/s of each GPU, or a GPU has 3% more in use than its stages say.
+Writes a checkpoint of random bf16 weights, in shards as hubs have them, to FOLDER (15 GB for 7b, 145 for 72b; one that is there is
+used again), then loads it some times for each number of stages: first by what the page cache has of it, last from the page cache,
+of which files in /dev/shm are a part. Needs Python 3.9, what tools/gpu_bundle.sh has built, and what gpu_check.py needs. Fails if the
+last loading is slower than the goal, in GB/s of each GPU, or a GPU has 3% more in use than its stages say.
 """
 import argparse, concurrent.futures, json, os, pathlib, struct, subprocess, sys, time
 
@@ -16,7 +16,10 @@ SHARD_BYTES = 4_000_000_000
 # Numbers that all tensors are cut from.
 NOISE = 64 << 20
 THREADS = 8
-READ_BYTES = 4 << 20
+# Of reading alone: as many readers as bring weights to four GPUs, and what each reads at a time.
+READERS = min(64, os.cpu_count() or 1)
+READ_BYTES = 1 << 20
+READS = 256
 
 
 def tensors(config):
@@ -102,19 +105,21 @@ def make(folder, config_path):
     return [folder / name for name in names]
 
 
-def read_speed(files):
-    """GB/s of reading the files by several threads, and nothing else: what loading cannot exceed."""
-    jobs = [(path, at) for path in files for at in range(0, path.stat().st_size, 64 * READ_BYTES)]
+def read(job):
+    buffer, done = bytearray(READ_BYTES), 0
+    with open(job[0], "rb", buffering=0) as file:
+        file.seek(job[1])
+        for _ in range(READS):
+            done += file.readinto(buffer)
+    return done
 
-    def read(job):
-        buffer, done = bytearray(READ_BYTES), 0
-        with open(job[0], "rb", buffering=0) as file:
-            file.seek(job[1])
-            for _ in range(64):
-                done += file.readinto(buffer)
-        return done
-    began = time.time()
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+
+def read_speed(files):
+    """GB/s of reading the files by several processes, and nothing else: what loading cannot exceed."""
+    jobs = [(path, at) for path in files for at in range(0, path.stat().st_size, READS * READ_BYTES)]
+    with concurrent.futures.ProcessPoolExecutor(READERS) as pool:
+        list(pool.map(read, jobs[:READERS]))
+        began = time.time()
         return sum(pool.map(read, jobs)) / 1e9 / (time.time() - began)
 
 
@@ -163,7 +168,7 @@ def main():
             print(f"{stages} stages, loading {i + 1}: {figures['load_seconds']:.2f} s in all; "
                   f"{figures['weight_bytes'] / 1e9:.2f} GB of weights at {rate:.1f} GB/s, {rate / devices:.1f} a GPU", flush=True)
         ok &= memory(figures) and rate / devices >= args.goal
-    print(f"reading alone, {THREADS} threads: {read_speed(files):.1f} GB/s")
+    print(f"reading alone, {READERS} processes: {read_speed(files):.1f} GB/s")
     sys.exit(not ok)
 
 

@@ -2,7 +2,7 @@
 
 use std::{collections::hash_map::Entry, ops::Range};
 
-use super::prefix::{BlockKey, ByKey};
+use super::prefix::{self, BlockKey, ByKey};
 use crate::batch::{KV_BLOCK, SeqId};
 
 const NONE: u32 = u32::MAX;
@@ -63,8 +63,7 @@ impl BlockPool {
         BlockPool {
             blocks: vec![block; blocks],
             free: (0..count).rev().collect(),
-            // It never has to grow while somebody waits.
-            by_key: ByKey::with_capacity_and_hasher(blocks, Default::default()),
+            by_key: prefix::table(blocks),
             oldest: NONE,
             newest: NONE,
             cached: 0,

@@ -12,7 +12,7 @@ use super::{
     queue::Rank,
 };
 use crate::{
-    batch::{KV_BLOCK, SeqId, SeqStart},
+    batch::{KV_BLOCK, SeqId, SeqStart, blocks::BlockList},
     request::SamplingParams,
 };
 
@@ -79,7 +79,7 @@ pub(super) struct Sequence {
     /// Whether the samplers know it.
     pub(super) started: bool,
     /// KV blocks that it holds, in the order of their tokens.
-    pub(super) blocks: Arc<[u32]>,
+    pub(super) blocks: BlockList,
     /// Keys of the blocks that were full when it began to wait.
     pub(super) keys: Vec<BlockKey>,
     /// How many of its blocks have been published, or found.
@@ -200,7 +200,7 @@ impl Sequences {
             live: false,
             seat: None,
             started: false,
-            blocks: Arc::default(),
+            blocks: BlockList::default(),
             keys: Vec::new(),
             published: 0,
             last_key: None,

@@ -9,7 +9,7 @@ use std::{
 use pipeline_infer::{
     Engine, Event,
     backend::{Backend, DType, Limits},
-    batch::{KV_BLOCK, MicroBatch, OutputRow, SeqId, SeqRows},
+    batch::{Blocks, KV_BLOCK, MicroBatch, OutputRow, SeqId, SeqRows},
     model::{
         decoder::{Decoder, DecoderConfig},
         open_model,
@@ -68,7 +68,7 @@ pub(crate) fn logits<B: Backend>(
 ) -> Vec<f32> {
     let model = open_model(dir, false).unwrap();
     let spec = Arc::new(model.spec.clone());
-    let blocks: Arc<[u32]> = (0..ids.len().div_ceil(KV_BLOCK) as u32).rev().collect();
+    let blocks: Blocks = (0..ids.len().div_ceil(KV_BLOCK) as u32).rev().collect();
     let limits = Limits { rows_max: chunk, seqs_max: 1, outputs_max: chunk, context_max: ids.len() };
     let config = DecoderConfig {
         split_head: false,

@@ -117,7 +117,7 @@ impl Device {
 
 /// Where a token's keys and values lie.
 fn place(part: &SeqRows, position: usize) -> usize {
-    part.blocks[position / KV_BLOCK] as usize * KV_BLOCK + position % KV_BLOCK
+    part.blocks.at(position / KV_BLOCK) as usize * KV_BLOCK + position % KV_BLOCK
 }
 
 pub(crate) struct Client {
@@ -328,12 +328,12 @@ fn check_blocks(batch: &MicroBatch) {
     let used = |part: &SeqRows| (part.cached + part.len).div_ceil(KV_BLOCK);
     let mut written = HashSet::new();
     for part in &batch.seqs {
-        for block in &part.blocks[part.cached / KV_BLOCK..used(part)] {
-            assert!(written.insert(*block), "a block with two writers");
+        for block in part.blocks.range(part.cached / KV_BLOCK..used(part)) {
+            assert!(written.insert(block), "a block with two writers");
         }
     }
     for part in &batch.seqs {
-        let read = &part.blocks[..part.cached / KV_BLOCK];
-        assert!(read.iter().all(|block| !written.contains(block)), "a block is read while it is written");
+        let mut read = part.blocks.range(0..part.cached / KV_BLOCK);
+        assert!(read.all(|block| !written.contains(&block)), "a block is read while it is written");
     }
 }

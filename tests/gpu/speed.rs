@@ -1,5 +1,7 @@
 //! How fast ops are by themselves: measurements, which `tools/gpu_check.py` runs and judges.
 
+use std::time::{Duration, Instant};
+
 use pipeline_infer::backend::{
     AttentionShape, Backend, DType, HeadShape, KvShape, Limits, Norm, NormShape, Random, Rotation, Tensor,
     cuda::{self, Cuda, PipelineFacts, Products},
@@ -18,11 +20,19 @@ const LAYERS: usize = 4;
 /// Times that all layers are in a recorded pass, so that what is around the kernels counts little.
 const TURNS: usize = 4;
 const PASSES: u32 = 10;
+/// After so long a GPU has the clock that its power allows.
+const WARM: Duration = Duration::from_millis(400);
 
-/// Microseconds of a pass through all layers in all turns, for each.
-fn us_a_layer(gpu: &Cuda, mut pass: impl FnMut()) -> f64 {
+/// Microseconds of a pass through all layers in all turns, for each: after a pause, or once the GPU has been at work for a time.
+fn us_a_layer(gpu: &Cuda, at_work: bool, mut pass: impl FnMut()) -> f64 {
     // The second one is recorded.
     (0..3).for_each(|_| pass());
+    gpu.synchronize().unwrap();
+    let began = Instant::now();
+    while at_work && began.elapsed() < WARM {
+        (0..PASSES).for_each(|_| pass());
+        gpu.synchronize().unwrap();
+    }
     let start = gpu.mark().unwrap();
     (0..PASSES).for_each(|_| pass());
     let end = gpu.mark().unwrap();
@@ -59,7 +69,7 @@ fn attention_us(gpu: &Cuda, heads: HeadShape, sequences: usize, cached: usize, r
         })
         .unwrap();
     };
-    us_a_layer(gpu, pass)
+    us_a_layer(gpu, false, pass)
 }
 
 #[test]
@@ -111,16 +121,28 @@ const SHAPES: [Shape; 2] = [
 ];
 const OPS: [&str; 6] = ["queries, keys, values", "rotation", "attention", "out", "gate and up", "down"];
 
-/// Microseconds of a layer in a recorded pass of one more token each of so many sequences, by whether it has each of `OPS`.
-fn layer_us(gpu: &Cuda, shape: &Shape, sequences: usize, cached: usize, with: [bool; 6]) -> f64 {
+/// So many sequences, each with so many tokens and `rows` more in a pass.
+#[derive(Clone, Copy)]
+struct Load {
+    sequences: usize,
+    cached: usize,
+    rows: usize,
+    at_work: bool,
+}
+
+/// Microseconds of a layer in a pass, by whether it has each of `OPS`. Passes of one more token each are recorded.
+fn layer_us(gpu: &Cuda, shape: &Shape, load: Load, with: [bool; 6]) -> f64 {
     let Shape { dim, heads, ffn, .. } = *shape;
-    let limits =
-        Limits { rows_max: sequences, seqs_max: sequences, outputs_max: sequences, context_max: cached + 1 };
-    let mut of = Sequences::new(sequences, cached + 1);
+    let Load { sequences, cached, rows: each, .. } = load;
+    let (rows, context_max) = (sequences * each, cached + each);
+    let limits = Limits { rows_max: rows, seqs_max: sequences, outputs_max: sequences, context_max };
+    let mut of = Sequences::new(sequences, context_max);
     of.cached.fill(cached);
-    let parts: Vec<(usize, usize)> = (0..sequences).map(|seq| (seq, 1)).collect();
+    let parts: Vec<(usize, usize)> = (0..sequences).map(|seq| (seq, each)).collect();
     let mut micro = of.step(&parts as &Parts);
-    ask(&mut micro, 0..sequences);
+    if each == 1 {
+        ask(&mut micro, 0..sequences);
+    }
     let mut batch = gpu.batch(limits, Rotation::plain(&vec![1.0; heads.head_dim / 2], 1.0)).unwrap();
     gpu.set_batch(&mut batch, &micro).unwrap();
     let HeadShape { kv_heads, head_dim, .. } = heads;
@@ -141,17 +163,17 @@ fn layer_us(gpu: &Cuda, shape: &Shape, sequences: usize, cached: usize, with: [b
         })
         .collect();
     gpu.loaded().unwrap();
-    let room = gpu.rows_room(sequences);
+    let room = gpu.rows_room(rows);
     let working = |len: usize| gpu.working_buf(room * len).unwrap();
     let (mut qkv, mut attn, mut normed) = (working(heads.qkv_dim()), working(heads.q_dim()), working(dim));
     let (mut gate_up, mut act) = (working(2 * ffn), working(ffn));
     let mut hidden = gpu.buf(room * dim).unwrap();
-    gpu.write(&mut hidden, &crate::numbers(1, sequences * dim)).unwrap();
+    gpu.write(&mut hidden, &crate::numbers(1, rows * dim)).unwrap();
     let weights = gpu.vector(&crate::tensor(&[dim], DType::F32, &vec![1.0; dim])).unwrap();
     gpu.loaded().unwrap();
     let norm = || Norm { w: &weights, shape: NormShape { rows: room, dim, eps: 1e-6 } };
     let attention = AttentionShape { heads, scale: 0.1, window: None };
-    let pass = || {
+    let mut pass = |with: [bool; 6]| {
         gpu.pass(&batch, &mut || {
             for _ in 0..TURNS {
                 for ([qkv_w, out_w, gate_up_w, down_w], kv) in &mut layers {
@@ -180,7 +202,9 @@ fn layer_us(gpu: &Cuda, shape: &Shape, sequences: usize, cached: usize, with: [b
         })
         .unwrap();
     };
-    us_a_layer(gpu, pass)
+    // What an op reads that another one would have made is to be numbers too: zeros take less power.
+    pass([true; 6]);
+    us_a_layer(gpu, load.at_work, || pass(with))
 }
 
 /// What a layer takes, and how much less without each of its ops.
@@ -194,21 +218,80 @@ fn where_the_time_of_decoding_goes() {
         Cuda::new(0, PipelineFacts { dtype: DType::BF16, head_dim: 128, seats: 256, in_flight: 4 }).unwrap();
     for shape in &SHAPES {
         for rows in [1, 4, 8, 16, 64, 128, 256] {
-            for products in [Products::Measured, Products::Own, Products::Library] {
+            for (products, at_work) in [
+                (Products::Measured, false),
+                (Products::Measured, true),
+                (Products::Own, false),
+                (Products::Own, true),
+                (Products::Library, false),
+                (Products::Library, true),
+            ] {
                 gpu.set_products(products);
-                let whole = layer_us(&gpu, shape, rows, 640, [true; 6]);
+                let load = Load { sequences: rows, cached: 640, rows: 1, at_work };
+                let whole = layer_us(&gpu, shape, load, [true; 6]);
                 let parts = OPS.iter().enumerate().map(|(i, op)| {
-                    let us = whole - layer_us(&gpu, shape, rows, 640, std::array::from_fn(|at| at != i));
+                    let us = whole - layer_us(&gpu, shape, load, std::array::from_fn(|at| at != i));
                     format!("{op} {us:.1}")
                 });
                 let parts: Vec<String> = parts.collect();
                 let name = shape.name;
-                println!("a layer of {name}, {rows} rows, {products:?}: {whole:.1} us: {}", parts.join(", "));
+                let when = if at_work { "at work" } else { "after a pause" };
+                println!(
+                    "a layer of {name}, {rows} rows, {products:?}, {when}: {whole:.1} us: {}",
+                    parts.join(", ")
+                );
                 // Of more, or fewer, there is one way.
-                if !(9..=128).contains(&rows) {
+                if at_work && !(9..=128).contains(&rows) {
                     break;
                 }
             }
         }
+    }
+}
+
+/// What a layer takes of prompts, again and again, and what each of its ops does alone: each for some tenths of a second, in which
+/// the GPU comes to its power's limit, if it does.
+#[test]
+#[ignore = "a measurement"]
+fn where_the_time_of_prompts_goes() {
+    if gpus() == 0 {
+        return;
+    }
+    let gpu =
+        Cuda::new(0, PipelineFacts { dtype: DType::BF16, head_dim: 128, seats: 256, in_flight: 4 }).unwrap();
+    let [small, large] = &SHAPES;
+    for (shape, sequences, cached, rows) in [
+        (large, 3, 0, 512),
+        (large, 1, 1536, 1536),
+        (small, 16, 0, 512),
+        (small, 2, 0, 4096),
+        (small, 1, 512, 3072),
+    ] {
+        let Shape { name, dim, heads, ffn } = *shape;
+        let load = Load { sequences, cached, rows, at_work: true };
+        let whole = layer_us(&gpu, shape, load, [true; 6]);
+        let all = (sequences * rows) as f64;
+        let pairs = all * (cached as f64 + (rows + 1) as f64 / 2.0);
+        let numbers = [heads.qkv_dim() * dim, 0, 0, heads.q_dim() * dim, 2 * ffn * dim, ffn * dim];
+        let mut sum = 0.0;
+        let parts = OPS.iter().enumerate().map(|(i, op)| {
+            let us = layer_us(&gpu, shape, load, std::array::from_fn(|at| at == i));
+            sum += us;
+            let operations = match i {
+                2 => 4.0 * pairs * heads.q_dim() as f64,
+                i => 2.0 * all * numbers[i] as f64,
+            };
+            format!("{op} {us:.1} ({:.0})", operations / us / 1e6)
+        });
+        let parts: Vec<String> = parts.collect();
+        let (parts, rate) = (
+            parts.join(", "),
+            (2.0 * all * numbers.iter().sum::<usize>() as f64 + 4.0 * pairs * heads.q_dim() as f64)
+                / whole
+                / 1e6,
+        );
+        println!(
+            "a layer of {name}, {sequences} x {rows} rows after {cached}: {whole:.1} us ({rate:.0} TFLOP/s); alone: {parts}; {sum:.1} in all"
+        );
     }
 }

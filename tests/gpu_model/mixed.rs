@@ -13,7 +13,7 @@ use pipeline_infer::{
         cpu::Cpu,
         cuda::{Cuda, PipelineFacts},
     },
-    batch::{KV_BLOCK, MicroBatch, OutputRow, SeqId, SeqRows},
+    batch::{Blocks, KV_BLOCK, MicroBatch, OutputRow, SeqId, SeqRows},
     engine::EngineBuilder,
     layout::{Device, Layout},
     model::{
@@ -82,7 +82,7 @@ impl<B: Backend> Part for On<B> {
 fn logits(layout: &Layout, dir: &std::path::Path, dtype: DType, ids: &[u32], chunk: usize) -> Vec<f32> {
     let model = open_model(dir, false).unwrap();
     let (spec, weights) = (Arc::new(model.spec), Arc::new(model.weights));
-    let blocks: Arc<[u32]> = (0..ids.len().div_ceil(KV_BLOCK) as u32).rev().collect();
+    let blocks: Blocks = (0..ids.len().div_ceil(KV_BLOCK) as u32).rev().collect();
     let gpus = layout.stages().iter().filter_map(|stage| match stage.device {
         Device::Cpu => None,
         Device::Cuda(i) => Some(i),

@@ -304,5 +304,5 @@ impl World {
 }
 
 fn at(part: &SeqRows, place: usize) -> usize {
-    part.blocks[place / KV_BLOCK] as usize * KV_BLOCK + place % KV_BLOCK
+    part.blocks.at(place / KV_BLOCK) as usize * KV_BLOCK + place % KV_BLOCK
 }

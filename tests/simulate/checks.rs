@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use pipeline_infer::{
-    batch::{KV_BLOCK, ON_DEVICE, Sampled, SeqRows, Step},
+    batch::{Blocks, KV_BLOCK, ON_DEVICE, Sampled, SeqRows, Step},
     schedule::{Scheduler, SchedulerConfig},
     simulate::{Arrival, End, Nanos, World},
 };
@@ -28,7 +28,7 @@ struct Client {
     asked: usize,
     /// The step that its latest rows are in.
     last: u64,
-    blocks: Arc<[u32]>,
+    blocks: Blocks,
     started: usize,
     /// How many had started when it came.
     starts_before: u64,
@@ -119,7 +119,7 @@ impl Checks {
         let end = part.cached + part.len;
         assert!(part.len > 0 && end <= client.tokens_max, "{part:?}: {} tokens at most", client.tokens_max);
         assert!(part.blocks.len() * KV_BLOCK >= end, "{part:?}: blocks for {end} tokens");
-        let mut distinct = part.blocks.to_vec();
+        let mut distinct: Vec<u32> = part.blocks.iter().collect();
         distinct.sort_unstable();
         distinct.dedup();
         assert_eq!(distinct.len(), part.blocks.len(), "{part:?}: a block twice");
@@ -133,8 +133,9 @@ impl Checks {
         } else {
             assert!(client.started > 0, "{part:?}: not started");
             assert_eq!(part.cached, client.fed, "{part:?}: fed in order");
-            assert!(part.blocks.starts_with(&client.blocks), "{part:?}: had {:?}", client.blocks);
-            for &block in &part.blocks[..part.cached.div_ceil(KV_BLOCK)] {
+            let same = part.blocks.iter().take(client.blocks.len());
+            assert!(same.eq(client.blocks.iter()), "{part:?}: had {:?}", client.blocks);
+            for block in part.blocks.range(0..part.cached.div_ceil(KV_BLOCK)) {
                 let (when, who) = self.writers[block as usize];
                 assert!(
                     when <= client.last || who == part.seq.0,

@@ -141,7 +141,7 @@ impl Stages {
             }
         }
         for part in &step.batch.seqs {
-            for &block in &part.blocks[..part.cached.div_ceil(KV_BLOCK)] {
+            for block in part.blocks.range(0..part.cached.div_ceil(KV_BLOCK)) {
                 let (last, by) = self.written[block as usize];
                 assert!(
                     last != step.step || by == part.seq,
@@ -192,11 +192,11 @@ impl Stages {
 
 /// Where a sequence's token lives.
 fn slot(part: &SeqRows, position: usize) -> usize {
-    part.blocks[position / KV_BLOCK] as usize * KV_BLOCK + position % KV_BLOCK
+    part.blocks.at(position / KV_BLOCK) as usize * KV_BLOCK + position % KV_BLOCK
 }
 
 /// The blocks that rows of this sequence are written to.
 pub(super) fn written_blocks(part: &SeqRows) -> impl Iterator<Item = usize> {
     let blocks = part.cached / KV_BLOCK..(part.cached + part.len).div_ceil(KV_BLOCK);
-    part.blocks[blocks].iter().map(|&block| block as usize)
+    part.blocks.range(blocks).map(|block| block as usize)
 }

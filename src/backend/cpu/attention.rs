@@ -184,7 +184,7 @@ impl Queries<'_> {
     fn block<V: Vector>(&self, i: usize, wide: &mut [f32]) -> Block {
         let kv = self.job.kv;
         let (dtype, position) = (kv.shape.dtype, i * KV_BLOCK);
-        let start = kv.start(self.job.batch.blocks[self.tile.seq][i], self.kv_head);
+        let start = kv.start(self.job.batch.blocks[self.tile.seq].at(i), self.kv_head);
         let keys = &kv.keys[start..][..kv.head_bytes()];
         let values = &kv.values[start..][..kv.head_bytes() + LANES * dtype.size()];
         if dtype == DType::F32 {

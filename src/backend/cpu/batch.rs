@@ -1,11 +1,11 @@
 //! A micro-batch, checked, with the rotations of its positions and the cut of its rows for attention.
 
-use std::{ops::Range, sync::Arc};
+use std::ops::Range;
 
 use super::{device_error, memory::Memory, pool::Pool};
 use crate::{
     backend::{Limits, Rotation},
-    batch::{KV_BLOCK, MicroBatch},
+    batch::{Blocks, KV_BLOCK, MicroBatch},
     error::Result,
 };
 
@@ -14,12 +14,12 @@ pub(super) const TILE_ROWS: usize = 8;
 
 /// A micro-batch as the ops want it.
 pub struct Batch {
-    pub(super) ids: Vec<u32>,           // [rows]
-    pub(super) positions: Vec<usize>,   // [rows]
-    pub(super) cos: Memory<f32>,        // [rows_max, half]
-    pub(super) sin: Memory<f32>,        // [rows_max, half]
-    pub(super) half: usize,             // head_dim / 2
-    pub(super) blocks: Vec<Arc<[u32]>>, // [seqs]
+    pub(super) ids: Vec<u32>,         // [rows]
+    pub(super) positions: Vec<usize>, // [rows]
+    pub(super) cos: Memory<f32>,      // [rows_max, half]
+    pub(super) sin: Memory<f32>,      // [rows_max, half]
+    pub(super) half: usize,           // head_dim / 2
+    pub(super) blocks: Vec<Blocks>,   // [seqs]
     pub(super) tiles: Vec<Tile>,
     pub(super) outputs: Vec<usize>, // rows
     /// One more than the largest KV block that the rows use.
@@ -93,10 +93,10 @@ impl Batch {
             let end = rows.row + rows.len;
             let tiles = (rows.row..end).step_by(TILE_ROWS);
             self.tiles.extend(tiles.map(|row| Tile { seq, rows: row..end.min(row + TILE_ROWS) }));
-            let used = &rows.blocks[..(rows.cached + rows.len).div_ceil(KV_BLOCK)];
-            let last = used.iter().max().map_or(0, |&b| b as usize + 1);
+            let used = (rows.cached + rows.len).div_ceil(KV_BLOCK);
+            let last = rows.blocks.range(0..used).max().map_or(0, |b| b as usize + 1);
             self.blocks_end = self.blocks_end.max(last);
-            self.written.extend(&used[rows.cached / KV_BLOCK..]);
+            self.written.extend(rows.blocks.range(rows.cached / KV_BLOCK..used));
             self.blocks.push(rows.blocks.clone());
         }
         self.ids.extend(&from.ids);

@@ -88,7 +88,7 @@ fn row_of_heads<V: Vector>(job: &Job, seq: usize, row: usize, qkv: &mut [f32]) {
         rotate(head, cos, sin);
     }
     let position = job.batch.positions[row];
-    let block = job.batch.blocks[seq][position / KV_BLOCK] as usize;
+    let block = job.batch.blocks[seq].at(position / KV_BLOCK) as usize;
     let slot = position % KV_BLOCK;
     let keys = rotated[heads * head_dim..].chunks_exact(head_dim);
     for (i, (key, value)) in keys.zip(values.chunks_exact(head_dim)).enumerate() {

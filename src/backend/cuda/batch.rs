@@ -354,15 +354,15 @@ impl Room {
 }
 
 /// Blocks that hold a sequence's tokens.
-fn blocks_used(seq: &SeqRows) -> &[u32] {
+fn blocks_used(seq: &SeqRows) -> impl ExactSizeIterator<Item = u32> {
     let used = (seq.cached + seq.len).div_ceil(KV_BLOCK);
     // Fewer are refused.
-    &seq.blocks[..used.min(seq.blocks.len())]
+    seq.blocks.range(0..used.min(seq.blocks.len()))
 }
 
 /// More than the number of any block that is used: of 256 sequences of 8192 tokens, one of 131072.
 fn blocks_end(from: &MicroBatch) -> usize {
-    let ends = from.seqs.iter().map(|s| blocks_used(s).iter().fold(0, |last, &id| id.max(last)));
+    let ends = from.seqs.iter().map(|s| blocks_used(s).fold(0, u32::max));
     ends.max().map_or(0, |last| last as usize + 1)
 }
 

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 use std::{
+    array,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
 };
@@ -20,23 +21,35 @@ use crate::{
     error::{Error, Result},
 };
 
-/// Threads that copy for one stage: one core reads the page cache at 5 to 13 GB/s, the bus takes 55.
-const LANES_MAX: usize = 8;
-/// Bytes of a piece. The buffers of all lanes together should stay in the processors' caches, and a copy should take the
-/// bus much longer (76 µs) than starting one.
-const PIECE: usize = 4 << 20;
-/// Pieces in the queue: lanes have work while memory for the next matrix is taken.
-const QUEUED: usize = 4 * LANES_MAX;
+/// Bytes of a piece, and threads that copy for one stage: one core reads the page cache at 5 to 13 GB/s, the bus takes 55.
+///
+/// A copy should take the bus much longer (76 µs for 4 MiB) than starting one, but the buffers of all lanes of all stages should stay in
+/// the processors' caches. One GPU got 46 GB/s from 8 lanes with 4 MiB, and 39 with 1 MiB; four together got 67 and 92, and 109
+/// from 16 lanes each with 1 MiB.
+fn pieces_and_lanes(stages: usize) -> (usize, usize) {
+    match stages {
+        0..=1 => (4 << 20, 8),
+        2 => (2 << 20, 8),
+        _ => (1 << 20, 16),
+    }
+}
+/// Pieces that a lane has in hand.
+const SLOTS: usize = 2;
+/// Pieces in the queue: lanes have work while memory for the next matrices is taken.
+const QUEUED: usize = 1024;
 
 /// Brings bytes to a GPU.
 pub(super) struct Uploader {
     context: Context,
+    piece: usize,
     lanes_max: usize,
     /// Started when they are wanted, ended by `finish`: their pinned memory is needed for loading alone.
     lanes: Mutex<Option<Lanes>>,
 }
 
 struct Lanes {
+    /// All lanes' slots: much pinned memory is had in about the time of a little, and whoever else wants some waits that long.
+    buffers: Arc<Pinned>,
     pieces: channel::Sender<Piece>,
     /// The queue's other end, for lanes to come.
     queue: channel::Receiver<Piece>,
@@ -54,8 +67,9 @@ impl Uploader {
     /// For a stage that shares the host with others, so many in all.
     pub(super) fn new(context: Context, stages: usize) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let lanes_max = (cores / stages.max(1)).clamp(1, LANES_MAX);
-        Uploader { context, lanes_max, lanes: Mutex::default() }
+        let (piece, most) = pieces_and_lanes(stages);
+        let lanes_max = (cores / stages.max(1)).clamp(1, most);
+        Uploader { context, piece, lanes_max, lanes: Mutex::default() }
     }
 
     /// Copies bytes to `at` in a buffer. They are on their way when this returns; `finish` waits for them, and tells what
@@ -63,9 +77,12 @@ impl Uploader {
     pub(super) fn upload(&self, to: &Arc<DeviceBuf>, at: usize, from: &Bytes) -> Result<()> {
         assert!(at + from.len() <= to.bytes(), "an upload beyond its buffer; this is a bug");
         let mut lanes = self.lock();
-        let lanes = lanes.get_or_insert_with(Lanes::none);
-        for start in (0..from.len()).step_by(PIECE) {
-            let part = from.part(start..from.len().min(start + PIECE));
+        let lanes = match &mut *lanes {
+            Some(lanes) => lanes,
+            none => none.insert(Lanes::none(self)?),
+        };
+        for start in (0..from.len()).step_by(self.piece) {
+            let part = from.part(start..from.len().min(start + self.piece));
             lanes.put(Piece { from: part, to: to.clone(), at: at + start }, self)?;
         }
         Ok(())
@@ -73,7 +90,7 @@ impl Uploader {
 
     /// Waits until everything has arrived.
     pub(super) fn finish(&self) -> Result<()> {
-        let Some(Lanes { pieces, queue, threads }) = self.lock().take() else { return Ok(()) };
+        let Some(Lanes { pieces, queue, threads, .. }) = self.lock().take() else { return Ok(()) };
         // Lanes end when the queue is empty and closed.
         drop((pieces, queue));
         let ends = threads.into_iter().map(|t| t.join().expect("copying does not panic; this is a bug"));
@@ -93,17 +110,20 @@ impl Drop for Uploader {
 }
 
 impl Lanes {
-    fn none() -> Lanes {
+    fn none(of: &Uploader) -> Result<Lanes> {
+        let buffers = Arc::new(Pinned::of_one(of.context, of.lanes_max * SLOTS * of.piece)?);
         let (pieces, queue) = channel::bounded(QUEUED);
-        Lanes { pieces, queue, threads: Vec::new() }
+        Ok(Lanes { buffers, pieces, queue, threads: Vec::new() })
     }
 
     /// Enqueues a piece, with one lane more if those there are do not keep up.
     fn put(&mut self, piece: Piece, of: &Uploader) -> Result<()> {
         let busy = self.threads.is_empty() || self.queue.len() > 2 * self.threads.len();
         if busy && self.threads.len() < of.lanes_max {
-            let (context, queue) = (of.context, self.queue.clone());
-            let thread = std::thread::Builder::new().name("load".into()).spawn(move || run(context, &queue));
+            let (context, queue, buffers) = (of.context, self.queue.clone(), self.buffers.clone());
+            let slots = array::from_fn(|i| (self.threads.len() * SLOTS + i) * of.piece);
+            let lane = move || run(Lane::new(context, buffers, slots), &queue);
+            let thread = std::thread::Builder::new().name("load".into()).spawn(lane);
             self.threads.push(thread.map_err(|e| Error::Engine(format!("no thread: {e}")))?);
         }
         self.pieces.send(piece).expect("this end of the queue is open; this is a bug");
@@ -112,8 +132,8 @@ impl Lanes {
 }
 
 /// A lane, until the queue is closed.
-fn run(context: Context, queue: &channel::Receiver<Piece>) -> Result<()> {
-    let outcome = Lane::new(context).and_then(|mut lane| {
+fn run(lane: Result<Lane>, queue: &channel::Receiver<Piece>) -> Result<()> {
+    let outcome = lane.and_then(|mut lane| {
         queue.iter().try_for_each(|piece| lane.copy(piece))?;
         lane.stream.synchronize()
     });
@@ -124,25 +144,28 @@ fn run(context: Context, queue: &channel::Receiver<Piece>) -> Result<()> {
     outcome
 }
 
-/// Two buffers: one is filled while the other is on its way.
+/// One slot is filled while the other is on its way.
 struct Lane {
     stream: Stream,
-    slots: [Slot; 2],
+    buffers: Arc<Pinned>,
+    slots: [Slot; SLOTS],
     next: usize,
 }
 
 struct Slot {
-    buffer: Pinned,
+    /// Where its part of the buffers begins.
+    at: usize,
     sent: Event,
     /// What is on its way, or has been.
     piece: Option<Piece>,
 }
 
 impl Lane {
-    fn new(context: Context) -> Result<Self> {
-        let slot =
-            || Ok(Slot { buffer: Pinned::new(context, PIECE)?, sent: Event::new(context)?, piece: None });
-        Ok(Lane { stream: Stream::new(context)?, slots: [slot()?, slot()?], next: 0 })
+    /// Its slots begin there in the buffers.
+    fn new(context: Context, buffers: Arc<Pinned>, slots: [usize; SLOTS]) -> Result<Self> {
+        let slot = |at| Ok(Slot { at, sent: Event::new(context)?, piece: None });
+        let [a, b] = slots;
+        Ok(Lane { stream: Stream::new(context)?, buffers, slots: [slot(a)?, slot(b)?], next: 0 })
     }
 
     fn copy(&mut self, piece: Piece) -> Result<()> {
@@ -151,12 +174,12 @@ impl Lane {
         // An event that was never recorded has been reached.
         slot.sent.synchronize()?;
         let bytes = piece.from.len();
-        // SAFETY: its last copy has been done.
-        piece.from.copy(unsafe { &mut slot.buffer.as_mut_slice()[..bytes] })?;
+        // SAFETY: the slot's part is its own, and its last copy has been done.
+        piece.from.copy(unsafe { self.buffers.part_mut(slot.at..slot.at + bytes) })?;
         let to = piece.to.ptr().add(piece.at);
-        // SAFETY: `upload` has checked that the piece fits, and both ends live in the slot, whose buffer is not touched
-        // until the event has been reached.
-        unsafe { self.stream.copy(to, slot.buffer.ptr(), bytes)? };
+        // SAFETY: `upload` has checked that the piece fits, and both ends live in the lane, whose slot is not touched until
+        // the event has been reached.
+        unsafe { self.stream.copy(to, self.buffers.ptr().add(slot.at), bytes)? };
         slot.piece = Some(piece);
         slot.sent.record(&self.stream)
     }

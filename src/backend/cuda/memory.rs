@@ -1,7 +1,7 @@
 //! Memory of a GPU, pinned memory of the host, streams and events.
 #![allow(unsafe_code)]
 
-use std::ffi::c_void;
+use std::{ffi::c_void, ops::Range};
 
 use cudarc::driver::{result, sys};
 
@@ -84,9 +84,17 @@ unsafe impl Sync for Pinned {}
 impl Pinned {
     /// Zeroed memory that every GPU reaches at its address.
     pub(super) fn new(context: Context, bytes: usize) -> Result<Self> {
-        context.enter()?;
         // Not write-combined: the host reads it too.
-        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        Self::with(context, bytes, sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP)
+    }
+
+    /// Zeroed memory that this GPU copies to and from, and no other: that is sooner to be had.
+    pub(super) fn of_one(context: Context, bytes: usize) -> Result<Self> {
+        Self::with(context, bytes, 0)
+    }
+
+    fn with(context: Context, bytes: usize, flags: u32) -> Result<Self> {
+        context.enter()?;
         let _beside = beside_no_recording();
         // SAFETY: freed once, in drop.
         let at = context
@@ -121,6 +129,16 @@ impl Pinned {
     pub(crate) unsafe fn as_slice(&self) -> &[u8] {
         // SAFETY: allocated and zeroed.
         unsafe { std::slice::from_raw_parts(self.at, self.bytes) }
+    }
+
+    /// Some of the bytes.
+    ///
+    /// SAFETY: no GPU, and nobody else, reads or writes these now.
+    #[allow(clippy::mut_from_ref)]
+    pub(super) unsafe fn part_mut(&self, part: Range<usize>) -> &mut [u8] {
+        assert!(part.start <= part.end && part.end <= self.bytes, "beyond pinned memory; this is a bug");
+        // SAFETY: within the allocation, which is zeroed; the caller sees to the rest.
+        unsafe { std::slice::from_raw_parts_mut(self.at.add(part.start), part.len()) }
     }
 
     /// The bytes.

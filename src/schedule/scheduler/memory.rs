@@ -1,18 +1,13 @@
 //! Who gets KV blocks, keeps them, and loses them.
 
-use std::sync::Arc;
-
 use super::Scheduler;
 use crate::{
-    batch::KV_BLOCK,
+    batch::{KV_BLOCK, blocks::BlockList},
     schedule::{BlockPool, queue::Rank, sequence::State},
 };
 
 /// A sequence that has lost its blocks to higher priorities so often comes before them.
 const YIELDED_MAX: u32 = 4;
-
-/// A sequence that grows takes a block more at a time for each so many that it has.
-const GROWN_AFTER: usize = 64;
 
 /// Whether there is a block for a sequence's next token.
 pub(super) enum Growth {
@@ -36,20 +31,18 @@ impl Scheduler {
     pub(super) fn grow(&mut self, slot: u32) -> Growth {
         let sequence = &self.sequences[slot];
         let held = sequence.blocks.len() * KV_BLOCK;
-        // A list of blocks is copied to grow, so a long one grows by more at a time.
-        let more = 1 + sequence.blocks.len() / GROWN_AFTER;
-        let plenty = self.pool.available() > self.running.len() + more;
         if sequence.planned < held {
             // Early, each seat at its own time: sequences in step would all need one in the same step.
-            let early = held - sequence.planned == 1 + sequence.seat() as usize % (more * KV_BLOCK);
+            let early = held - sequence.planned == 1 + sequence.turn();
+            let plenty = self.pool.available() > self.running.len() + 1;
             if early && plenty && held < sequence.new.tokens_max {
-                self.take_more(slot, more);
+                self.take_one(slot);
             }
             return Growth::There;
         }
         let rank = sequence.rank;
         loop {
-            if self.take_more(slot, if plenty { more } else { 1 }) {
+            if self.take_one(slot) {
                 return Growth::There;
             }
             let victim = self.last_running().expect("blocks that nobody holds are gone; this is a bug");
@@ -64,19 +57,13 @@ impl Scheduler {
         }
     }
 
-    /// Up to `more` blocks, if there are any: no more than its longest possible answer needs.
-    fn take_more(&mut self, slot: u32, more: usize) -> bool {
+    /// A block more for a sequence whose answer may need it, if there is any.
+    fn take_one(&mut self, slot: u32) -> bool {
+        let Some(block) = self.pool.take() else { return false };
         let sequence = &mut self.sequences[slot];
-        let before = sequence.blocks.len();
-        let more = more.min(BlockPool::blocks_for(sequence.new.tokens_max) - before);
-        // Where the list is long this is faster than a chain of both.
-        let mut blocks = Vec::with_capacity(before + more);
-        blocks.extend_from_slice(&sequence.blocks);
-        blocks.extend(std::iter::from_fn(|| self.pool.take()).take(more));
-        sequence.blocks = blocks.into();
-        // It could, or it would not have asked.
+        sequence.blocks.push(block);
         self.growing -= usize::from(!sequence.may_grow());
-        sequence.blocks.len() > before
+        true
     }
 
     /// The last in the order of those that hold blocks and are not in this step, whose rows need them.
@@ -120,7 +107,7 @@ impl Scheduler {
         self.growing -= usize::from(sequence.may_grow());
         // The tail first: a chain of cached blocks is of use as far as it is whole from its beginning.
         let blocks = std::mem::take(&mut sequence.blocks);
-        blocks.iter().rev().for_each(|&block| self.pool.give_back(block));
+        blocks.iter().rev().for_each(|block| self.pool.give_back(block));
     }
 
     /// Queues a sequence without blocks.
@@ -188,9 +175,9 @@ impl Scheduler {
         prefix.iter().for_each(|&block| self.pool.share(block));
         let new = all - prefix.len();
         let mut take = || self.pool.take().expect("blocks were counted; this is a bug");
-        let blocks: Arc<[u32]> = prefix.iter().copied().chain((0..new).map(|_| take())).collect();
+        let blocks = prefix.iter().copied().chain((0..new).map(|_| take()));
         let sequence = &mut self.sequences[slot];
-        sequence.blocks = blocks;
+        sequence.blocks = BlockList::new(blocks, BlockPool::blocks_for(sequence.new.tokens_max));
         sequence.published = prefix.len();
         sequence.last_key = prefix.len().checked_sub(1).map(|last| sequence.keys[last]);
         sequence.planned = prefix.len() * KV_BLOCK;
@@ -216,7 +203,7 @@ impl Scheduler {
                 let known = sequence.keys.get(block).copied();
                 let key = known.unwrap_or_else(|| sequence.block_key(&self.keys, sequence.last_key, block));
                 sequence.last_key = Some(key);
-                found.push((sequence.blocks[block], key, sequence.last));
+                found.push((sequence.blocks.at(block), key, sequence.last));
             }
             sequence.published = sequence.published.max(full);
         }

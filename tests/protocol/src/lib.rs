@@ -7,7 +7,7 @@
 #![allow(missing_docs, dead_code, reason = "the crate next door uses and documents the rest of its files")]
 
 pub mod backend;
-#[path = "../../../src/batch.rs"]
+#[path = "../../../src/batch/mod.rs"]
 pub mod batch;
 pub mod drive;
 #[path = "../../../src/error.rs"]

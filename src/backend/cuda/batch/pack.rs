@@ -37,7 +37,7 @@ pub(super) fn pack(bytes: &mut [u8], from: &MicroBatch, shape: &Shape, places: &
     }
     for seq in &from.seqs {
         let used = blocks_used(seq);
-        to.array(used.len(), 0, used.iter().copied());
+        to.array(used.len(), 0, used);
     }
     to.at
 }

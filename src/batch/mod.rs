@@ -1,9 +1,12 @@
 //! A micro-batch: what the scheduler decides and the stages carry out. Plain data.
 
+pub(crate) mod blocks;
+
 use std::{sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::blocks::Blocks;
 use crate::request::{Logprobs, SamplingParams};
 
 /// Tokens in one block of the KV cache.
@@ -89,7 +92,7 @@ pub struct SeqRows {
     pub cached: usize,
     /// The sequence's KV blocks: token `p` lives in `blocks[p / KV_BLOCK]`, on every stage. Those of the cached tokens
     /// may be other sequences' too; an earlier step has written them.
-    pub blocks: Arc<[u32]>,
+    pub blocks: Blocks,
 }
 
 /// A row whose logits are wanted.
