@@ -21,7 +21,7 @@ const RUNNING: usize = 1024;
 /// Tokens that each has.
 const CONTEXTS: [usize; 2] = [128, 8192];
 /// Room for the longest: devices have as much memory whatever it is used for.
-const BLOCKS: usize = RUNNING * ((CONTEXTS[1] + STEPS + 64) / KV_BLOCK + 2);
+const BLOCKS: usize = RUNNING * ((CONTEXTS[1] + STEPS + 64) / KV_BLOCK);
 /// Steps of each sequence before it begins anew.
 const STEPS: usize = 256;
 
@@ -31,7 +31,8 @@ struct Running {
 }
 
 impl Running {
-    /// Past their prompts, with as many steps in flight as may be.
+    /// Past their prompts, with as many steps in flight as may be. Others have had all blocks before, and their keys and values can
+    /// still be found: blocks are taken from those.
     fn new(slots: usize, context: usize) -> Self {
         // All prompts in a few steps.
         let chunk = RUNNING * context / 4;
@@ -43,30 +44,36 @@ impl Running {
             ahead: true,
             prefix_reuse: true,
         };
-        let tokens_max = context + STEPS + 64;
-        let mut scheduler = Scheduler::new(config, BlockPool::new(BLOCKS));
-        let sampling = Arc::new(SamplingParams::default());
-        for id in 0..RUNNING as u32 {
-            let prompt: Arc<[u32]> = (0..context as u32).map(|place| id << 16 | place).collect();
-            let seq = SeqId(u64::from(id));
-            let sampling = sampling.clone();
-            scheduler.add(NewSequence {
-                seq,
-                prompt,
-                images: None,
-                tokens_max,
-                sampling,
-                seed: 0,
-                priority: 0,
-            });
-        }
+        let scheduler = Scheduler::new(config, BlockPool::new(BLOCKS));
         let mut running = Running { scheduler, in_flight: VecDeque::new() };
+        let longest = CONTEXTS[1] + STEPS + 64;
+        running.add(RUNNING as u32, CONTEXTS[1], longest);
+        while running.scheduler.waiting() > 0 {
+            running.step();
+        }
+        while !running.in_flight.is_empty() {
+            running.apply();
+        }
+        // One from here, one from there.
+        (0..RUNNING).for_each(|i| running.scheduler.end(SeqId((RUNNING + i * 389 % RUNNING) as u64)));
+        running.add(0, context, context + STEPS + 64);
         // Those with prompts have been applied.
         let decodes = |step: &Step| step.batch.rows() == RUNNING / slots;
         while !(running.in_flight.len() == config.in_flight_max() && running.in_flight.iter().all(decodes)) {
             running.step();
         }
         running
+    }
+
+    /// As many sequences with prompts of so many tokens, none of which begins like another one.
+    fn add(&mut self, first: u32, context: usize, tokens_max: usize) {
+        let sampling = Arc::new(SamplingParams::default());
+        for id in first..first + RUNNING as u32 {
+            let prompt: Arc<[u32]> = (0..context as u32).map(|place| id << 16 | place).collect();
+            let (seq, sampling) = (SeqId(u64::from(id)), sampling.clone());
+            let (images, seed, priority) = (None, 0, 0);
+            self.scheduler.add(NewSequence { seq, prompt, images, tokens_max, sampling, seed, priority });
+        }
     }
 
     /// Plans a step, and applies the oldest one once no more fit.

@@ -538,7 +538,8 @@ def plan(bundle, logs, count, test_filter, load_folder):
     if not test_filter:
         for new in IMAGE_GOALS:
             groups += Images(bundle, new).groups(count)
-        command = [programs / "gpu", "--ignored", "--nocapture", "--test-threads=1", "speed::"]
+        command = [programs / "gpu", "--ignored", "--nocapture", "--test-threads=1", "speed::decode_attention",
+                   "speed::prompt_attention"]
         groups.append([Check("attention", command, 120, judge=judge_attention)])
         command = [programs / "gpu", "--ignored", "--nocapture", "--test-threads=1", "tower_time::"]
         groups.append([Check("tower", command, 180, judge=judge_tower)])

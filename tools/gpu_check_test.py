@@ -145,7 +145,7 @@ LOADED = """1 stages, loading 1: 1.00 s in all; 15.23 GB of weights at 18.0 GB/s
   cuda:0: weights 15,231 + KV 100,000 + buffers 900 MB; 116,500 MB in use, +0.31%
 4 stages, loading 1: 0.90 s in all; 15.23 GB of weights at 88.0 GB/s, 22.0 a GPU
   cuda:0: weights 4,231 + KV 100,000 + buffers 900 MB; {}
-reading alone, 8 threads: 30.0 GB/s
+reading alone, 64 processes: 30.0 GB/s
 """
 
 

@@ -1,5 +1,5 @@
 //! The KV blocks of a sequence: a list that grows at its end while micro-batches in flight read its beginning. To grow takes as long
-//! whatever its length is, and nothing is copied.
+//! whatever its length is, and nothing is copied: there is room for the longest answer from the beginning.
 
 use std::{
     fmt,
@@ -35,6 +35,7 @@ impl BlockList {
     /// One more.
     pub(crate) fn push(&mut self, id: u32) {
         let Blocks { cells, len } = &mut self.0;
+        assert!(*len < cells.len(), "more KV blocks than a sequence can have; this is a bug");
         // Nobody looks at it yet: clones know fewer, and who gets one that knows it gets it in a way that puts this write first.
         cells[*len].store(id, Relaxed);
         *len += 1;
@@ -152,7 +153,23 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "more KV blocks than a sequence can have")]
+    #[should_panic(expected = "more KV blocks than a sequence can have; this is a bug")]
+    fn a_list_grows_to_what_it_can_hold() {
+        let mut list = BlockList::new([], 2);
+        (0..3).for_each(|id| list.push(id));
+    }
+
+    #[test]
+    #[should_panic(expected = "the len is 2 but the index is 2")]
+    fn what_comes_later_is_not_seen() {
+        let mut list = BlockList::new([4, 5], 3);
+        let seen = list.clone();
+        list.push(6);
+        seen.at(2);
+    }
+
+    #[test]
+    #[should_panic(expected = "more KV blocks than a sequence can have; this is a bug")]
     fn a_list_begins_with_no_more_than_it_can_hold() {
         BlockList::new(0..4, 3);
     }

@@ -90,7 +90,7 @@ pub struct SeqRows {
     pub len: usize,
     /// Tokens of this sequence already in the KV cache: the position of the first row.
     pub cached: usize,
-    /// The sequence's KV blocks: token `p` lives in `blocks[p / KV_BLOCK]`, on every stage. Those of the cached tokens
+    /// The sequence's KV blocks: token `p` lives in `blocks.at(p / KV_BLOCK)`, on every stage. Those of the cached tokens
     /// may be other sequences' too; an earlier step has written them.
     pub blocks: Blocks,
 }

@@ -1,8 +1,8 @@
 //! Who holds which KV block: ids, holders, and what can be found again; no memory.
 
-use std::{collections::hash_map::Entry, ops::Range};
+use std::ops::Range;
 
-use super::prefix::{self, BlockKey, ByKey};
+use super::prefix::BlockKey;
 use crate::batch::{KV_BLOCK, SeqId};
 
 const NONE: u32 = u32::MAX;
@@ -15,7 +15,12 @@ const NONE: u32 = u32::MAX;
 pub struct BlockPool {
     blocks: Vec<Block>,
     free: Vec<u32>,
-    by_key: ByKey<u32>,
+    /// What is found by keys: the first block of each chain. There are as many chains as blocks, and a block's is what its key says.
+    ///
+    /// A hash map would not do: one that things are always taken from and put into is made anew at times, which takes milliseconds
+    /// while everybody waits. Here nothing is ever allocated.
+    chains: Vec<u32>,
+    links: Vec<Link>,
     /// Ends of the list of cached blocks, by when they were given back.
     oldest: u32,
     newest: u32,
@@ -46,6 +51,15 @@ struct Block {
     newer: u32,
 }
 
+/// What leads on from a published block: small, so that those of a chain are looked at quickly.
+#[derive(Debug, Clone, Copy)]
+struct Link {
+    /// The next one of its chain.
+    next: u32,
+    /// A part of its key.
+    tag: u32,
+}
+
 /// A published block.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Found {
@@ -63,7 +77,8 @@ impl BlockPool {
         BlockPool {
             blocks: vec![block; blocks],
             free: (0..count).rev().collect(),
-            by_key: prefix::table(blocks),
+            chains: vec![NONE; blocks],
+            links: vec![Link { next: NONE, tag: 0 }; blocks],
             oldest: NONE,
             newest: NONE,
             cached: 0,
@@ -118,8 +133,7 @@ impl BlockPool {
                 let id = self.oldest;
                 self.watch_less(self.blocks[id as usize].watched);
                 self.uncache(id);
-                let key = self.blocks[id as usize].key.take();
-                self.by_key.remove(&key.expect("a cached block without a key; this is a bug"));
+                self.unpublish(id);
                 id
             }
         };
@@ -164,16 +178,45 @@ impl BlockPool {
     pub(super) fn publish(&mut self, id: u32, key: BlockKey, written: u64) {
         let block = &mut self.blocks[id as usize];
         assert!(block.holders > 0 && block.key.is_none(), "block {id} published twice; this is a bug");
-        if let Entry::Vacant(vacant) = self.by_key.entry(key) {
-            vacant.insert(id);
-            (block.key, block.written) = (Some(key), written);
+        if self.find(key).is_some() {
+            return;
         }
+        let chains = self.chains.len();
+        let first = &mut self.chains[key.of(chains)];
+        self.links[id as usize] = Link { next: *first, tag: key.tag() };
+        *first = id;
+        let block = &mut self.blocks[id as usize];
+        (block.key, block.written) = (Some(key), written);
+    }
+
+    /// Nobody finds it any more.
+    fn unpublish(&mut self, id: u32) {
+        let chains = self.chains.len();
+        let key = self.blocks[id as usize].key.take().expect("a cached block without a key; this is a bug");
+        let next = self.links[id as usize].next;
+        let first = &mut self.chains[key.of(chains)];
+        if *first == id {
+            *first = next;
+            return;
+        }
+        let mut before = *first;
+        while self.links[before as usize].next != id {
+            before = self.links[before as usize].next;
+        }
+        self.links[before as usize].next = next;
     }
 
     /// The block with these tokens after those.
     pub(super) fn find(&self, key: BlockKey) -> Option<Found> {
-        let &id = self.by_key.get(&key)?;
-        Some(Found { id, written: self.blocks[id as usize].written })
+        let mut id = *self.chains.get(key.of(self.chains.len()))?;
+        while id != NONE {
+            let Link { next, tag } = self.links[id as usize];
+            if tag == key.tag() && self.blocks[id as usize].key == Some(key) {
+                return Some(Found { id, written: self.blocks[id as usize].written });
+            }
+            id = next;
+        }
+        None
     }
 
     /// Watches over what a sequence can begin with, where it does not yet: over nothing at first.
@@ -234,6 +277,8 @@ impl BlockPool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use super::{super::prefix::Keys, *};
 
     fn mix(x: u64) -> u64 {
@@ -276,6 +321,41 @@ mod tests {
         assert_eq!((pool.free(), pool.cached()), (1, 1));
         pool.share(chain[0]);
         assert_eq!((pool.free(), pool.cached()), (1, 0));
+    }
+
+    /// However often blocks go from one key to another, each is found by its own key alone.
+    #[test]
+    fn what_is_found_is_what_was_published_and_has_not_gone() {
+        let keys = Keys::default();
+        let all = keys.of_prompt(&(0..400 * KV_BLOCK as u32).collect::<Vec<u32>>(), None).0;
+        let mut pool = BlockPool::new(37);
+        let (mut holding, mut published) = (Vec::new(), HashMap::new());
+        let mut hits = 0;
+        for step in 0..20_000u64 {
+            let draw = mix(step);
+            match draw % 3 {
+                0 if !holding.is_empty() => {
+                    pool.give_back(holding.swap_remove((draw >> 8) as usize % holding.len()));
+                }
+                _ => {
+                    let Some(id) = pool.take() else { continue };
+                    published.retain(|_, &mut (has, _)| has != id);
+                    holding.push(id);
+                    let key = all[(draw >> 32) as usize % all.len()];
+                    pool.publish(id, key, step);
+                    published.entry(key).or_insert((id, step));
+                }
+            }
+            if step % 50 == 0 {
+                for key in &all {
+                    let want = published.get(key).map(|&(id, written)| Found { id, written });
+                    assert_eq!(pool.find(*key), want, "step {step}");
+                }
+                hits += published.len();
+            }
+        }
+        assert!(hits > 10_000, "{hits}");
+        assert_eq!((pool.chains.len(), pool.links.len()), (37, 37));
     }
 
     #[test]

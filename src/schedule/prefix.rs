@@ -1,8 +1,7 @@
 //! What blocks are found by: their tokens, and all tokens before them.
 
 use std::{
-    collections::HashMap,
-    hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState},
+    hash::{BuildHasher, Hasher, RandomState},
     sync::Arc,
 };
 
@@ -13,34 +12,15 @@ use crate::batch::KV_BLOCK;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct BlockKey(u128);
 
-/// What is found by keys.
-pub(super) type ByKey<T> = HashMap<BlockKey, T, BuildHasherDefault<Low>>;
-
-/// An empty table for so many keys. It never has to grow while somebody waits, and all of its memory has been written to: a system
-/// gives memory page by page when that happens first, which would take longer than to put something into it.
-pub(super) fn table<T: Default>(keys: usize) -> ByKey<T> {
-    let mut table = ByKey::with_capacity_and_hasher(keys, Default::default());
-    // Of 16 places 7 to 14 are taken: with every third one none is far from one that has been.
-    table.extend((0..keys as u128).map(|i| (BlockKey(3 * i), T::default())));
-    table.clear();
-    table
-}
-
-/// Half of a key. A table needs no hash of a hash.
-#[derive(Debug, Default)]
-pub(super) struct Low(u64);
-
-impl Hasher for Low {
-    fn write_u128(&mut self, key: u128) {
-        self.0 = key as u64;
+impl BlockKey {
+    /// One of so many equally likely numbers.
+    pub(super) fn of(self, numbers: usize) -> usize {
+        ((u128::from(self.0 as u64) * numbers as u128) >> 64) as usize
     }
 
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("a key is one number; this is a bug");
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
+    /// A part of it that does not follow from [`BlockKey::of`].
+    pub(super) fn tag(self) -> u32 {
+        (self.0 >> 64) as u32
     }
 }
 

@@ -7,13 +7,30 @@ use pipeline_infer::{
     error::{Error, Result},
 };
 
-use crate::{device::gpu, numbers, tensor};
+use crate::{
+    device::{Cuda, gpu, gpus, pipeline},
+    numbers, tensor,
+};
 
 #[test]
 fn pieces_of_many_sizes_arrive_whole() {
     let Some(gpu) = gpu(DType::BF16, 64) else { return };
-    // A piece has 2^20 numbers.
-    let lens = [1, 7, 1 << 20, (1 << 20) + 1, 5_000_003, 64, 3 << 20];
+    arrive_whole(&gpu);
+}
+
+/// A stage of several has smaller pieces, and more lanes.
+#[test]
+fn pieces_of_many_sizes_arrive_whole_at_each_of_three_stages() {
+    if gpus() == 0 {
+        return;
+    }
+    let stages = pipeline(3, DType::BF16, 64);
+    std::thread::scope(|scope| stages.iter().for_each(|gpu| _ = scope.spawn(|| arrive_whole(gpu))));
+}
+
+fn arrive_whole(gpu: &Cuda) {
+    // A piece has 2^20 numbers, or 2^18.
+    let lens = [1, 7, 1 << 18, (1 << 18) + 1, 1 << 20, (1 << 20) + 1, 5_000_003, 64, 3 << 20];
     // Twice: what is loaded later finds the first loading ended.
     for round in 0..2 {
         let values: Vec<Vec<f32>> =
@@ -69,7 +86,8 @@ impl Store for Cut {
 fn a_file_that_cannot_be_read_is_an_error_and_no_hang() {
     let Some(gpu) = gpu(DType::BF16, 64) else { return };
     let weights = Tensor::new("w", vec![ROWS, ROWS], DType::BF16, Bytes::new(Arc::new(Cut), 0..LEN)).unwrap();
-    let kept: Vec<_> = (0..20).map(|_| gpu.matrix(std::slice::from_ref(&weights), &[]).unwrap()).collect();
+    // More than a queue holds.
+    let kept: Vec<_> = (0..40).map(|_| gpu.matrix(std::slice::from_ref(&weights), &[]).unwrap()).collect();
     let told = gpu.loaded().unwrap_err().to_string();
     assert_eq!(told, "cut.safetensors: it ends too early");
     drop(kept);

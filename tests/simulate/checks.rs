@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use pipeline_infer::{
-    batch::{Blocks, KV_BLOCK, ON_DEVICE, Sampled, SeqRows, Step},
+    batch::{KV_BLOCK, ON_DEVICE, Sampled, SeqRows, Step},
     schedule::{Scheduler, SchedulerConfig},
     simulate::{Arrival, End, Nanos, World},
 };
@@ -28,7 +28,7 @@ struct Client {
     asked: usize,
     /// The step that its latest rows are in.
     last: u64,
-    blocks: Blocks,
+    blocks: Vec<u32>,
     started: usize,
     /// How many had started when it came.
     starts_before: u64,
@@ -134,7 +134,7 @@ impl Checks {
             assert!(client.started > 0, "{part:?}: not started");
             assert_eq!(part.cached, client.fed, "{part:?}: fed in order");
             let same = part.blocks.iter().take(client.blocks.len());
-            assert!(same.eq(client.blocks.iter()), "{part:?}: had {:?}", client.blocks);
+            assert!(same.eq(client.blocks.iter().copied()), "{part:?}: had {:?}", client.blocks);
             for block in part.blocks.range(0..part.cached.div_ceil(KV_BLOCK)) {
                 let (when, who) = self.writers[block as usize];
                 assert!(
@@ -168,7 +168,7 @@ impl Checks {
         assert!(client.asked <= client.told + 1 + usize::from(self.config.ahead), "{part:?}: too far ahead");
         client.fed = end;
         client.last = step.step;
-        client.blocks = part.blocks.clone();
+        client.blocks = part.blocks.iter().collect();
     }
 
     fn nothing_is_held(&self, scheduler: &Scheduler) {

@@ -6,6 +6,7 @@
 
 use std::{
     array,
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
 };
@@ -23,9 +24,13 @@ use crate::{
 
 /// Bytes of a piece, and threads that copy for one stage: one core reads the page cache at 5 to 13 GB/s, the bus takes 55.
 ///
-/// A copy should take the bus much longer (76 µs for 4 MiB) than starting one, but the buffers of all lanes of all stages should stay in
-/// the processors' caches. One GPU got 46 GB/s from 8 lanes with 4 MiB, and 39 with 1 MiB; four together got 67 and 92, and 109
-/// from 16 lanes each with 1 MiB.
+/// A copy should take the bus much longer than starting one (76 µs for 4 MiB), but what all lanes of all stages have in hand should stay
+/// in the processors' caches. On a machine with 64 cores, GB/s of all GPUs together:
+///
+/// | lanes, bytes of a piece | 8, 4 MiB | 8, 2 MiB | 8, 1 MiB | 16, 1 MiB |
+/// |---|---:|---:|---:|---:|
+/// | one GPU, 15 GB | 46 | 45 | 39 | 40 |
+/// | four, 145 GB | 67 | | 92 | 109 |
 fn pieces_and_lanes(stages: usize) -> (usize, usize) {
     match stages {
         0..=1 => (4 << 20, 8),
@@ -35,8 +40,8 @@ fn pieces_and_lanes(stages: usize) -> (usize, usize) {
 }
 /// Pieces that a lane has in hand.
 const SLOTS: usize = 2;
-/// Pieces in the queue: lanes have work while memory for the next matrices is taken.
-const QUEUED: usize = 1024;
+/// Bytes in the queue: lanes have work while memory for the next matrices is taken.
+const QUEUED: usize = 512 << 20;
 
 /// Brings bytes to a GPU.
 pub(super) struct Uploader {
@@ -48,7 +53,7 @@ pub(super) struct Uploader {
 }
 
 struct Lanes {
-    /// All lanes' slots: much pinned memory is had in about the time of a little, and whoever else wants some waits that long.
+    /// All lanes' slots: 32 MiB are had in some 12 ms, or 50 if four stages want them at once, before the first byte is on its way.
     buffers: Arc<Pinned>,
     pieces: channel::Sender<Piece>,
     /// The queue's other end, for lanes to come.
@@ -112,7 +117,7 @@ impl Drop for Uploader {
 impl Lanes {
     fn none(of: &Uploader) -> Result<Lanes> {
         let buffers = Arc::new(Pinned::of_one(of.context, of.lanes_max * SLOTS * of.piece)?);
-        let (pieces, queue) = channel::bounded(QUEUED);
+        let (pieces, queue) = channel::bounded(QUEUED / of.piece);
         Ok(Lanes { buffers, pieces, queue, threads: Vec::new() })
     }
 
@@ -121,7 +126,8 @@ impl Lanes {
         let busy = self.threads.is_empty() || self.queue.len() > 2 * self.threads.len();
         if busy && self.threads.len() < of.lanes_max {
             let (context, queue, buffers) = (of.context, self.queue.clone(), self.buffers.clone());
-            let slots = array::from_fn(|i| (self.threads.len() * SLOTS + i) * of.piece);
+            let slot = |i| self.threads.len() * SLOTS + i;
+            let slots = array::from_fn(|i| slot(i) * of.piece..(slot(i) + 1) * of.piece);
             let lane = move || run(Lane::new(context, buffers, slots), &queue);
             let thread = std::thread::Builder::new().name("load".into()).spawn(lane);
             self.threads.push(thread.map_err(|e| Error::Engine(format!("no thread: {e}")))?);
@@ -153,17 +159,17 @@ struct Lane {
 }
 
 struct Slot {
-    /// Where its part of the buffers begins.
-    at: usize,
+    /// Its part of the buffers, which is its own.
+    part: Range<usize>,
     sent: Event,
     /// What is on its way, or has been.
     piece: Option<Piece>,
 }
 
 impl Lane {
-    /// Its slots begin there in the buffers.
-    fn new(context: Context, buffers: Arc<Pinned>, slots: [usize; SLOTS]) -> Result<Self> {
-        let slot = |at| Ok(Slot { at, sent: Event::new(context)?, piece: None });
+    /// Its slots are those parts of the buffers.
+    fn new(context: Context, buffers: Arc<Pinned>, slots: [Range<usize>; SLOTS]) -> Result<Self> {
+        let slot = |part| Ok(Slot { part, sent: Event::new(context)?, piece: None });
         let [a, b] = slots;
         Ok(Lane { stream: Stream::new(context)?, buffers, slots: [slot(a)?, slot(b)?], next: 0 })
     }
@@ -175,11 +181,11 @@ impl Lane {
         slot.sent.synchronize()?;
         let bytes = piece.from.len();
         // SAFETY: the slot's part is its own, and its last copy has been done.
-        piece.from.copy(unsafe { self.buffers.part_mut(slot.at..slot.at + bytes) })?;
+        piece.from.copy(unsafe { &mut self.buffers.part_mut(slot.part.clone())[..bytes] })?;
         let to = piece.to.ptr().add(piece.at);
         // SAFETY: `upload` has checked that the piece fits, and both ends live in the lane, whose slot is not touched until
         // the event has been reached.
-        unsafe { self.stream.copy(to, self.buffers.ptr().add(slot.at), bytes)? };
+        unsafe { self.stream.copy(to, self.buffers.ptr().add(slot.part.start), bytes)? };
         slot.piece = Some(piece);
         slot.sent.record(&self.stream)
     }

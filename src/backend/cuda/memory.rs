@@ -78,7 +78,7 @@ pub(crate) struct Pinned {
 
 // SAFETY: plain memory.
 unsafe impl Send for Pinned {}
-// SAFETY: as above; shared access is to raw addresses only.
+// SAFETY: as above; shared access is to raw addresses, and to parts that whoever asks for them has to himself.
 unsafe impl Sync for Pinned {}
 
 impl Pinned {
@@ -88,18 +88,19 @@ impl Pinned {
         Self::with(context, bytes, sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP)
     }
 
-    /// Zeroed memory that this GPU copies to and from, and no other: that is sooner to be had.
+    /// Zeroed memory that is meant for this GPU's copies alone.
     pub(super) fn of_one(context: Context, bytes: usize) -> Result<Self> {
         Self::with(context, bytes, 0)
     }
 
     fn with(context: Context, bytes: usize, flags: u32) -> Result<Self> {
         context.enter()?;
-        let _beside = beside_no_recording();
+        let beside = beside_no_recording();
         // SAFETY: freed once, in drop.
         let at = context
             .check("pinning memory of the host", unsafe { result::malloc_host(bytes.max(1), flags) })?;
         let at = at.cast::<u8>();
+        drop(beside);
         // SAFETY: as many bytes.
         unsafe { at.write_bytes(0, bytes) };
         Ok(Pinned { context, at, bytes })
