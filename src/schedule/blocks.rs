@@ -347,7 +347,7 @@ mod tests {
                 }
             }
             if step % 50 == 0 {
-                for key in &all {
+                for key in all.iter() {
                     let want = published.get(key).map(|&(id, written)| Found { id, written });
                     assert_eq!(pool.find(*key), want, "step {step}");
                 }
