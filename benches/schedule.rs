@@ -21,9 +21,14 @@ const RUNNING: usize = 1024;
 /// Tokens that each has.
 const CONTEXTS: [usize; 2] = [128, 8192];
 /// Room for the longest: devices have as much memory whatever it is used for.
-const BLOCKS: usize = RUNNING * ((CONTEXTS[1] + STEPS + 64) / KV_BLOCK);
+const BLOCKS: usize = RUNNING * (with_answer(CONTEXTS[1]) / KV_BLOCK);
 /// Steps of each sequence before it begins anew.
 const STEPS: usize = 256;
+
+/// Tokens of a sequence at most whose prompt has so many.
+const fn with_answer(context: usize) -> usize {
+    context + STEPS + 64
+}
 
 struct Running {
     scheduler: Scheduler,
@@ -46,8 +51,7 @@ impl Running {
         };
         let scheduler = Scheduler::new(config, BlockPool::new(BLOCKS));
         let mut running = Running { scheduler, in_flight: VecDeque::new() };
-        let longest = CONTEXTS[1] + STEPS + 64;
-        running.add(RUNNING as u32, CONTEXTS[1], longest);
+        running.add(RUNNING as u32, CONTEXTS[1]);
         while running.scheduler.waiting() > 0 {
             running.step();
         }
@@ -56,7 +60,7 @@ impl Running {
         }
         // One from here, one from there.
         (0..RUNNING).for_each(|i| running.scheduler.end(SeqId((RUNNING + i * 389 % RUNNING) as u64)));
-        running.add(0, context, context + STEPS + 64);
+        running.add(0, context);
         // Those with prompts have been applied.
         let decodes = |step: &Step| step.batch.rows() == RUNNING / slots;
         while !(running.in_flight.len() == config.in_flight_max() && running.in_flight.iter().all(decodes)) {
@@ -66,13 +70,11 @@ impl Running {
     }
 
     /// As many sequences with prompts of so many tokens, none of which begins like another one.
-    fn add(&mut self, first: u32, context: usize, tokens_max: usize) {
+    fn add(&mut self, first: u32, context: usize) {
         let sampling = Arc::new(SamplingParams::default());
         for id in first..first + RUNNING as u32 {
-            let prompt: Arc<[u32]> = (0..context as u32).map(|place| id << 16 | place).collect();
-            let (seq, sampling) = (SeqId(u64::from(id)), sampling.clone());
-            let (images, seed, priority) = (None, 0, 0);
-            self.scheduler.add(NewSequence { seq, prompt, images, tokens_max, sampling, seed, priority });
+            let prompt = (0..context as u32).map(|place| id << 16 | place).collect();
+            self.scheduler.add(sequence(id, prompt, with_answer(context), &sampling));
         }
     }
 
@@ -90,6 +92,11 @@ impl Running {
         let sampled = step.batch.outputs.iter().map(|output| token(output.seq)).collect();
         black_box(self.scheduler.apply(step.step, sampled));
     }
+}
+
+fn sequence(id: u32, prompt: Arc<[u32]>, tokens_max: usize, sampling: &Arc<SamplingParams>) -> NewSequence {
+    let (seq, sampling) = (SeqId(u64::from(id)), sampling.clone());
+    NewSequence { seq, prompt, images: None, tokens_max, sampling, seed: 0, priority: 0 }
 }
 
 fn plan_and_apply(c: &mut Criterion) {
@@ -138,20 +145,10 @@ fn waited_for(context: usize) -> Running {
         SchedulerConfig { ahead: true, chunk: 1 << 20, chunk_min: 1 << 20, ..SchedulerConfig::default() };
     let scheduler = Scheduler::new(config, BlockPool::new(blocks + 192));
     let mut running = Running { scheduler, in_flight: VecDeque::new() };
+    let sampling = Arc::new(SamplingParams::default());
     let add = |running: &mut Running, seq, first: u32, len: usize, answer| {
-        let prompt: Arc<[u32]> = (first..first + len as u32).collect();
-        let (seq, tokens_max) = (SeqId(seq), len + answer - 1);
-        let sampling = Arc::new(SamplingParams::default());
-        let images = None;
-        running.scheduler.add(NewSequence {
-            seq,
-            prompt,
-            tokens_max,
-            sampling,
-            seed: 0,
-            priority: 0,
-            images,
-        });
+        let prompt = (first..first + len as u32).collect();
+        running.scheduler.add(sequence(seq, prompt, len + answer - 1, &sampling));
     };
     add(&mut running, 0, 0, context, 1);
     running.step();

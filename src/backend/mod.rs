@@ -121,6 +121,13 @@ pub struct Columns {
     pub width: usize,
 }
 
+impl Columns {
+    /// All of a matrix.
+    pub(crate) fn all(width: usize) -> Columns {
+        Columns { first: 0, width }
+    }
+}
+
 /// Attention heads. A row of `qkv` is `heads` queries, then `kv_heads` keys, then `kv_heads` values.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct HeadShape {

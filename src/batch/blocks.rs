@@ -24,12 +24,10 @@ pub(crate) struct BlockList(Blocks);
 impl BlockList {
     /// A list that never has more than `most`.
     pub(crate) fn new(first: impl IntoIterator<Item = u32>, most: usize) -> BlockList {
-        let mut first = first.into_iter().fuse();
-        let mut len = 0;
-        let cell = |_| AtomicU32::new(first.next().inspect(|_| len += 1).unwrap_or(0));
-        let cells = (0..most).map(cell).collect();
-        assert!(first.next().is_none(), "more KV blocks than a sequence can have; this is a bug");
-        BlockList(Blocks { cells, len })
+        let cells = (0..most).map(|_| AtomicU32::new(0)).collect();
+        let mut list = BlockList(Blocks { cells, len: 0 });
+        first.into_iter().for_each(|id| list.push(id));
+        list
     }
 
     /// One more.

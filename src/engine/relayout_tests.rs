@@ -63,8 +63,8 @@ const TOWERS: [&str; 6] = [
 fn wire(ahead: bool, plan: Arc<Plan>) -> Arc<Wire> {
     Arc::new(move |layout, config, shared, progress| {
         // Behind the stages come the parts of a split head.
-        let (stages, parts) = (layout.stages().len(), layout.head_stages().len());
-        let all = stages + if parts > 1 { parts } else { 0 };
+        let stages = layout.stages().len();
+        let all = stages + layout.part_stages().len();
         let ones = Faulty::<false>::pipeline(all, &plan).into_iter().map(Either::One);
         let twos = Faulty::<true>::pipeline(all, &plan).into_iter().map(Either::Two);
         let mut backends: Vec<_> = if ahead { twos.collect() } else { ones.collect() };
@@ -82,7 +82,7 @@ fn mixed(plan: Arc<Plan>) -> Arc<Wire> {
         let tower = shared.vision.iter().flat_map(|vision| &vision.stages).map(|(device, _)| *device);
         let mut devices: Vec<Device> = layout.stages().iter().map(|stage| stage.device).collect();
         devices.extend(tower.chain([layout.stages()[0].device]));
-        let beside = if layout.head_stages().len() > 1 { layout.head_stages() } else { Vec::new() };
+        let beside = layout.part_stages();
         devices.extend(beside.iter().map(|&stage| layout.stages()[stage].device));
         let ones = Faulty::<false>::pipeline(devices.len(), &plan);
         let kinds = ones.into_iter().zip(Faulty::<true>::pipeline(devices.len(), &plan));

@@ -94,8 +94,7 @@ pub(super) fn wire(
 ) -> Result<Wired> {
     let gpu = |stage: &layout::Stage| stage.device.gpu();
     let gpus: Vec<usize> = layout.stages().iter().filter_map(gpu).collect();
-    let asides: Vec<&layout::Stage> =
-        asides::stages(layout).into_iter().map(|i| &layout.stages()[i]).collect();
+    let asides: Vec<&layout::Stage> = layout.part_stages().into_iter().map(|i| &layout.stages()[i]).collect();
     let urgent: Vec<usize> = asides.iter().filter_map(|stage| gpu(stage)).collect();
     let facts = PipelineFacts {
         dtype: config.dtype,
@@ -233,7 +232,7 @@ impl Start<'_> {
     ) -> StageFacts {
         let Site { index, backend, input, output, probe } = site;
         let metrics = self.shared.metrics[index].clone();
-        let split_head = !asides::stages(self.layout).is_empty();
+        let split_head = !self.layout.part_stages().is_empty();
         let own = DecoderConfig { layers: stage.layers.clone(), split_head, ..self.config.clone() };
         let parts = if index + 1 == self.layout.stages().len() { parts } else { Vec::new() };
         let layer_kv_bytes = own.kv_blocks * KV_BLOCK * own.spec.kv_bytes_per_token(own.dtype);

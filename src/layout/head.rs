@@ -42,6 +42,12 @@ impl Layout {
         (0..=last).filter(has_part).collect()
     }
 
+    /// The same, but none where the head is whole.
+    pub(crate) fn part_stages(&self) -> Vec<usize> {
+        let stages = self.head_stages();
+        if stages.len() > 1 { stages } else { Vec::new() }
+    }
+
     /// A stage's part of the head, if it has one.
     pub fn head_of(&self, stage: usize) -> Option<Unit> {
         let stages = self.head_stages();

@@ -181,20 +181,24 @@ impl BlockPool {
         if self.find(key).is_some() {
             return;
         }
-        let chains = self.chains.len();
-        let first = &mut self.chains[key.of(chains)];
+        let chain = self.chain_of(key);
+        let first = &mut self.chains[chain];
         self.links[id as usize] = Link { next: *first, tag: key.tag() };
         *first = id;
         let block = &mut self.blocks[id as usize];
         (block.key, block.written) = (Some(key), written);
     }
 
+    fn chain_of(&self, key: BlockKey) -> usize {
+        key.of(self.chains.len())
+    }
+
     /// Nobody finds it any more.
     fn unpublish(&mut self, id: u32) {
-        let chains = self.chains.len();
         let key = self.blocks[id as usize].key.take().expect("a cached block without a key; this is a bug");
         let next = self.links[id as usize].next;
-        let first = &mut self.chains[key.of(chains)];
+        let chain = self.chain_of(key);
+        let first = &mut self.chains[chain];
         if *first == id {
             *first = next;
             return;
@@ -208,7 +212,7 @@ impl BlockPool {
 
     /// The block with these tokens after those.
     pub(super) fn find(&self, key: BlockKey) -> Option<Found> {
-        let mut id = *self.chains.get(key.of(self.chains.len()))?;
+        let mut id = *self.chains.get(self.chain_of(key))?;
         while id != NONE {
             let Link { next, tag } = self.links[id as usize];
             if tag == key.tag() && self.blocks[id as usize].key == Some(key) {

@@ -224,25 +224,21 @@ fn layer_us(gpu: &Cuda, shape: &Shape, load: Load, with: [bool; 6]) -> f64 {
     us_a_layer(gpu, load.at_work, || pass(with))
 }
 
+/// With seats for as many sequences as are measured.
+fn roomy_gpu() -> Option<Cuda> {
+    let facts = PipelineFacts { dtype: DType::BF16, head_dim: 128, seats: 256, in_flight: 4 };
+    (gpus() > 0).then(|| Cuda::new(0, facts).unwrap())
+}
+
 /// What a layer takes, and how much less without each of its ops.
 #[test]
 #[ignore = "a measurement"]
 fn where_the_time_of_decoding_goes() {
-    if gpus() == 0 {
-        return;
-    }
-    let gpu =
-        Cuda::new(0, PipelineFacts { dtype: DType::BF16, head_dim: 128, seats: 256, in_flight: 4 }).unwrap();
+    let Some(gpu) = roomy_gpu() else { return };
     for shape in &SHAPES {
         for rows in [1, 4, 8, 16, 64, 128, 256] {
-            for (products, at_work) in [
-                (Products::Measured, false),
-                (Products::Measured, true),
-                (Products::Own, false),
-                (Products::Own, true),
-                (Products::Library, false),
-                (Products::Library, true),
-            ] {
+            let all = [Products::Measured, Products::Own, Products::Library];
+            for (products, at_work) in all.into_iter().flat_map(|by| [(by, false), (by, true)]) {
                 gpu.set_products(products);
                 let load = Load { sequences: rows, cached: 640, rows: 1, at_work };
                 let whole = layer_us(&gpu, shape, load, [true; 6]);
@@ -271,11 +267,7 @@ fn where_the_time_of_decoding_goes() {
 #[test]
 #[ignore = "a measurement"]
 fn where_the_time_of_prompts_goes() {
-    if gpus() == 0 {
-        return;
-    }
-    let gpu =
-        Cuda::new(0, PipelineFacts { dtype: DType::BF16, head_dim: 128, seats: 256, in_flight: 4 }).unwrap();
+    let Some(gpu) = roomy_gpu() else { return };
     let [small, large] = &SHAPES;
     for (shape, sequences, cached, rows) in [
         (large, 3, 0, 512),
@@ -289,24 +281,24 @@ fn where_the_time_of_prompts_goes() {
         let whole = layer_us(&gpu, shape, load, [true; 6]);
         let all = (sequences * rows) as f64;
         let pairs = all * (cached as f64 + (rows + 1) as f64 / 2.0);
-        let numbers = [heads.qkv_dim() * dim, 0, 0, heads.q_dim() * dim, 2 * ffn * dim, ffn * dim];
+        let product = |numbers: usize| 2.0 * all * numbers as f64;
+        let operations = [
+            product(heads.qkv_dim() * dim),
+            0.0,
+            4.0 * pairs * heads.q_dim() as f64,
+            product(heads.q_dim() * dim),
+            product(2 * ffn * dim),
+            product(ffn * dim),
+        ];
+        let rate = |operations: f64, us: f64| operations / us / 1e6;
         let mut sum = 0.0;
         let parts = OPS.iter().enumerate().map(|(i, op)| {
             let us = layer_us(&gpu, shape, load, std::array::from_fn(|at| at == i));
             sum += us;
-            let operations = match i {
-                2 => 4.0 * pairs * heads.q_dim() as f64,
-                i => 2.0 * all * numbers[i] as f64,
-            };
-            format!("{op} {us:.1} ({:.0})", operations / us / 1e6)
+            format!("{op} {us:.1} ({:.0})", rate(operations[i], us))
         });
         let parts: Vec<String> = parts.collect();
-        let (parts, rate) = (
-            parts.join(", "),
-            (2.0 * all * numbers.iter().sum::<usize>() as f64 + 4.0 * pairs * heads.q_dim() as f64)
-                / whole
-                / 1e6,
-        );
+        let (parts, rate) = (parts.join(", "), rate(operations.iter().sum(), whole));
         println!(
             "a layer of {name}, {sequences} x {rows} rows after {cached}: {whole:.1} us ({rate:.0} TFLOP/s); alone: {parts}; {sum:.1} in all"
         );

@@ -45,7 +45,7 @@ pub(super) enum Out<'a> {
 }
 
 pub(super) fn linear(cpu: &Cpu, out: Out, x: &[f32], w: &Matrix, rows: usize) -> Result<()> {
-    linear_columns(cpu, out, backend::Columns { first: 0, width: w.n }, (x, w, rows))
+    linear_columns(cpu, out, backend::Columns::all(w.n), (x, w, rows))
 }
 
 /// The same into some columns of a matrix.

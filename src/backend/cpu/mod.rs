@@ -268,8 +268,7 @@ impl Backend for Cpu {
         norm: Norm<'_, Self>,
         w: &Self::Matrix,
     ) -> Result<()> {
-        self.rms_norm(normed, x, norm.w, norm.shape);
-        self.linear(out, normed, w, norm.shape.rows)
+        self.norm_linear_columns((out, Columns::all(w.n)), normed, x, norm, w)
     }
 
     fn norm_linear_columns(

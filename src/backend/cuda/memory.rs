@@ -146,8 +146,8 @@ impl Pinned {
     ///
     /// SAFETY: no GPU reads or writes them now.
     pub(crate) unsafe fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: allocated and zeroed.
-        unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) }
+        // SAFETY: nobody else has it, and the caller sees to GPUs.
+        unsafe { self.part_mut(0..self.bytes) }
     }
 }
 

@@ -252,7 +252,7 @@ impl Pipeline {
         }
         machine.boundary = nanos(self.boundary_us / 1e6);
         let gathering = match &self.layout {
-            Some(text) if layout(text)?.head_stages().len() > 1 => GATHERING_US,
+            Some(text) if !layout(text)?.part_stages().is_empty() => GATHERING_US,
             _ => 0.0,
         };
         machine.gathering = nanos(self.gathering_us.unwrap_or(gathering) / 1e6);

@@ -16,12 +16,6 @@ pub(super) struct PartOn<B: Backend> {
     pub(super) unit: Unit,
 }
 
-/// The stages on whose devices they are; none where the head is whole.
-pub(super) fn stages(layout: &Layout) -> Vec<usize> {
-    let stages = layout.head_stages();
-    if stages.len() > 1 { stages } else { Vec::new() }
-}
-
 /// Those on devices of one kind, of which `pick` gives the backend.
 pub(super) fn parts<E: Clone, B: Backend>(
     layout: &Layout,
@@ -32,7 +26,7 @@ pub(super) fn parts<E: Clone, B: Backend>(
         let (device, unit) = (layout.stages()[stage].device, layout.head_of(stage)?);
         Some(PartOn { device, backend: pick(backend.clone())?, unit })
     };
-    backends.iter().zip(stages(layout)).filter_map(of).collect()
+    backends.iter().zip(layout.part_stages()).filter_map(of).collect()
 }
 
 impl Wired {
@@ -44,7 +38,7 @@ impl Wired {
         backends: &[Either<Arc<A>, Arc<B>>],
     ) {
         let mut facts: Vec<_> = self.stages.iter_mut().flat_map(|(facts, _)| facts).collect();
-        for (stage, backend) in stages(layout).into_iter().zip(backends) {
+        for (stage, backend) in layout.part_stages().into_iter().zip(backends) {
             let bytes = layout.head_of(stage).map_or(0, |unit| unit.weight_bytes(&config.spec, config.dtype));
             let (taken, idle) = match backend {
                 Either::One(backend) => watched(backend),

@@ -157,7 +157,7 @@ impl<B: Backend> Aside<B> {
         let empty = self.tokens.is_empty();
         let Aside { backend, weights: HeadWeights { norm, matrix, .. }, tokens, normed, logits } = self;
         if !empty {
-            let all = Columns { first: 0, width: tokens.len() };
+            let all = Columns::all(tokens.len());
             let norm = backend::Norm { w: &**norm, shape };
             backend.norm_linear_columns((&mut *logits, all), normed, rows, norm, matrix)?;
         }
